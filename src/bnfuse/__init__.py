@@ -1,0 +1,31 @@
+"""bnfuse removes batch normalisation from trained PyTorch models, exactly, and proves it."""
+
+from bnfuse.api import fuse, plan
+from bnfuse.errors import (
+    BnFuseError,
+    CaptureError,
+    FusionError,
+    InputError,
+    NoNormError,
+    SpecError,
+    VerificationError,
+)
+from bnfuse.plan import Decision, Plan, Reason
+from bnfuse.verify import Comparison, compare
+
+__all__ = [
+    "BnFuseError",
+    "CaptureError",
+    "Comparison",
+    "Decision",
+    "FusionError",
+    "InputError",
+    "NoNormError",
+    "Plan",
+    "Reason",
+    "SpecError",
+    "VerificationError",
+    "compare",
+    "fuse",
+    "plan",
+]

@@ -1,0 +1,557 @@
+"""Running a model once, for real, and recording every operator that the dispatcher sees.
+
+Under ``torch.inference_mode`` a ``TorchDispatchMode`` sees composite operators whole (``aten.conv2d``,
+``aten.batch_norm``, ``aten.dropout``), which is the level at which the rules are written. Intermediate tensors carry
+their value as an attribute, so nothing is kept alive and no identity is ever mistaken for another; parameters,
+buffers and constants are known by identity. The run leaves no trace on the model: see :func:`_untouched`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnfuse import tree
+from bnfuse.errors import CaptureError, InputError
+from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
+
+_TAG = "_bnfuse_value"
+
+# Ways for a tensor's contents to leave what the dispatcher sees.
+_ESCAPES: dict[Any, str] = {
+    torch.Tensor.numpy: ".numpy()",
+    torch.Tensor.tolist: ".tolist()",
+    torch.Tensor.__array__: ".__array__()",
+    torch.Tensor.__dlpack__: ".__dlpack__()",
+    torch.Tensor.__deepcopy__: "copy.deepcopy",
+    torch.Tensor.__reduce_ex__: "pickling",
+    torch.Tensor.data_ptr: ".data_ptr()",
+    torch.Tensor.untyped_storage: ".untyped_storage()",
+    torch.Tensor.data.__get__: ".data",  # type: ignore[attr-defined]
+    torch.Tensor.data.__set__: ".data",  # type: ignore[attr-defined]
+}
+
+# Operators that write running statistics without saying so in their schema, with the flag that makes them do it.
+_SILENT_WRITERS = {"batch_norm": "training", "instance_norm": "use_input_stats", "native_batch_norm": "training"}
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The record of a run, and what the run returned."""
+
+    graph: Graph
+    output: Any
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    """Run ``model(*args, **kwargs)`` in evaluation mode and record it.
+
+    The tensors among the arguments are cloned first, since a model may write to its input.
+
+    Raises:
+        InputError: the model does not run on these inputs.
+        CaptureError: the model holds lazy parameters, or its memory cannot be followed.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise CaptureError(f"{name} is not initialised yet: run the model once on real inputs, then fuse it.")
+    args, kwargs = tree.map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
+    with evaluation_mode(model), forked_random_state(), _untouched(model) as watch, torch.inference_mode():
+        recorder = _Recorder(model, watch)
+        for tensor in (tensor for _, tensor in tree.tensors((args, kwargs))):
+            recorder.enter(tensor)
+        with _eager(model), recorder.module_calls(), recorder, _EscapeWatch(recorder):
+            try:
+                output = model(*args, **kwargs)
+            except Exception as error:
+                raise InputError(_does_not_run(model, args, kwargs, error)) from error
+        recorder.leave(output)
+    return Capture(recorder.graph(), output)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module's training flag False, and as it was afterwards. Overridden ``train`` methods are not called."""
+    flags = [(module, module.training) for module in model.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def forked_random_state(seed: int = 0) -> Iterator[None]:
+    """Seeded random numbers inside, the caller's random states untouched outside."""
+    state = random.getstate()
+    numpy_random = sys.modules.get("numpy.random")
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            if numpy_random:
+                numpy_random.seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
+
+
+class _Watch:
+    """The state that a run may change: the contents of tensors are saved just before their first write."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+        self.containers = [
+            (value, value.copy())
+            for _, attributes in self.attributes
+            for value in attributes.values()
+            if isinstance(value, (dict, list, set)) and hasattr(value, "copy")
+        ]
+
+    def before_write(self, tensor: Tensor) -> None:
+        if id(tensor) not in self.saved:
+            self.saved[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def changed(self) -> Iterator[tuple[str, Any]]:
+        """What the run stored in attributes and in the containers that they hold."""
+        for module, before in self.attributes:
+            for name, value in module.__dict__.items():
+                if name not in before or before[name] is not value:
+                    yield f"{type(module).__name__}.{name}", value
+        for container, copy in self.containers:
+            if _differs(container, copy):
+                yield f"a {type(container).__name__} of the model", container
+
+    def restore(self) -> None:
+        for module, before in self.attributes:
+            if _differs(module.__dict__, before):
+                module.__dict__.clear()
+                module.__dict__.update(before)
+        for container, copy in self.containers:
+            if _differs(container, copy):
+                container.clear()
+                container.extend(copy) if isinstance(container, list) else container.update(copy)
+        for tensor, contents in self.saved.values():
+            tensor.data.copy_(contents)
+
+
+def _differs(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return True
+    if isinstance(container, dict):
+        return any(name not in before or before[name] is not value for name, value in container.items())
+    if isinstance(container, list):
+        return any(a is not b for a, b in zip(container, before, strict=True))
+    return bool(container != before)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[_Watch]:
+    """Attributes, registries, caches and the contents of tensors are as before when this ends."""
+    watch = _Watch(model)
+    try:
+        yield watch
+    finally:
+        watch.restore()
+
+
+@contextlib.contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Compiled submodules run eagerly, so that their operators are seen."""
+    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Operator:
+    """What the recorder needs of an operator's schema, looked up once."""
+
+    name: str
+    arguments: tuple[str, ...]
+    written: tuple[str, ...]
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+        self.operators: dict[Any, _Operator] = {}
+        self.nodes: list[Node] = []
+        self.values = 0
+        self.leaves: dict[int, Value] = {}
+        self.names: dict[str, Value] = {}
+        self.memory: dict[int, list[Value]] = {}
+        self.tagged: list[weakref.ref[Tensor]] = []
+        self.paths: dict[int, str] = {}
+        for name, module in model.named_modules(remove_duplicate=True):
+            self.paths[id(module)] = name
+        self.call = ModuleCall("", model, None)
+        self.calls: list[ModuleCall] = []
+        self.thread = threading.get_ident()
+        self._register_leaves(model)
+
+    # Values -----------------------------------------------------------------------------------------------------
+
+    def _new_value(self, tensor: Tensor, kind: Kind, storage: Storage) -> Value:
+        value = Value(self.values, kind, tuple(tensor.shape), tensor.dtype, storage, storage.version)
+        self.values += 1
+        storage.values.append(value)
+        return value
+
+    def _register_leaves(self, model: nn.Module) -> None:
+        """Parameters and buffers by identity; equal memory is one value, overlapping memory is pinned."""
+        persistent = {
+            id(buffer)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if name not in module._non_persistent_buffers_set
+        }
+        tensors: dict[int, tuple[Tensor, list[str]]] = {}
+        for name, tensor in model.named_parameters(remove_duplicate=False):
+            tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
+            persistent.add(id(tensor))
+        for name, tensor in model.named_buffers(remove_duplicate=False):
+            tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
+        for key, (tensor, names) in tensors.items():
+            self._register_leaf(tensor, Kind.PARAMETER if key in persistent else Kind.CONSTANT, tuple(names))
+
+    def _register_leaf(self, tensor: Tensor, kind: Kind, names: tuple[str, ...] = ()) -> Value:
+        memory = _memory(tensor)
+        neighbours = self.memory.setdefault(memory, []) if memory is not None else []
+        for other in neighbours:
+            assert other.tensor is not None
+            if kind is other.kind is Kind.PARAMETER and _same_memory(tensor, other.tensor):
+                other.names += names
+                self.leaves[id(tensor)] = other
+                self.names.update(dict.fromkeys(names, other))
+                return other
+        value = self._new_value(tensor, kind, neighbours[0].storage if neighbours else Storage())
+        value.independent, value.tensor, value.names = True, tensor, names
+        if kind is Kind.CONSTANT:
+            value.pin("it is a constant that no parameter or saved buffer holds")
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            value.pin(f"{type(tensor).__name__} is a tensor subclass")
+        if _overlaps_itself(tensor):
+            value.pin("several of its elements share memory")
+        for other in neighbours:
+            assert other.tensor is not None
+            if _overlap(tensor, other.tensor):
+                label = names[0] if names else "another tensor"
+                other.pin(f"it shares memory with {label}")
+                value.pin(f"it shares memory with {other.names[0] if other.names else 'another tensor'}")
+        neighbours.append(value)
+        self.leaves[id(tensor)] = value
+        self.names.update(dict.fromkeys(names, value))
+        return value
+
+    def enter(self, tensor: Tensor) -> None:
+        """A model input."""
+        value = self._new_value(tensor, Kind.INPUT, Storage())
+        value.pin("it is an input of the model")
+        self._tag(tensor, value)
+
+    def leave(self, output: Any) -> None:
+        """Pin what the model returned or stored, then take the tags off."""
+        for _, tensor in tree.tensors(output):
+            self.value(tensor).pin("it is an output of the model")
+        for where, stored in self.watch.changed():
+            for _, tensor in tree.tensors(stored):
+                value = self.known(tensor)
+                if value is not None and not value.independent:
+                    value.pin(f"it is stored in {where}")
+        for reference in self.tagged:
+            alive = reference()
+            if alive is not None:
+                alive.__dict__.pop(_TAG, None)
+
+    def _tag(self, tensor: Tensor, value: Value) -> None:
+        tensor.__dict__[_TAG] = value
+        self.tagged.append(weakref.ref(tensor))
+
+    def known(self, tensor: Tensor) -> Value | None:
+        value = tensor.__dict__.get(_TAG)
+        return value if value is not None else self.leaves.get(id(tensor))
+
+    def value(self, tensor: Tensor) -> Value:
+        """The value that a tensor holds now."""
+        value = self.known(tensor)
+        if value is None:
+            # Not made by any operator that was seen, and no parameter or buffer: a constant.
+            return self._register_leaf(tensor, Kind.CONSTANT)
+        if value.version != value.storage.version:
+            return self._stale(tensor, value)
+        return value
+
+    def _stale(self, tensor: Tensor, value: Value) -> Value:
+        """The tensor was changed by a write through another view of its memory: nothing there may change units."""
+        reason = "its memory is written through another view"
+        for other in value.storage.values:
+            other.pin(reason)
+        fresh = self._new_value(tensor, Kind.COMPUTED, value.storage)
+        fresh.independent = all(other.independent for other in value.storage.values)
+        fresh.pin(reason)
+        self._retag(tensor, fresh)
+        return fresh
+
+    def _retag(self, tensor: Tensor, value: Value) -> None:
+        if id(tensor) in self.leaves:
+            value.tensor = tensor
+            self.leaves[id(tensor)] = value
+        else:
+            tensor.__dict__[_TAG] = value
+
+    # Operators --------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operator = self.operators.get(func)
+        if operator is None:
+            operator = self.operators[func] = _operator(func)
+        bound: dict[str, Any] = {}
+        tensors: list[Tensor] = []
+        inputs: list[Value] = []
+        for name, argument in zip(operator.arguments, args, strict=False):
+            bound[name] = self._bind(argument, tensors, inputs)
+        for name, argument in kwargs.items():
+            bound[name] = self._bind(argument, tensors, inputs)
+        written = [bound[name] for name in operator.written if isinstance(bound.get(name), Value)]
+        writers = _SILENT_WRITERS.get(operator.name)
+        if writers and bound.get(writers):
+            written += [bound[name] for name in ("running_mean", "running_var") if isinstance(bound.get(name), Value)]
+        for value in written:
+            if value.tensor is not None:
+                value.pin("it is written to during the run")
+                self.watch.before_write(value.tensor)
+        result = func(*args, **kwargs)
+        self._record(func, operator, bound, tensors, inputs, written, result)
+        return result
+
+    def _bind(self, argument: Any, tensors: list[Tensor], inputs: list[Value]) -> Any:
+        if isinstance(argument, Tensor):
+            value = self.value(argument)
+            tensors.append(argument)
+            inputs.append(value)
+            return value
+        if isinstance(argument, (list, tuple)) and any(isinstance(item, Tensor) for item in argument):
+            return tuple(self._bind(item, tensors, inputs) for item in argument)
+        return argument
+
+    def _record(
+        self,
+        func: Any,
+        operator: _Operator,
+        bound: dict[str, Any],
+        tensors: list[Tensor],
+        inputs: list[Value],
+        written: list[Value],
+        result: Any,
+    ) -> None:
+        results = _flat(result)
+        given = {id(tensor): tensor for tensor in tensors}
+        if results and not written and all(id(tensor) in given for tensor in results):
+            return  # nothing was done: dropout in evaluation, contiguous of a contiguous tensor
+        node = Node(len(self.nodes), operator.name, func, bound, inputs, [], self.call)
+        independent = all(value.independent for value in inputs)
+        by_memory: dict[int, Storage] | None = None
+        for tensor in tensors if written else ():
+            value = self.known(tensor)
+            if value in written and value is not None and value.version == value.storage.version:
+                value.storage.version += 1
+                fresh = self._new_value(tensor, Kind.COMPUTED, value.storage)
+                fresh.producer, fresh.independent = node, independent
+                if value.tensor is not None:
+                    fresh.pin("it is written to during the run")
+                self._retag(tensor, fresh)
+                node.outputs.append(fresh)
+        for tensor in results:
+            if id(tensor) in given:
+                continue
+            if by_memory is None:
+                by_memory = {}
+                for other in tensors:
+                    memory = _memory(other)
+                    if memory is not None:
+                        by_memory[memory] = self.value(other).storage
+            memory = _memory(tensor)
+            storage = by_memory.get(memory) if memory is not None else None
+            fresh = self._new_value(tensor, Kind.COMPUTED, storage or Storage())
+            fresh.producer, fresh.independent = node, independent
+            self._tag(tensor, fresh)
+            node.outputs.append(fresh)
+        for value in inputs:
+            if not value.consumers or value.consumers[-1] is not node:
+                value.consumers.append(node)
+        self.nodes.append(node)
+        self.call.nodes.append(node)
+
+    def escape(self, tensor: Tensor, how: str) -> None:
+        value = self.known(tensor)
+        if value is not None:
+            value.pin(f"its contents leave PyTorch by {how}")
+
+    # Module calls -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def module_calls(self) -> Iterator[None]:
+        """Record which module call runs each operator, and pin what the caller's own hooks get to see."""
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if threading.get_ident() != self.thread:
+                return
+            inputs = [self.value(tensor) for _, tensor in tree.tensors(args)]
+            self.call = ModuleCall(self.paths.get(id(module)), module, self.call, inputs=inputs)
+            if has_hooks(module):
+                self._pin_all(args, f"a hook on {self.call.label} reads it")
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = self.call
+            while call.module is not module and call.parent is not None:
+                call = call.parent  # calls that ended in an exception which the model caught
+            if threading.get_ident() != self.thread or call.parent is None:
+                return
+            if has_hooks(module):
+                self._pin_all((args, kwargs, output), f"a hook on {call.label} reads it")
+            call.plain = len(args) == 1 and not kwargs
+            call.outputs = [self.value(tensor) for _, tensor in tree.tensors(output)]
+            self.calls.append(call)
+            call.parent.children.append(call)
+            self.call = call.parent
+
+        handles = [
+            module_hooks.register_module_forward_pre_hook(before),
+            module_hooks.register_module_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _pin_all(self, structure: Any, reason: str) -> None:
+        for _, tensor in tree.tensors(structure):
+            self.value(tensor).pin(reason)
+
+    def graph(self) -> Graph:
+        return Graph(self.nodes, self.calls, self.names)
+
+
+class _EscapeWatch(TorchFunctionMode):
+    """Sees the few ways for a tensor's contents to leave without an operator."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        how = _ESCAPES.get(func)
+        if how is not None:
+            for argument in args:
+                if isinstance(argument, Tensor):
+                    self.recorder.escape(argument, how)
+        return func(*args, **(kwargs or {}))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if a hook of the caller's runs around the module's forward.
+
+    PyTorch's own hooks that recompute a weight (weight_norm, spectral_norm, pruning) read no activations.
+    """
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return any(not type(getattr(hook, "__self__", hook)).__module__.startswith("torch.nn.utils.") for hook in hooks)
+
+
+def _operator(func: Any) -> _Operator:
+    schema = func._schema
+    namespace, name = schema.name.split("::")
+    written = tuple(
+        argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write
+    )
+    if namespace != "aten":
+        name = schema.name
+    elif name.endswith("_") and written and not name.startswith("_"):
+        name = name[:-1]
+    elif written:
+        name = schema.name  # out= variants and silent writers: known to no rule
+    return _Operator(name, tuple(argument.name for argument in schema.arguments), written)
+
+
+def _flat(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, (list, tuple)):
+        return [tensor for item in result for tensor in _flat(item)]
+    return []
+
+
+def _memory(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None  # sparse and other tensors without a storage
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.storage_offset() == b.storage_offset()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+    )
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First and last byte of the storage that the tensor uses."""
+    start = tensor.storage_offset()
+    last = start + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return start * tensor.element_size(), (last + 1) * tensor.element_size()
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or b.numel() == 0 or a.is_sparse or b.is_sparse:
+        return False
+    (a_start, a_end), (b_start, b_end) = _extent(a), _extent(b)
+    return a_start < b_end and b_start < a_end
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided:
+        return True
+    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _does_not_run(model: nn.Module, args: Any, kwargs: Any, error: Exception) -> str:
+    given = ", ".join(
+        f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
+        for _, tensor in tree.tensors((args, kwargs))
+    )
+    first_line = str(error).strip().split("\n")[0]
+    return (
+        f"{type(model).__name__} does not run on the inputs ({given or 'no tensors'}): "
+        f"{type(error).__name__}: {first_line}. Pass example_inputs that the model accepts."
+    )

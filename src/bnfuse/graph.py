@@ -1,0 +1,133 @@
+"""What one run of a model did, as data: values (tensors), nodes (operators) and the module calls that ran them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Kind(Enum):
+    """Where a value comes from."""
+
+    INPUT = "input"
+    PARAMETER = "parameter"  # a parameter or persistent buffer, which an edit may rewrite
+    ABSENT = "absent"  # a bias or gain that a layer was made without and that can be created
+    CONSTANT = "constant"  # any other tensor that was there before the run
+    COMPUTED = "computed"
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
+    """Memory that several values may share; the version counts the writes to it."""
+
+    version: int = 0
+    values: list[Value] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """One version of one tensor.
+
+    Attributes:
+        names: every name of a parameter or buffer (a tied one has several), else empty.
+        pinned: why its units cannot change, None if they can.
+        independent: True if it does not depend on the model's inputs.
+        tensor: the tensor itself for parameters and constants, never written to.
+    """
+
+    index: int
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: Storage
+    version: int = 0
+    producer: Node | None = None
+    consumers: list[Node] = field(default_factory=list)
+    names: tuple[str, ...] = ()
+    pinned: str | None = None
+    independent: bool = False
+    tensor: Tensor | None = None
+
+    def pin(self, reason: str) -> None:
+        """Keep this value's units as they are. The first reason stands."""
+        if self.pinned is None:
+            self.pinned = reason
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One operator that ran.
+
+    Attributes:
+        operator: the name without namespace, overload and in-place underscore for ATen (``conv2d``), else in full.
+        overload: the operator itself.
+        bound: arguments by their schema names, tensors replaced by values; defaults are left out.
+        inputs, outputs: the values read and made. An in-place operator makes a new version of what it writes to.
+    """
+
+    index: int
+    operator: str
+    overload: Any
+    bound: dict[str, Any]
+    inputs: list[Value]
+    outputs: list[Value]
+    call: ModuleCall
+
+    def argument(self, name: str, default: Any = None) -> Any:
+        return self.bound.get(name, default)
+
+    def __str__(self) -> str:
+        return f"{self.operator} in {self.call.label}"
+
+
+@dataclass(eq=False, slots=True)
+class ModuleCall:
+    """One call of one module: what it was given, what it ran itself, which modules it called, what it returned.
+
+    Attributes:
+        path: the module's first name in the model, None for a module that the model does not hold.
+        plain: True if it was given one positional argument and nothing else.
+    """
+
+    path: str | None
+    module: nn.Module
+    parent: ModuleCall | None
+    nodes: list[Node] = field(default_factory=list)
+    children: list[ModuleCall] = field(default_factory=list)
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    plain: bool = False
+
+    @property
+    def label(self) -> str:
+        """A name for messages."""
+        kind = type(self.module).__name__
+        return f"{self.path} ({kind})" if self.path else kind
+
+
+@dataclass(eq=False, slots=True)
+class Graph:
+    """Everything that one run did.
+
+    Attributes:
+        leaves: the value of every parameter and buffer that took part, by each of its names.
+    """
+
+    nodes: list[Node]
+    calls: list[ModuleCall]
+    leaves: dict[str, Value]
+
+    def calls_of(self, module: nn.Module) -> Iterator[ModuleCall]:
+        return (call for call in self.calls if call.module is module)

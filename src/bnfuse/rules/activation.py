@@ -1,0 +1,44 @@
+r"""Functions that a positive scale passes through.
+
+``f(s*x) = s*f(x)`` for ``s >= 0`` holds for every function that is linear on each side of 0: relu, leaky relu,
+prelu, abs, a clamp from below at 0. None of them passes a shift. A scale of 0 makes both sides 0.
+"""
+
+from __future__ import annotations
+
+from bnfuse.graph import Node, Value
+from bnfuse.rules import Trial, link, rule
+from bnfuse.units import Unit
+
+
+def pass_positive_scale(node: Node, trial: Trial, x: Value, y: Value) -> None:
+    def checked(unit: Unit) -> Unit:
+        if unit.scale is not None and bool((unit.scale < 0).any()):
+            trial.refuse(node, "it passes no negative scale", scale=True)
+        if unit.shift is not None:
+            trial.refuse(node, "it passes no shift")
+        return unit
+
+    link(trial, x, y, checked, checked)
+
+
+@rule("relu", "leaky_relu", "abs", "prelu", "_prelu_kernel")
+def piecewise_linear(node: Node, trial: Trial) -> None:
+    for slope in node.inputs[1:]:
+        if trial.unit(slope) is not None:
+            trial.refuse(node, "its slope cannot change", scale=True)
+    pass_positive_scale(node, trial, node.inputs[0], node.outputs[0])
+
+
+@rule("clamp", "clamp_min", "threshold", "rrelu")
+def one_sided(node: Node, trial: Trial) -> None:
+    bound = node.bound
+    at_zero = {
+        "clamp": bound.get("min") == 0 and bound.get("max") is None,
+        "clamp_min": bound.get("min") == 0,
+        "threshold": bound.get("threshold") == 0 and bound.get("value") == 0,
+        "rrelu": not bound.get("training"),
+    }[node.operator]
+    if not at_zero or len(node.inputs) != 1:
+        trial.refuse(node, "it changes its slope elsewhere than at 0", scale=True)
+    pass_positive_scale(node, trial, node.inputs[0], node.outputs[0])

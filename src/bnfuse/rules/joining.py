@@ -1,0 +1,146 @@
+r"""Taking tensors apart and putting them together along one axis: units travel with the elements.
+
+The pieces of ``x`` have the pieces of its units, and a concatenation has the concatenated units. A demand on one
+piece leaves the other pieces as they are, unless they were given units too; so it waits until all that is certain is
+settled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bnfuse.graph import Node, Value
+from bnfuse.rules import Trial, rule
+from bnfuse.units import NotInvertibleError, Unit
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements start, start+step, ... (size of them) of an axis; dropped if the axis is gone from the piece."""
+
+    value: Value
+    start: int
+    size: int
+    step: int = 1
+    dropped: bool = False
+
+
+@rule("cat", "concat", "concatenate")
+def concatenate(node: Node, trial: Trial) -> None:
+    whole = node.outputs[0]
+    axis = node.argument("dim", 0) % len(whole.shape)
+    pieces, start = [], 0
+    for value in node.bound["tensors"]:
+        if value.shape == (0,) and len(whole.shape) != 1:
+            continue  # the empty tensor that torch.cat lets pass
+        pieces.append(_Piece(value, start, value.shape[axis]))
+        start += value.shape[axis]
+    _settle(node, trial, whole, pieces, axis)
+
+
+@rule("stack")
+def stack(node: Node, trial: Trial) -> None:
+    whole = node.outputs[0]
+    axis = node.argument("dim", 0) % len(whole.shape)
+    pieces = [_Piece(value, i, 1, dropped=True) for i, value in enumerate(node.bound["tensors"])]
+    _settle(node, trial, whole, pieces, axis)
+
+
+@rule("chunk", "split", "split_with_sizes", "tensor_split")
+def split(node: Node, trial: Trial) -> None:
+    whole = node.inputs[0]
+    axis = node.argument("dim", 0) % len(whole.shape)
+    pieces, start = [], 0
+    for value in node.outputs:
+        pieces.append(_Piece(value, start, value.shape[axis]))
+        start += value.shape[axis]
+    _settle(node, trial, whole, pieces, axis)
+
+
+@rule("unbind")
+def unbind(node: Node, trial: Trial) -> None:
+    whole = node.inputs[0]
+    axis = node.argument("dim", 0) % len(whole.shape)
+    pieces = [_Piece(value, i, 1, dropped=True) for i, value in enumerate(node.outputs)]
+    _settle(node, trial, whole, pieces, axis)
+
+
+@rule("select")
+def select(node: Node, trial: Trial) -> None:
+    whole, index = node.inputs[0], node.argument("index")
+    axis = node.argument("dim", 0) % len(whole.shape)
+    if not isinstance(index, int):
+        trial.refuse(node, "its index is a tensor", scale=True)
+    piece = _Piece(node.outputs[0], index % whole.shape[axis], 1, dropped=True)
+    _settle(node, trial, whole, [piece], axis)
+
+
+@rule("slice", "narrow")
+def take_slice(node: Node, trial: Trial) -> None:
+    whole, part = node.inputs[0], node.outputs[0]
+    axis = node.argument("dim", 0) % len(whole.shape)
+    start = node.argument("start") or 0
+    if not isinstance(start, int):
+        trial.refuse(node, "its start is a tensor", scale=True)
+    size = whole.shape[axis]
+    start = min(start + size if start < 0 else start, size)
+    _settle(node, trial, whole, [_Piece(part, start, part.shape[axis], node.argument("step", 1))], axis)
+
+
+def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: int) -> None:
+    unit = trial.unit(whole)
+    if unit is not None:
+        for piece in pieces:
+            part = _part(unit, piece, axis)
+            if not (part.is_identity and trial.unit(piece.value) is None):
+                trial.demand(piece.value, part)
+        return
+    units = [(piece, unit) for piece in pieces if (unit := trial.unit(piece.value))]
+    if any(not unit.is_identity for _, unit in units):
+        try:
+            trial.choose(node, [{whole: _joined(units, whole, axis)}])
+        except NotInvertibleError:
+            trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+
+
+def _part(unit: Unit, piece: _Piece, axis: int) -> Unit:
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.shape[axis] > 1:
+            stop = piece.start + (piece.size - 1) * piece.step + 1
+            tensor = tensor[(slice(None),) * axis + (slice(piece.start, stop, piece.step),)]
+        return tensor.squeeze(axis) if piece.dropped else tensor
+
+    cut_unit = unit.map(cut)
+    return Unit.of(cut_unit.scale, cut_unit.shift, cut_unit.inverse)
+
+
+def _joined(units: list[tuple[_Piece, Unit]], whole: Value, axis: int) -> Unit:
+    directions = {unit.inverse for _, unit in units if not unit.is_identity}
+    inverse = directions.pop()
+    if directions:  # both directions: turn all into the one that goes
+        try:
+            units = [(piece, unit.turned(inverse)) for piece, unit in units]
+        except NotInvertibleError:
+            inverse = not inverse
+            units = [(piece, unit.turned(inverse)) for piece, unit in units]
+
+    def join(parts: list[tuple[_Piece, Tensor | None]], default: float) -> Tensor | None:
+        given = [(p, t.unsqueeze(axis) if p.dropped else t) for p, t in parts if t is not None]
+        if not given:
+            return None
+        shape = list(torch.broadcast_shapes(*((*t.shape[:axis], 1, *t.shape[axis + 1 :]) for _, t in given)))
+        shape[axis] = whole.shape[axis]
+        tensor = torch.full(shape, default, dtype=torch.float64)
+        for p, t in given:
+            stop = p.start + (p.size - 1) * p.step + 1
+            tensor[(slice(None),) * axis + (slice(p.start, stop, p.step),)] = t
+        return tensor
+
+    scale = join([(piece, unit.scale) for piece, unit in units], 1.0)
+    shift = join([(piece, unit.shift) for piece, unit in units], 0.0)
+    return Unit.of(scale, shift, inverse)
+
+

@@ -1,0 +1,85 @@
+r"""Batch norms: removed, or kept and re-expressed.
+
+A norm in evaluation computes ``y = a*x + c`` with ``a = weight/sqrt(var + eps)``, ``c = bias - mean*a``. Removing it
+gives its input and output the same new tensor (``torch.nn.utils.fusion`` has the two-layer case of this formula).
+
+A norm that stays absorbs any units on both sides. With ``x_old = p*x_new + q`` and ``y_new = s*y_old + t``,
+
+    y_new = s*(weight/sigma*(p*x_new + q - mean) + bias) + t,
+
+which is the same norm, with the same statistics, for ``weight' = s*p*weight`` and
+``bias' = s*bias + t + s*weight/sigma*(q + (p - 1)*mean)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bnfuse.graph import Node
+from bnfuse.rules import Trial, absorber, link, rule, same
+from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply
+
+_CHANNELS = 1
+
+
+def affine(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
+    """(a, c) of ``y = a*x + c``, each (channels,) in float64."""
+    weight, sigma, mean, bias = _parts(node, trial)
+    a = weight / sigma
+    return a, bias - mean * a
+
+
+def _parts(node: Node, trial: Trial) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, variance = trial.content(node.bound["running_mean"]), trial.content(node.bound["running_var"])
+    sigma = torch.sqrt(variance + node.bound["eps"])
+    w, b = node.argument("weight"), node.argument("bias")
+    weight = torch.ones_like(mean) if w is None else trial.content(w)
+    bias = torch.zeros_like(mean) if b is None else trial.content(b)
+    return weight, sigma, mean, bias
+
+
+@rule("batch_norm")
+def batch_norm(node: Node, trial: Trial) -> None:
+    x, y = node.bound["input"], node.outputs[0]
+    if trial.is_target(node):
+        return
+    if trial.is_removed(node):
+        link(trial, x, y, same, same)
+        return
+    for value in (x, y):
+        unit = trial.unit(value) or IDENTITY
+        if not unit.is_identity and node.argument("training"):
+            trial.refuse(node, "it uses the statistics of the batch", scale=True)
+        if not unit.uniform_outside(_CHANNELS):
+            trial.refuse(node, "it has one gain and bias per channel", scale=unit.scale is not None)
+
+
+@absorber("batch_norm")
+def absorb(node: Node, trial: Trial) -> None:
+    if trial.is_target(node) or trial.is_removed(node):
+        return
+    x, y = node.bound["input"], node.outputs[0]
+    channels = x.shape[_CHANNELS]
+    try:
+        p, q = (trial.unit(x) or IDENTITY).inverted()
+        s, t = (trial.unit(y) or IDENTITY).direct()
+    except NotInvertibleError:
+        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+    if p is None and q is None and s is None and t is None:
+        return
+    weight, sigma, mean, _ = _parts(node, trial)
+    gain = None if s is None else channel_vector(s, _CHANNELS, channels, 1.0)
+    ratio = None if p is None else channel_vector(p, _CHANNELS, channels, 1.0)
+    moved = None if q is None else channel_vector(q, _CHANNELS, channels, 0.0)
+    if ratio is not None:
+        moved = add(moved, (ratio - 1) * mean)
+    shift = None if t is None else channel_vector(t, _CHANNELS, channels, 0.0)
+    if moved is not None:
+        shift = add(shift, multiply(moved * weight / sigma, gain))
+    for name, unit in (("weight", Unit(multiply(gain, ratio))), ("bias", Unit(gain, shift))):
+        value = node.argument(name)
+        if value is not None:
+            trial.edit(node, value, unit)
+        elif not unit.is_identity:
+            trial.refuse(node, f"it has no {name} to take up units, and none can be added")

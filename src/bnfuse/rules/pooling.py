@@ -1,0 +1,74 @@
+r"""Pooling over positions.
+
+A mean of ``s*x + t`` over positions with the same ``s`` and ``t`` is ``s*mean(x) + t``; a maximum likewise if
+``s >= 0``. Average pooling that counts padded zeros, or divides by something else than the number of elements, passes
+no shift. Maximum pooling pads with minus infinity, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bnfuse.graph import Node, Value
+from bnfuse.rules import Trial, link, rule
+from bnfuse.units import Unit
+
+
+def _pool(node: Node, trial: Trial, axes: set[int], y: Value, keep: bool, maximum: bool, shift: bool) -> None:
+    """Tie x to its pooled y: the unit must be uniform along the pooled axes, which y keeps or loses."""
+    x = node.inputs[0]
+
+    def forward(unit: Unit) -> Unit:
+        if unit.axes() & axes:
+            trial.refuse(node, "the units differ among the elements that it pools", scale=unit.scale is not None)
+        unit = checked(unit)
+        kept = [axis for axis in range(len(x.shape)) if axis not in axes]
+        return unit if keep else unit.map(lambda tensor: tensor.reshape([tensor.shape[axis] for axis in kept]))
+
+    def backward(unit: Unit) -> Unit:
+        if keep and unit.axes() & axes:
+            trial.refuse(node, "the units differ among its outputs", scale=unit.scale is not None)
+        unit = checked(unit)
+        if keep:
+            return unit
+
+        def widen(tensor: Tensor) -> Tensor:
+            for axis in sorted(axes):
+                tensor = tensor.unsqueeze(axis)
+            return tensor
+
+        return unit.map(widen)
+
+    def checked(unit: Unit) -> Unit:
+        if maximum and unit.scale is not None and bool((unit.scale < 0).any()):
+            trial.refuse(node, "a maximum passes no negative scale", scale=True)
+        if not shift and unit.shift is not None:
+            trial.refuse(node, "it does not divide by the number of elements that it adds, so no shift passes")
+        return unit
+
+    link(trial, x, y, forward, backward)
+
+
+@rule(*(f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg", "max", "adaptive_max") for n in (1, 2, 3)))
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices")
+def pool(node: Node, trial: Trial) -> None:
+    name = node.operator.removesuffix("_with_indices")
+    rank = len(node.inputs[0].shape)
+    axes = set(range(rank - int(name[-2]), rank))
+    divides = True
+    if name.startswith("avg"):
+        padded = node.argument("padding", 0)
+        padded = padded if isinstance(padded, int) else any(padded)
+        divides = not (padded and node.argument("count_include_pad", True))
+        divides = divides and node.argument("divisor_override") is None
+    _pool(node, trial, axes, node.outputs[0], keep=True, maximum="max" in name, shift=divides)
+
+
+@rule("mean", "amax")
+def reduce(node: Node, trial: Trial) -> None:
+    rank = len(node.inputs[0].shape)
+    dim = node.argument("dim")
+    dims = range(rank) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    axes = {axis % rank for axis in dims} if rank else set()
+    keep = bool(node.argument("keepdim", False))
+    _pool(node, trial, axes, node.outputs[0], keep=keep, maximum=node.operator == "amax", shift=True)

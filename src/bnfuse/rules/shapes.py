@@ -1,0 +1,131 @@
+r"""Operators that only rearrange elements: units travel with them.
+
+A reshape is a list of independent blocks: runs of axes of the input and of the output with the same number of
+elements, as (B, N, C) -> (B*N, C) has the blocks B, N -> B*N and C -> C. A unit that is uniform on a block stays
+uniform on it, so only the blocks on which it varies are written out in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from bnfuse.graph import Node
+from bnfuse.rules import Trial, link, rule
+from bnfuse.units import Unit, shrink
+
+
+@rule(
+    "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
+    "_reshape_alias", "atleast_1d", "atleast_2d", "atleast_3d",
+)  # fmt: skip
+def reshape(node: Node, trial: Trial) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    if x.elements == 0:
+        trial.refuse(node, "it holds no elements", scale=True)
+    link(
+        trial,
+        x,
+        y,
+        lambda unit: unit.map(lambda tensor: reshaped(tensor, x.shape, y.shape)),
+        lambda unit: unit.map(lambda tensor: reshaped(tensor, y.shape, x.shape)),
+    )
+
+
+@rule("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "adjoint")
+def permute(node: Node, trial: Trial) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    order = _order(node, len(x.shape))
+    back = [order.index(axis) for axis in range(len(order))]
+    link(
+        trial,
+        x,
+        y,
+        lambda unit: unit.map(lambda tensor: tensor.permute(order)),
+        lambda unit: unit.map(lambda tensor: tensor.permute(back)),
+    )
+
+
+def _order(node: Node, rank: int) -> list[int]:
+    """Which input axis each output axis is."""
+    axes = list(range(rank))
+    bound = node.bound
+    if node.operator == "permute":
+        return [axis % rank for axis in bound["dims"]]
+    if node.operator == "numpy_T":
+        return axes[::-1]
+    if node.operator in ("movedim", "moveaxis"):
+        source, destination = (
+            [number] if isinstance(number, int) else list(number) for number in (bound["source"], bound["destination"])
+        )
+        moved = {to % rank: start % rank for start, to in zip(source, destination, strict=True)}
+        rest = iter(axis for axis in axes if axis not in moved.values())
+        return [moved[axis] if axis in moved else next(rest) for axis in axes]
+    if rank < 2:
+        return axes
+    if node.operator in ("t", "mT", "adjoint"):
+        first, second = -2, -1
+    else:
+        first = bound.get("dim0", bound.get("axis0"))
+        second = bound.get("dim1", bound.get("axis1"))
+    axes[first], axes[second] = axes[second], axes[first]
+    return axes
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(node: Node, trial: Trial) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    missing = len(y.shape) - len(x.shape)
+
+    def forward(unit: Unit) -> Unit:
+        return unit.map(lambda tensor: tensor.reshape([1] * missing + list(tensor.shape)))
+
+    def backward(unit: Unit) -> Unit:
+        for axis in unit.axes():
+            if axis < missing or x.shape[axis - missing] == 1:
+                trial.refuse(node, "the units differ among the copies that it makes", scale=unit.scale is not None)
+        return unit.map(lambda tensor: tensor.reshape(tensor.shape[missing:]))
+
+    link(trial, x, y, forward, backward)
+
+
+def reshaped(tensor: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:
+    """A tensor that broadcasts against ``source`` as one that broadcasts against ``target``, by the same reshape."""
+    full: list[int] = []
+    result: list[int] = []
+    mixed = False
+    for axes, sizes in _blocks(source, target):
+        varies = any(tensor.shape[axis] != 1 for axis in axes)
+        full += [source[axis] if varies else 1 for axis in axes]
+        result += sizes if varies else [1] * len(sizes)
+        mixed = mixed or (varies and not len(axes) == len(sizes) == 1)
+    tensor = tensor.expand(full).reshape(result)
+    return shrink(tensor) if mixed else tensor
+
+
+def _blocks(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Runs of source axes (by number) and target axes (by size) with equal numbers of elements, as short as can be."""
+    blocks: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        axes, sizes = ([i], [target[j]]) if i < len(source) and j < len(target) else ([], [])
+        if not axes:  # only axes of size 1 are left on one side
+            axes, sizes = list(range(i, len(source))), list(target[j:])
+            blocks.append((axes, sizes))
+            break
+        left, right = source[i], target[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                axes.append(i)
+                left *= source[i]
+                i += 1
+            else:
+                sizes.append(target[j])
+                right *= target[j]
+                j += 1
+        blocks.append((axes, sizes))
+    return blocks
+
+

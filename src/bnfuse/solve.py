@@ -1,0 +1,337 @@
+"""Deciding which norms go: one attempt (a *trial*) for each, by propagation of units through the graph.
+
+Removing a norm starts with one demand: the tensor before it takes its units (fold backward), or the tensor after it
+does (fold forward). A demand on a value is a demand on its producer and on every consumer; their rules answer with
+further demands or refuse. When nothing is left to settle, the absorbers turn the units into edits of parameters, and
+an edit stands only if every use of the parameter asks for it. A trial is accepted whole or leaves nothing behind.
+Accepted edits are composed: the next trial sees the network as it would then be.
+
+The graph and its tensors are only read.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from bnfuse.graph import Graph, Kind, Node, Value
+from bnfuse.norms import Norm
+from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
+from bnfuse.rules import ABSORBERS, RULES
+from bnfuse.rules.norms import affine
+from bnfuse.units import IDENTITY, NotInvertibleError, Unit
+
+_MAX_BACKTRACKS = 200
+
+
+class Refusal(Exception):
+    """A trial has failed; ``scale`` says that no other place for a shift would help."""
+
+    def __init__(self, reason: Reason, scale: bool) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+        self.scale = scale
+
+
+class Network:
+    """The graph with everything that was accepted so far."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.removed: set[Node] = set()
+        self.edits: dict[Value, list[Unit]] = {}
+        self._contents: dict[Value, Tensor] = {}
+
+    def content(self, value: Value) -> Tensor:
+        """Present float64 contents of a parameter. Vectors are kept, since norms are read again and again."""
+        if value in self._contents:
+            return self._contents[value]
+        tensor = _initial(value)
+        for unit in self.edits.get(value, ()):
+            tensor = edited(tensor, unit)
+        if tensor.dim() <= 1:
+            self._contents[value] = tensor
+        return tensor
+
+    def accept(self, trial: Trial) -> None:
+        self.removed.update(trial.targets)
+        for value, requests in trial.edits.items():
+            unit = next(iter(requests.values()))
+            self.edits.setdefault(value, []).append(unit)
+            self._contents.pop(value, None)
+
+
+def _initial(value: Value) -> Tensor:
+    if value.kind is Kind.ABSENT:
+        fill = 1.0 if value.names[0].endswith("weight") else 0.0
+        return torch.full(value.shape, fill, dtype=torch.float64)
+    if value.tensor is None:
+        raise Refusal(Reason("its contents are computed during the run"), scale=False)
+    return value.tensor.detach().to("cpu", torch.float64)
+
+
+def edited(tensor: Tensor, unit: Unit) -> Tensor:
+    """``scale*tensor + shift``."""
+    if unit.scale is not None:
+        tensor = tensor * unit.scale
+    return tensor if unit.shift is None else tensor + unit.shift
+
+
+class Trial:
+    """One attempt to remove one norm in one direction; see :class:`bnfuse.rules.Trial` for what rules may call."""
+
+    def __init__(self, network: Network, targets: Collection[Node]) -> None:
+        self.network = network
+        self.targets = set(targets)
+        self.units: dict[Value, Unit] = {}
+        self.edits: dict[Value, dict[Node, Unit]] = {}
+        self._queue: deque[Node] = deque()
+        self._pending: dict[Node, None] = {}
+        self._touched: dict[Node, None] = {}
+        self._trail: list[Value] = []
+        self._choices: list[tuple[int, dict[Node, None], Iterator[Mapping[Value, Unit]]]] = []
+        self._choosing: Node | None = None
+        self._chosen: Sequence[Mapping[Value, Unit]] = ()
+
+    # What rules call ---------------------------------------------------------------------------------------------
+
+    def unit(self, value: Value) -> Unit | None:
+        return self.units.get(value)
+
+    def demand(self, value: Value, unit: Unit) -> None:
+        present = self.units.get(value)
+        if present is not None:
+            if present is unit:
+                return
+            try:
+                agree = present.same_as(unit)
+            except NotInvertibleError:
+                agree = False
+            if not agree:
+                self._refuse_value(value, "it would need two different units at once", unit)
+            return
+        if unit.is_identity:
+            self.units[value] = IDENTITY
+        else:
+            if value.pinned is not None:
+                self._refuse_value(value, value.pinned, unit)
+            if not value.dtype.is_floating_point:
+                self._refuse_value(value, f"it holds {value.dtype}", unit)
+            self.units[value] = unit
+        self._trail.append(value)
+        if value.producer is not None:
+            self._queue.append(value.producer)
+        self._queue.extend(value.consumers)
+
+    def choose(self, node: Node, alternatives: Sequence[Mapping[Value, Unit]]) -> None:
+        if node is self._choosing:
+            self._chosen = alternatives
+        else:
+            self._pending[node] = None
+
+    def refuse(self, node: Node, text: str, scale: bool = False) -> NoReturn:
+        raise Refusal(Reason(text, node.operator, node.call.label), scale)
+
+    def is_removed(self, node: Node) -> bool:
+        return node in self.network.removed
+
+    def is_target(self, node: Node) -> bool:
+        return node in self.targets
+
+    def edit(self, node: Node, value: Value, unit: Unit) -> None:
+        if unit.is_identity:
+            return
+        if value.kind is Kind.COMPUTED:
+            self.demand(value, unit)
+        else:
+            self.edits.setdefault(value, {})[node] = unit
+
+    def content(self, value: Value) -> Tensor:
+        return self.network.content(value)
+
+    def is_edited(self, value: Value) -> bool:
+        return value in self.network.edits
+
+    # The search --------------------------------------------------------------------------------------------------
+
+    def run(self, demands: Mapping[Value, Unit]) -> None:
+        """Settle everything that follows from the demands; raises Refusal if something cannot be met."""
+        for value, unit in demands.items():
+            self.demand(value, unit)
+        backtracks = 0
+        first: Refusal | None = None
+        while True:
+            try:
+                self._settle()
+                return
+            except Refusal as refusal:
+                first = first or refusal
+                backtracks += 1
+                if refusal.scale or backtracks > _MAX_BACKTRACKS or not self._next_alternative():
+                    raise first from None
+
+    def _settle(self) -> None:
+        while True:
+            self._drain()
+            if self._pending:
+                self._decide(next(iter(self._pending)))
+                continue
+            self.edits = {}
+            for node in self._touched:
+                ABSORBERS[node.operator](node, self)
+            if not self._queue:
+                break
+        self._check_edits()
+
+    def _drain(self) -> None:
+        while self._queue:
+            node = self._queue.popleft()
+            if node.operator in ABSORBERS:
+                self._touched[node] = None
+            rule = RULES.get(node.operator)
+            if rule is not None:
+                rule(node, self)
+            elif any(not self.units.get(value, IDENTITY).is_identity for value in (*node.inputs, *node.outputs)):
+                self.refuse(node, "it passes no change of units", scale=True)
+
+    def _decide(self, node: Node) -> None:
+        del self._pending[node]
+        self._choosing, self._chosen = node, ()
+        RULES[node.operator](node, self)
+        self._choosing = None
+        if self._chosen:
+            self._choices.append((len(self._trail), dict(self._pending), iter(self._chosen)))
+            self._next_alternative()
+
+    def _next_alternative(self) -> bool:
+        """Go back to the last choice that has another way to go on, and take it. False if there is none."""
+        while self._choices:
+            length, pending, alternatives = self._choices[-1]
+            self._queue.clear()
+            self._choosing = None
+            for value in self._trail[length:]:
+                del self.units[value]
+            del self._trail[length:]
+            self._pending = dict(pending)
+            units = next(alternatives, None)
+            if units is None:
+                self._choices.pop()
+                continue
+            try:
+                for value, unit in units.items():
+                    self.demand(value, unit)
+            except Refusal:
+                continue
+            return True
+        return False
+
+    def _check_edits(self) -> None:
+        """An edited parameter must be editable, and every use of it must ask for the same edit."""
+        for value, requests in self.edits.items():
+            label = " = ".join(value.names) or "a weight"
+            if value.pinned is not None or value.kind not in (Kind.PARAMETER, Kind.ABSENT):
+                raise Refusal(Reason(f"{label} cannot change: {value.pinned or 'it is no parameter'}"), False)
+            units = iter(requests.items())
+            node, unit = next(units)
+            for other in value.consumers:
+                if other not in requests or not _agree(unit, requests[other]):
+                    text = f"{label} is used more than once, and not every use asks for the same edit: see {other}"
+                    raise Refusal(Reason(text, node.operator, node.call.label), False)
+
+    def _refuse_value(self, value: Value, text: str, unit: Unit) -> NoReturn:
+        if value.kind is Kind.COMPUTED and value.producer is not None:
+            node = value.producer
+            reason = Reason(f"its output cannot change units: {text}", node.operator, node.call.label)
+        else:
+            label = " = ".join(value.names) or f"an {value.kind.value} of shape {value.shape}"
+            reason = Reason(f"{label} cannot change units: {text}")
+        raise Refusal(reason, unit.scale is not None)
+
+
+def _agree(a: Unit, b: Unit) -> bool:
+    try:
+        return a.same_as(b)
+    except NotInvertibleError:
+        return False
+
+
+def solve(model: str, graph: Graph, norms: Sequence[Norm], kept: Mapping[Norm, Reason]) -> Plan:
+    """Decide for every norm, and collect the edits.
+
+    Args:
+        model: name of the model, for the plan.
+        graph: what one run did.
+        norms: the norms of the model.
+        kept: norms that the caller wants to keep, with the reason.
+    """
+    network = Network(graph)
+    decisions: dict[Norm, Decision] = {}
+    replacements = []
+    for norm in sorted(norms, key=_order):
+        obstacle = norm.obstacle or kept.get(norm)
+        decision = _stay(norm, (obstacle,)) if obstacle else _attempt(network, norm)
+        decisions[norm] = decision
+        if decision.fused:
+            replacements.append(Replacement(norm.names, norm.keep))
+    edits = tuple(_edit(value, factors) for value, factors in network.edits.items())
+    return Plan(model, tuple(decisions[norm] for norm in norms), edits, tuple(replacements))
+
+
+def _order(norm: Norm) -> tuple[bool, int]:
+    """Norms behind a producer that feeds only them come first; the rest by size, since they may compete."""
+    alone = all(
+        (x := node.bound["input"]).producer is not None and x.producer.operator in ABSORBERS and len(x.consumers) == 1
+        for node in norm.nodes
+    )
+    return (not alone, -norm.elements)
+
+
+def _stay(norm: Norm, reasons: tuple[Reason, ...]) -> Decision:
+    return Decision(norm.label, norm.kind, norm.channels, False, reasons=reasons)
+
+
+def _attempt(network: Network, norm: Norm) -> Decision:
+    reasons = []
+    for direction, demands in _ways(network, norm):
+        trial = Trial(network, norm.nodes)
+        try:
+            trial.run(demands())
+        except Refusal as refusal:
+            reason = refusal.reason
+            reasons.append(Reason(reason.text, reason.operator, reason.module, direction))
+            continue
+        network.accept(trial)
+        into = dict.fromkeys(name.rpartition(".")[0] or name for value in trial.edits for name in value.names[:1])
+        return Decision(norm.label, norm.kind, norm.channels, True, direction, tuple(into))
+    return _stay(norm, tuple(reasons))
+
+
+def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[], dict[Value, Unit]]]]:
+    def units(direction: str) -> dict[Value, Unit]:
+        demands: dict[Value, Unit] = {}
+        for node in norm.nodes:
+            x, y = node.bound["input"], node.outputs[0]
+            a, c = affine(node, Trial(network, ()))
+            if not bool((torch.isfinite(a) & torch.isfinite(c)).all()):
+                raise Refusal(Reason("its statistics or parameters are not finite", node.operator, norm.label), True)
+            shape = [1] * len(x.shape)
+            shape[1] = a.numel()
+            unit = Unit.of(a.reshape(shape), c.reshape(shape), inverse=direction == "forward")
+            moved, fixed = (y, x) if direction == "forward" else (x, y)
+            for value, demand in ((moved, unit), (fixed, IDENTITY)):
+                if value in demands and not _agree(demands[value], demand):
+                    raise Refusal(Reason("it is applied to its own output", node.operator, norm.label), True)
+                demands[value] = demand
+        return demands
+
+    yield "backward", lambda: units("backward")
+    yield "forward", lambda: units("forward")
+
+
+def _edit(value: Value, factors: list[Unit]) -> Edit:
+    created = value.kind is Kind.ABSENT
+    return Edit(value.names, value.shape, tuple(factors), created)

@@ -1,0 +1,62 @@
+"""Wrappers around models (data parallel, compiled): taken off before fusing, put on again after."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
+    """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers.
+
+    Returns:
+        The innermost model, and a function that wraps another model in the same way.
+    """
+    if isinstance(model, nn.DataParallel):
+        inner, wrap = unwrap(model.module)
+        devices, output, dim = model.device_ids, model.output_device, model.dim
+        return inner, lambda new: nn.DataParallel(wrap(new), devices or None, output, dim)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner, wrap = unwrap(model.module)
+        settings: dict[str, Any] = {
+            "device_ids": model.device_ids,
+            "output_device": model.output_device,
+            "dim": model.dim,
+            "broadcast_buffers": model.broadcast_buffers,
+            "process_group": model.process_group,
+            "find_unused_parameters": model.find_unused_parameters,
+            "gradient_as_bucket_view": model.gradient_as_bucket_view,
+            "static_graph": model.static_graph,
+        }
+        return inner, lambda new: nn.parallel.DistributedDataParallel(wrap(new), **settings)
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        inner, wrap = unwrap(model._orig_mod)  # type: ignore[arg-type]
+        context = model.dynamo_ctx
+        return inner, lambda new: type(model)(wrap(new), context)
+    if model._compiled_call_impl is not None:
+        return model, _compiled
+    return model, lambda new: new
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy, also of models that hold tensors with a history, which ``copy.deepcopy`` refuses.
+
+    Tensors that layers compute for themselves and leave as attributes (old-style weight_norm) are copied without
+    their history.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    with torch.no_grad():
+        return copy.deepcopy(model, memo)
