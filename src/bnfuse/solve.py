@@ -171,7 +171,7 @@ class Trial:
             except Refusal as refusal:
                 first = first or refusal
                 backtracks += 1
-                if refusal.scale or backtracks > _MAX_BACKTRACKS or not self._next_alternative():
+                if refusal.scale or backtracks > _MAX_BACKTRACKS or self._next_alternative() is not None:
                     raise first from None
 
     def _settle(self) -> None:
@@ -205,10 +205,13 @@ class Trial:
         self._choosing = None
         if self._chosen:
             self._choices.append((len(self._trail), dict(self._pending), iter(self._chosen)))
-            self._next_alternative()
+            refusal = self._next_alternative()
+            if refusal is not None:
+                raise refusal
 
-    def _next_alternative(self) -> bool:
-        """Go back to the last choice that has another way to go on, and take it. False if there is none."""
+    def _next_alternative(self) -> Refusal | None:
+        """Go back to the last choice that has another way to go on, and take it; the refusal if there is none."""
+        last = Refusal(Reason("no choice is left"), scale=True)
         while self._choices:
             length, pending, alternatives = self._choices[-1]
             self._queue.clear()
@@ -224,10 +227,11 @@ class Trial:
             try:
                 for value, unit in units.items():
                     self.demand(value, unit)
-            except Refusal:
+            except Refusal as refusal:
+                last = Refusal(refusal.reason, scale=True)  # every alternative was tried
                 continue
-            return True
-        return False
+            return None
+        return last
 
     def _check_edits(self) -> None:
         """An edited parameter must be editable, and every use of it must ask for the same edit."""

@@ -48,10 +48,10 @@ def _compiled(model: nn.Module) -> nn.Module:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy, also of models that hold tensors with a history, which ``copy.deepcopy`` refuses.
+    """A deep copy that goes further than ``copy.deepcopy``.
 
-    Tensors that layers compute for themselves and leave as attributes (old-style weight_norm) are copied without
-    their history.
+    Tensors with a history, which layers compute for themselves and leave as attributes (old-style weight_norm), are
+    copied without it; parameters and buffers that share memory share it in the copy too.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -59,4 +59,21 @@ def copy_model(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     with torch.no_grad():
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+    _share_memory(model, copied)
+    return copied
+
+
+def _share_memory(model: nn.Module, copied: nn.Module) -> None:
+    groups: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    originals = [*model.parameters(), *model.buffers()]
+    copies = [*copied.parameters(), *copied.buffers()]
+    for original, new in zip(originals, copies, strict=True):
+        if original.layout == torch.strided and not nn.parameter.is_lazy(original):
+            groups.setdefault(original.untyped_storage()._cdata, []).append((original, new))
+    for tensors in groups.values():
+        if len(tensors) > 1:
+            storage = tensors[0][0].untyped_storage().clone()
+            for original, new in tensors:
+                view = torch.empty(0, dtype=original.dtype, device=original.device)
+                new.data = view.set_(storage, original.storage_offset(), original.shape, original.stride())

@@ -1,0 +1,912 @@
+"""Comparing two models, and judging whether a difference is rounding or a mistake.
+
+`compare` and `compare_outputs` measure.  `judge` decides, in up to three steps.
+
+1. Outputs that agree within `TOLERANCE` in the model's own precision are equal.
+2. An ill-conditioned network amplifies rounding: a correct fusion may differ by 1e-2 in float32.  So the plan
+   is applied to a float64 copy, which amplifies 1e-16 instead of 1e-7, and three things are asked:
+
+   - *algebra*: both float64 outputs agree to 1e-9;
+   - *rounding*: every parameter of the fused model is the float64 one, rounded;
+   - *precision*: the fused model strays from the float64 output no more than `PRECISION_FACTOR` times as
+     far as the original does in its own precision.
+
+   A model that casts to float32 by itself is run with those casts widened to float64 (`_InFloat64`).
+3. Where float64 cannot be had, the difference is held against what rounding alone does to the original: its
+   parameters are moved by one unit in the last place, a few times, at random.  Rounding a folded parameter
+   is a perturbation of the same kind and size, so a correct fusion stays within `NOISE_FACTOR` of it
+   (backward error analysis; Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 1.5).
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnfuse.capture import _eager, _untouched, evaluation_mode, forked_random_state
+from bnfuse.errors import InputError
+from bnfuse.tree import map_tensors, tensors
+from bnfuse.wrappers import copy_model
+
+_log = logging.getLogger(__name__)
+
+TOLERANCE: dict[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 2e-5,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+"""The relative error, by precision, up to which outputs are equal without a closer look.
+
+Of float32 about 170 units in the last place; of the half precisions one, since there a mistake hides easily
+and the closer look costs little beside a wrong answer.
+"""
+
+PRECISION_FACTOR = 10.0
+"""How much further than the original a fused model may stray from the float64 output.
+
+Over fourteen common networks fusing multiplied the error by 0.2 to 2.9, by luck as much as by cause; a whole
+decimal digit is a loss that the caller should hear of.
+"""
+
+NOISE_FACTOR = 4.0
+"""How far a difference may exceed the largest of four that moving the parameters by a unit in the last place
+makes.  The fusions of fourteen common networks stayed below 1.2."""
+
+_NOISE_RUNS = 4
+_FLIPS_WHEN_PROVEN = 0.1  # share of whole-number outputs that may flip, once the algebra is proven in float64
+_FLIPS_WHEN_ESTIMATED = 0.01
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Smallest, mean and largest finite value of a tensor (of the magnitude, for complex numbers)."""
+
+    minimum: float
+    mean: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of samples, 0 to 1, whose label is the first or among the first five classes.
+
+    ``top5`` is None with fewer than five classes.
+    """
+
+    top1: float
+    top5: float | None
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """How far one output tensor of two models lies apart; all errors are computed in float64.
+
+    Where NaN or an infinity stands in one output it must stand in the other: then that element is left out,
+    else every error is infinite.
+
+    Attributes:
+        path: where the tensor stands in the output, as `bnfuse.tree.tensors` writes it.
+        shape: of the first batch.
+        dtype: of the first model's output.
+        before: summary of the first model's output.
+        after: summary of the second model's output.
+        max_abs: largest absolute difference.
+        where: index of the largest difference, None for an empty tensor.
+        batch: number of the batch in which it lies.
+        expected: the first model's value there (the magnitude, for complex numbers).
+        got: the second model's value there.
+        relative_l2: ``‖after - before‖ / ‖before‖``.
+        relative_max: ``max|after - before| / max|before|``.
+        mse: mean squared difference.
+        differing: share of elements, 0 to 1, that are not exactly equal.
+        argmax_agreement: share, 0 to 1, of positions with the same arg-max along axis 1.  None where that
+            means nothing: fewer than two axes, a single class, whole numbers, booleans and complex numbers.
+        problem: why the tensors cannot be equal whatever their values (shape, dtype, missing), or "".
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    before: Summary
+    after: Summary
+    max_abs: float
+    where: tuple[int, ...] | None
+    batch: int
+    expected: float
+    got: float
+    relative_l2: float
+    relative_max: float
+    mse: float
+    differing: float
+    argmax_agreement: float | None
+    problem: str = ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether the tensor holds whole numbers or booleans, which are compared exactly."""
+        return not (self.dtype.is_floating_point or self.dtype.is_complex)
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the relative errors stay within ``tolerance`` (whole numbers: whether all are the same)."""
+        if self.problem or self.exact:
+            return not self.problem and self.differing == 0
+        return self.relative_l2 <= tolerance and self.relative_max <= tolerance
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` measured: one entry per output tensor, and accuracies where labels were given.
+
+    Attributes:
+        outputs: one difference per output tensor.
+        batches: how many batches were compared.
+        samples: the length of the first output's first axis, summed over the batches.
+        accuracy_before: of the first model; None without labels, or without an output (samples, classes).
+        accuracy_after: of the second model.
+    """
+
+    outputs: tuple[OutputDifference, ...]
+    batches: int = 1
+    samples: int = 0
+    accuracy_before: Accuracy | None = None
+    accuracy_after: Accuracy | None = None
+
+    @property
+    def argmax_agreement(self) -> float | None:
+        """Share of samples with the same arg-max, in the first output that has classes."""
+        return next((o.argmax_agreement for o in self.outputs if o.argmax_agreement is not None), None)
+
+    @property
+    def worst(self) -> OutputDifference | None:
+        """The output furthest from being equal."""
+        return max(
+            self.outputs,
+            key=lambda o: (not o.within(tolerance_of(o.dtype)), max(o.relative_l2, o.relative_max)),
+            default=None,
+        )
+
+    def within_tolerance(self) -> bool:
+        """Whether every output is equal within `TOLERANCE`; no output tensor at all is not equal."""
+        return bool(self.outputs) and all(o.within(tolerance_of(o.dtype)) for o in self.outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that `json.dumps` takes; infinite and undefined numbers become strings."""
+        data = _plain_data(dataclasses.asdict(self))
+        assert isinstance(data, dict)
+        return data | {
+            "argmax_agreement": self.argmax_agreement,
+            "within_tolerance": self.within_tolerance(),
+        }
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `judge` found.
+
+    Attributes:
+        equal: whether the fused model computes what the original computes.
+        judged_in: the precision that decided, such as "float32" or "float64".
+        message: one readable text; of a failed verdict what differs, where, and what to do.
+        comparison: of the outputs in the model's own precision.
+        in_float64: of the outputs in float64, where that was needed and possible.
+    """
+
+    equal: bool
+    judged_in: str
+    message: str
+    comparison: Comparison
+    in_float64: Comparison | None = None
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The entry of `TOLERANCE` for ``dtype``; a complex number counts as its parts, whole numbers as 0."""
+    if dtype.is_complex:
+        dtype = dtype.to_real()
+    if not dtype.is_floating_point:
+        return 0.0
+    return TOLERANCE.get(dtype, torch.finfo(dtype).eps)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
+    """Run two models on the same inputs in evaluation mode and measure how far their outputs lie apart.
+
+    Both models see the same random state, each its own copy of the inputs, moved to the model's device, and
+    both are left as they were.  Outputs are not kept from one batch to the next.
+
+    Args:
+        before: the model to compare with.
+        after: the model to compare.
+        inputs: a tensor (the only argument), a tuple (positional arguments) or a dict (keyword arguments) is
+            ONE call.  Anything else that can be iterated, such as a list, a generator or a ``DataLoader``,
+            gives BATCHES: each is again a tensor, a tuple or list of positional arguments, or a dict; a pair
+            whose second member is an integer tensor of shape (N,), N being the length of the first member's
+            first axis, is ``(inputs, labels)``.  One call that takes a list is written ``([a, b],)``.
+
+    Raises:
+        InputError: ``before`` or ``after`` is no module, ``inputs`` is of another form or gives no batch, or a
+            model does not run on it.
+
+    >>> model = nn.Linear(2, 3)
+    >>> compare(model, model, torch.ones(4, 2)).within_tolerance()
+    True
+    """
+    for name, model in (("before", before), ("after", after)):
+        if not isinstance(model, nn.Module):
+            raise InputError(f"compare() takes two modules\n  got:      {name} is a {type(model).__name__}")
+    accumulator = _Accumulator()
+    single = isinstance(inputs, (Tensor, tuple, Mapping))
+    batches = [inputs] if single else inputs
+    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
+        raise InputError(
+            "compare() cannot read its inputs\n"
+            "  expected: a tensor, a tuple of arguments, a dict of arguments, or an iterable of batches\n"
+            f"  got:      {type(inputs).__name__}"
+        )
+    for number, batch in enumerate(batches):
+        labels = None if single else _labels(batch)
+        args, kwargs = _call(batch[0] if labels is not None else batch)
+        outputs = []
+        for name, model in (("before", before), ("after", after)):
+            try:
+                outputs.append(run(model, _on_device_of(model, args), _on_device_of(model, kwargs), number))
+            except Exception as error:
+                raise InputError(_not_running(name, model, number, single, args, kwargs, error)) from error
+        accumulator.add(outputs[0], outputs[1], labels)
+    if not accumulator.batches:
+        raise InputError("compare() was given no batch: the iterable is empty, or it was used up before")
+    return accumulator.finish()
+
+
+def compare_outputs(before: object, after: object) -> Comparison:
+    """Measure how far two outputs lie apart: whatever two models returned for the same input.
+
+    >>> print(compare_outputs(torch.ones(2), torch.ones(2)).outputs[0].max_abs)
+    0.0
+    """
+    accumulator = _Accumulator()
+    accumulator.add(before, after, None)
+    return accumulator.finish()
+
+
+def _labels(batch: Any) -> Tensor | None:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        return None
+    labels, first = batch[1], tensors(batch[0])
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    fits = bool(first) and first[0][1].ndim > 0 and labels.shape == first[0][1].shape[:1]
+    return labels if whole and fits else None
+
+
+def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def _on_device_of(model: nn.Module, inputs: Any) -> Any:
+    parameter = next(model.parameters(), None)
+    return inputs if parameter is None else map_tensors(inputs, lambda tensor: tensor.to(parameter.device))
+
+
+def _not_running(
+    name: str, model: nn.Module, number: int, single: bool, args: Any, kwargs: Any, error: Exception
+) -> str:
+    shapes = ", ".join(
+        f"{path or 'x'}: {tuple(x.shape)} {_name(x.dtype)}" for path, x in tensors((args, kwargs))
+    )
+    hint = "" if single else "\n  a list is read as batches; pass a list that is one argument as ([a, b],)"
+    place = "" if single else f" batch {number} of"
+    return (
+        f"compare() could not run `{name}` ({type(model).__name__}) on{place} the inputs\n"
+        f"  inputs:   {shapes or 'no tensor'}\n"
+        f"  error:    {type(error).__name__}: {str(error).strip()}{hint}"
+    )
+
+
+class _Accumulator:
+    """Adds up the differences of all outputs over batches, and who classified what correctly."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, _OutputAccumulator] = {}
+        self.batches = 0
+        self.samples = 0
+        self.labelled = 0
+        self.classes = 0
+        self.correct = [[0, 0], [0, 0]]  # of each model: among the first, among the first five
+
+    def add(self, before: object, after: object, labels: Tensor | None) -> None:
+        first, second = dict(tensors(before)), dict(tensors(after))
+        for path in first | second:
+            accumulator = self.outputs.setdefault(path, _OutputAccumulator(path))
+            accumulator.add(first.get(path), second.get(path), self.batches)
+        if first and next(iter(first.values())).ndim:
+            self.samples += next(iter(first.values())).shape[0]
+        self.batches += 1
+        if labels is not None:
+            self.classify(first, second, labels)
+
+    def classify(self, first: dict[str, Tensor], second: dict[str, Tensor], labels: Tensor) -> None:
+        for path, logits in first.items():
+            other = second.get(path)
+            if other is None or other.shape != logits.shape or not logits.is_floating_point():
+                continue
+            if logits.ndim == 2 and logits.shape[0] == labels.shape[0]:
+                self.labelled += labels.shape[0]
+                self.classes = logits.shape[1]
+                for counts, scores in zip(self.correct, (logits, other), strict=True):
+                    ranked = scores.topk(min(5, self.classes), dim=1).indices.cpu()
+                    hits = ranked == labels.cpu()[:, None]
+                    counts[0] += int(hits[:, :1].sum())
+                    counts[1] += int(hits.sum())
+                return
+
+    def accuracy(self, model: int) -> Accuracy | None:
+        if not self.labelled:
+            return None
+        first, five = (count / self.labelled for count in self.correct[model])
+        return Accuracy(first, five if self.classes >= 5 else None)
+
+    def finish(self) -> Comparison:
+        outputs = tuple(output.finish() for output in self.outputs.values())
+        return Comparison(outputs, self.batches, self.samples, self.accuracy(0), self.accuracy(1))
+
+
+class _Statistics:
+    """Running minimum, sum and maximum of finite values."""
+
+    def __init__(self) -> None:
+        self.minimum, self.total, self.maximum, self.count = math.inf, 0.0, -math.inf, 0
+
+    def add(self, values: Tensor) -> None:
+        values = values[values.isfinite()]
+        if values.numel():
+            self.minimum = min(self.minimum, float(values.min()))
+            self.maximum = max(self.maximum, float(values.max()))
+            self.total += float(values.sum())
+            self.count += values.numel()
+
+    def finish(self) -> Summary:
+        if not self.count:
+            return Summary(math.nan, math.nan, math.nan)
+        return Summary(self.minimum, self.total / self.count, self.maximum)
+
+
+class _OutputAccumulator:
+    """Adds up the difference of one output tensor over batches."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.shape: tuple[int, ...] = ()
+        self.dtype: torch.dtype | None = None
+        self.problem = ""
+        self.before, self.after = _Statistics(), _Statistics()
+        self.count = self.differing = self.agreeing = self.positions = 0
+        self.squares = self.reference_squares = self.reference_max = 0.0
+        self.max_abs = -1.0
+        self.where: tuple[int, ...] | None = None
+        self.batch = 0
+        self.expected = self.got = math.nan
+
+    def add(self, before: Tensor | None, after: Tensor | None, batch: int) -> None:
+        only = before if before is not None else after
+        assert only is not None
+        if self.dtype is None:
+            self.shape, self.dtype = tuple(only.shape), only.dtype
+        if before is None or after is None:
+            who = "second" if after is None else "first"
+            self.fail(only.numel(), f"the {who} model does not return this tensor")
+            return
+        if before.shape != after.shape:
+            sizes = sorted((before.numel(), after.numel()))
+            self.fail(sizes[1] - sizes[0], f"shape {tuple(before.shape)} became {tuple(after.shape)}")
+            self.count += sizes[0]
+            return
+        if before.dtype != after.dtype:
+            self.problem = self.problem or f"dtype {_name(before.dtype)} became {_name(after.dtype)}"
+        self.measure(_strided(before), _strided(after), batch)
+
+    def fail(self, differing: int, problem: str) -> None:
+        self.problem = self.problem or problem
+        self.differing += max(differing, 1)
+        self.count += max(differing, 1)
+        self.max_abs = self.squares = math.inf
+        self.where = None
+
+    def measure(self, before: Tensor, after: Tensor, batch: int) -> None:
+        x, y = _widest(before), _widest(after)
+        whole = not (before.is_floating_point() or before.is_complex()) and before.dtype == after.dtype
+        unequal = before != after if whole else x != y  # float64 does not hold every int64
+        both_nan = x.isnan() & y.isnan()
+        finite = x.isfinite() & y.isfinite()
+        matching = ~unequal | both_nan
+        difference = (y - x).abs()
+        difference = torch.where(finite, difference, torch.where(matching, 0.0, math.inf))
+        self.count += x.numel()
+        self.differing += int((~matching).sum())
+        self.before.add(x.abs() if x.is_complex() else x)
+        self.after.add(y.abs() if y.is_complex() else y)
+        if not x.numel():
+            return
+        self.squares += float(difference.square().sum())
+        reference = torch.where(finite, x.abs(), 0.0)
+        self.reference_squares += float(reference.square().sum())
+        self.reference_max = max(self.reference_max, float(reference.max()))
+        largest, index = difference.flatten().max(dim=0)
+        if float(largest) > self.max_abs:
+            self.max_abs, self.batch = float(largest), batch
+            self.where = tuple(int(i) for i in torch.unravel_index(index, x.shape))
+            self.expected, self.got = (
+                float(v.abs() if v.is_complex() else v) for v in (x[self.where], y[self.where])
+            )
+        if before.is_floating_point() and before.ndim >= 2 and before.shape[1] > 1:
+            same = x.argmax(dim=1) == y.argmax(dim=1)
+            self.agreeing += int(same.sum())
+            self.positions += same.numel()
+
+    def finish(self) -> OutputDifference:
+        assert self.dtype is not None
+        max_abs = max(self.max_abs, 0.0)
+        return OutputDifference(
+            path=self.path,
+            shape=self.shape,
+            dtype=self.dtype,
+            before=self.before.finish(),
+            after=self.after.finish(),
+            max_abs=max_abs,
+            where=self.where,
+            batch=self.batch,
+            expected=self.expected,
+            got=self.got,
+            relative_l2=_ratio(math.sqrt(self.squares), math.sqrt(self.reference_squares)),
+            relative_max=_ratio(max_abs, self.reference_max),
+            mse=self.squares / self.count if self.count else 0.0,
+            differing=self.differing / self.count if self.count else 0.0,
+            argmax_agreement=self.agreeing / self.positions if self.positions else None,
+            problem=self.problem,
+        )
+
+
+def _ratio(error: float, reference: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / reference if reference else math.inf
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The same values as an ordinary dense tensor on the CPU."""
+    if tensor.is_nested:
+        tensor = tensor.to_padded_tensor(0.0)
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.detach().cpu()
+
+
+def _widest(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+# ---------------------------------------------------------------- running
+
+
+def run(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], seed: int = 0) -> Any:
+    """Run a model once in evaluation mode and inference mode, and leave no trace.
+
+    The model sees a copy of the inputs and random generators set to ``seed``.  Afterwards training flags,
+    buffers, attributes (caches that the run filled) and random generators are as before.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    return _run(model, args, kwargs, seed, nullcontext())
+
+
+def _run(
+    model: nn.Module,
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    seed: int,
+    mode: AbstractContextManager[object],
+) -> Any:
+    with (
+        torch.inference_mode(),
+        evaluation_mode(model),
+        forked_random_state(seed),
+        _untouched(model) as watch,
+    ):
+        for buffer in filter(_is_writable, model.buffers()):
+            watch.before_write(buffer)
+        args, kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
+        with mode:
+            output = model(*args, **kwargs)
+        # What lives in a buffer is about to be put back to its old values.
+        kept = {_address(buffer) for buffer in model.buffers()} - {0}
+        if any(_address(tensor) in kept for _, tensor in tensors(output)):
+            output = map_tensors(output, torch.clone)
+        return output
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Whether the tensor is dense and no two of its elements lie in one place, as in an expanded one."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    return all(stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's storage begins; 0 where it has none of its own (sparse tensors)."""
+    own = tensor.layout == torch.strided and not tensor.is_nested
+    return tensor.untyped_storage().data_ptr() if own else 0
+
+
+# ---------------------------------------------------------------- judging
+
+
+def judge(
+    comparison: Comparison,
+    original: nn.Module,
+    fused: nn.Module,
+    fuse_in_float64: Callable[[nn.Module], nn.Module],
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    seed: int = 0,
+) -> Verdict:
+    """Decide whether a difference between a model and its fused copy is rounding or a mistake.
+
+    See the top of this file for the steps and their reasons.  Neither model is changed.
+
+    Args:
+        comparison: of the outputs of ``original`` and ``fused`` on the inputs.
+        original: the model before fusing.
+        fused: the model after fusing.
+        fuse_in_float64: applies the same plan to a float64 copy of ``original``, in place or not.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        seed: of the random generators during the call.
+
+    Raises:
+        Exception: what ``fuse_in_float64`` raises; a model that fails in float64 is judged without.
+    """
+    if comparison.within_tolerance():
+        return Verdict(True, _name(_precision(original)), "The outputs agree.", comparison)
+    if not comparison.outputs:
+        text = (
+            "The model returns no tensor, so that there is nothing to compare.\n"
+            "  what to do: check the model yourself, then fuse(..., verify=False)"
+        )
+        return Verdict(False, _name(_precision(original)), text, comparison)
+    if any(o.problem.startswith("dtype") for o in comparison.outputs):  # float64 would hide it
+        return _failed(comparison, None, _name(_precision(original)), comparison, "the same dtype")
+    return _Judge(comparison, original, fused, (tuple(args), dict(kwargs)), seed).decide(fuse_in_float64)
+
+
+class _Judge:
+    """The closer look of `judge`."""
+
+    def __init__(
+        self, comparison: Comparison, original: nn.Module, fused: nn.Module, inputs: Any, seed: int
+    ) -> None:
+        self.comparison, self.original, self.fused = comparison, original, fused
+        self.inputs, self.seed = inputs, seed
+        self.precision = _precision(original)
+        self.wide = _InFloat64()  # type: ignore[no-untyped-call]
+
+    def run(self, model: nn.Module) -> Any:
+        args, kwargs = self.inputs
+        return _run(model, args, kwargs, self.seed, nullcontext())
+
+    def run_in_float64(self, model: nn.Module) -> Any:
+        args, kwargs = map_tensors(self.inputs, _to_float64)
+        with _eager(model):
+            return _run(model, args, kwargs, self.seed, self.wide)
+
+    def decide(self, fuse_in_float64: Callable[[nn.Module], nn.Module]) -> Verdict:
+        try:
+            model = _double(self.original)
+            expected = self.run_in_float64(model)
+        except Exception as error:  # noqa: BLE001 - foreign code, most often a dtype that it insists on
+            return self.by_sensitivity(_first_line(error), "")
+        model = fuse_in_float64(model)
+        rounding = _wrongly_rounded(self.fused, model)
+        try:
+            got = self.run_in_float64(model)
+        except Exception as error:  # noqa: BLE001 - as above
+            return self.by_sensitivity(_first_line(error), rounding)
+        del model
+        in_float64 = compare_outputs(expected, got)
+        del got
+        if not in_float64.within_tolerance():
+            if self.wide.narrowed:
+                return self.by_sensitivity("the model computes in a lower precision by itself", rounding)
+            noise = _noise(_double(self.original), expected, self.run_in_float64)
+            if not _explained(in_float64, noise, NOISE_FACTOR, 0.0, TOLERANCE[torch.float64]):
+                limit = f"a relative error of at most {TOLERANCE[torch.float64]:g}, computed in float64"
+                return _failed(self.comparison, in_float64, "float64", in_float64, limit)
+        if rounding:
+            return _failed_rounding(rounding, self.comparison, in_float64)
+        return self.of_precision(expected, in_float64)
+
+    def of_precision(self, expected: object, in_float64: Comparison) -> Verdict:
+        """The algebra holds; is the fused model also as precise as the original?"""
+        limits = (PRECISION_FACTOR, _FLIPS_WHEN_PROVEN, tolerance_of(self.precision))
+        fused = _compare_values(expected, self.run(self.fused))
+        own = [_compare_values(expected, self.run(self.original))]
+        if not _explained(fused, own, *limits):  # one run may be right by luck
+            own += _noise(copy_model(self.original), expected, self.run)
+        low = _name(self.precision)
+        if _explained(fused, own, *limits):
+            text = f"The outputs agree in float64; in {low} they differ by rounding."
+            return Verdict(True, "float64", text, self.comparison, in_float64)
+        worst = fused.worst
+        error = max(
+            (o.relative_l2 for c in own for o in c.outputs if worst and o.path == worst.path), default=0
+        )
+        limit = f"at most {PRECISION_FACTOR:g} times the original's own error in {low}, {error:.1e}"
+        cause = f"The fused model is right in float64 but loses precision in {low}."
+        return _failed(self.comparison, in_float64, "float64", fused, limit, cause, _WIDEN)
+
+    def by_sensitivity(self, reason: str, rounding: str) -> Verdict:
+        """Without float64: does the difference exceed what rounding does to the original?"""
+        _log.debug("float64 cannot decide (%s); judging by the model's sensitivity to rounding", reason)
+        if rounding:
+            return _failed_rounding(rounding, self.comparison, None)
+        judged_in = f"{_name(self.precision)}, against the model's own sensitivity to rounding"
+        noise = _noise(copy_model(self.original), self.run(self.original), self.run)
+        floor = tolerance_of(self.precision)
+        if _explained(self.comparison, noise, NOISE_FACTOR, _FLIPS_WHEN_ESTIMATED, floor):
+            text = (
+                f"The outputs differ by rounding, judged in {judged_in}, as float64 cannot decide: {reason}."
+            )
+            return Verdict(True, judged_in, text, self.comparison)
+        limit = (
+            f"at most {NOISE_FACTOR:g} times the original's sensitivity to rounding (no float64: {reason})"
+        )
+        return _failed(self.comparison, None, judged_in, self.comparison, limit)
+
+
+def _compare_values(expected: object, got: object) -> Comparison:
+    """Compare outputs of different precisions."""
+    return compare_outputs(map_tensors(expected, _to_float64), map_tensors(got, _to_float64))
+
+
+def _explained(
+    found: Comparison, references: list[Comparison], factor: float, flips: float, floor: float
+) -> bool:
+    """Whether every difference found is small, or at most ``factor`` times the largest reference difference.
+
+    ``floor`` is a relative error that always passes.  Of whole numbers, and of tensors whose length depends
+    on the data (detections), a share of ``flips`` may differ.
+    """
+    for output in found.outputs:
+        same = [o for reference in references for o in reference.outputs if o.path == output.path]
+        if output.exact or output.problem:
+            flipped = max((o.differing for o in same if o.exact or o.problem), default=0.0)
+            if output.differing > max(flips, factor * flipped):
+                return False
+        elif not output.within(floor):
+            mse = max((o.mse for o in same), default=0.0)
+            max_abs = max((o.max_abs for o in same), default=0.0)
+            if output.mse > factor**2 * mse or output.max_abs > factor * max_abs:
+                return False
+    return True
+
+
+def _noise(model: nn.Module, expected: object, run: Callable[[nn.Module], Any]) -> list[Comparison]:
+    """Compare ``expected`` with outputs of a model whose parameters are moved by one unit in the last place.
+
+    ``model`` is a copy that may be written to.  Whole numbers in buffers stay: often they are indices or masks.
+    """
+    generator = torch.Generator().manual_seed(0)
+    both: list[Tensor] = [*model.parameters(), *model.buffers()]
+    movable = [(t, t.detach().double()) for t in both if t.is_floating_point() and _is_writable(t)]
+    comparisons = []
+    for _ in range(_NOISE_RUNS):
+        for tensor, exact in movable:
+            signs = torch.randint(0, 2, exact.shape, generator=generator).to(exact) * 2 - 1
+            moved = exact * (1 + torch.finfo(tensor.dtype).eps * signs)
+            if not isinstance(tensor, nn.Parameter):
+                moved = torch.where(exact == exact.round(), exact, moved)
+            with torch.no_grad():
+                tensor.copy_(moved)
+        comparisons.append(_compare_values(expected, run(model)))
+    return comparisons
+
+
+class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs a float64 model in float64 throughout, also where its code asks for float32 or less.
+
+    Operators are given float64 for every narrower floating dtype and tensor, but not where they return a
+    view of a tensor or write to it.
+    """
+
+    narrowed = False
+    """Whether some operator was given float64 and still returned less."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload) or func is torch.ops.aten.view.dtype:
+            return func(*args, **kwargs)
+        aliased = {argument.name for argument in func._schema.arguments if argument.alias_info is not None}
+        names = [argument.name for argument in func._schema.arguments]
+        args = tuple(_widened(value, name not in aliased) for name, value in zip(names, args, strict=False))
+        kwargs = {name: _widened(value, name not in aliased) for name, value in kwargs.items()}
+        output = func(*args, **kwargs)
+        given = tensors((args, kwargs))
+        if not given or func is torch.ops.aten.lift_fresh.default:  # new, or made from Python numbers
+            return _widened(output, True)
+        if any(tensor.dtype in (torch.float64, torch.complex128) for _, tensor in given):
+            self.narrowed |= any(tensor.dtype != _wide(tensor.dtype) for _, tensor in tensors(output))
+        return output
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def _widened(value: Any, and_tensors: bool) -> Any:
+    if isinstance(value, torch.dtype):
+        return _wide(value)
+    if isinstance(value, Tensor):
+        return _to_float64(value) if and_tensors else value
+    return [_widened(item, and_tensors) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _to_float64(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide(tensor.dtype))
+
+
+def _double(model: nn.Module) -> nn.Module:
+    """A float64 copy, with the tensors that modules hold as plain attributes."""
+    model = copy_model(model).double()
+    own = vars(nn.Module()).keys()
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name not in own and tensors(value):
+                vars(module)[name] = map_tensors(value, _to_float64)
+    return model
+
+
+def _wrongly_rounded(fused: nn.Module, in_float64: nn.Module) -> str:
+    """Describe the first parameter that is not the float64 one rounded to its own dtype, or return "".
+
+    Two units in the last place are allowed, and one of the smallest number.
+    """
+    values, exact = (dict(_rewritable(model)) for model in (fused, in_float64))
+    if values.keys() != exact.keys():
+        return f"  parameters of only one of the two: {', '.join(sorted(values.keys() ^ exact.keys()))}"
+    for name, value in values.items():
+        limits = torch.finfo(value.dtype)
+        expected, got = exact[name].detach().double(), value.detach().double()
+        if expected.shape != got.shape:
+            shapes = tuple(expected.shape), tuple(got.shape)
+            return f"  parameter: {name}\n  expected:  shape {shapes[0]}\n  got:       shape {shapes[1]}"
+        allowed = 2 * limits.eps * expected.abs() + limits.tiny * limits.eps
+        wrong = ~(((got - expected).abs() <= allowed) | (got == expected) | (got.isnan() & expected.isnan()))
+        if wrong.any():
+            index = tuple(wrong.nonzero()[0].tolist())
+            return (
+                f"  parameter: {name}, {_name(value.dtype)}, at {list(index)}\n"
+                f"  expected:  {float(expected[index])!r}\n"
+                f"  got:       {float(got[index])!r}"
+            )
+    return ""
+
+
+def _rewritable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the statistics of norms that stay."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        statistic = name.endswith(("running_mean", "running_var"))
+        if tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or statistic):
+            yield name, tensor
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    """The coarsest floating dtype among the parameters."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+# ---------------------------------------------------------------- text
+
+
+_KEEP = (
+    "  what to do: the model was left as it was.  print(bnfuse.plan(model, inputs)) shows every fusion, and\n"
+    "              fuse(model, inputs, keep=[...]) leaves norms alone.\n"
+)
+_REPORT = _KEEP + "              Please report the model: this is a mistake of bnfuse."
+_WIDEN = _KEEP + "              Or fuse before the model is converted: fuse(model.float(), inputs)."
+
+
+def _failed(
+    comparison: Comparison,
+    in_float64: Comparison | None,
+    judged_in: str,
+    shown: Comparison,
+    limit: str,
+    cause: str = "The fused model does not compute what the original computes.",
+    advice: str = _REPORT,
+) -> Verdict:
+    worst = shown.worst
+    assert worst is not None
+    found = worst.problem or _errors(worst)
+    text = (
+        f"{cause}\n"
+        f"  output:     {worst.path or 'the tensor'}, shape {worst.shape}, {_name(worst.dtype)}\n"
+        f"  expected:   {limit}\n"
+        f"  got:        {found}\n{advice}"
+    )
+    return Verdict(False, judged_in, text, comparison, in_float64)
+
+
+def _failed_rounding(rounding: str, comparison: Comparison, in_float64: Comparison | None) -> Verdict:
+    cause = "A parameter of the fused model is not the rounded value of the same fusion in float64."
+    return Verdict(False, "float64", f"{cause}\n{rounding}\n{_REPORT}", comparison, in_float64)
+
+
+def _text(comparison: Comparison) -> str:
+    lines = []
+    if comparison.batches > 1:
+        lines.append(f"{comparison.batches} batches, {comparison.samples} samples")
+    for o in comparison.outputs:
+        lines.append(f"output {o.path}".rstrip() + f": shape {o.shape}, {_name(o.dtype)}")
+        lines.append(f"  {'':8}{'minimum':>12} {'mean':>12} {'maximum':>12}")
+        for name, s in (("before", o.before), ("after", o.after)):
+            lines.append(f"  {name:8}{s.minimum:12.5g} {s.mean:12.5g} {s.maximum:12.5g}")
+        lines.append(f"  {o.problem or _errors(o)}")
+        if o.argmax_agreement is not None:
+            lines.append(f"  same arg-max {o.argmax_agreement:.2%}")
+    for name, accuracy in (("before", comparison.accuracy_before), ("after", comparison.accuracy_after)):
+        if accuracy:
+            five = "" if accuracy.top5 is None else f", top-5 {accuracy.top5:.2%}"
+            lines.append(f"accuracy {name:6} top-1 {accuracy.top1:.2%}{five}")
+    equal = "equal within tolerance" if comparison.within_tolerance() else "NOT equal within tolerance"
+    return "\n".join([*lines, equal if comparison.outputs else "no tensor to compare"])
+
+
+def _errors(output: OutputDifference) -> str:
+    if output.exact:
+        return f"{output.differing:.2%} of the elements differ"
+    place = "" if output.where is None else f" at {list(output.where)}"
+    place += f" of batch {output.batch}" if output.batch else ""
+    values = f" ({output.expected:.6g} became {output.got:.6g})" if output.max_abs else ""
+    return (
+        f"relative L2 error {output.relative_l2:.2e}, mean squared error {output.mse:.2e}, "
+        f"largest difference {output.max_abs:.2e}{place}{values}"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _plain_data(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_data(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_data(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return _name(value)
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

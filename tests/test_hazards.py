@@ -1,0 +1,255 @@
+"""Networks of a few lines that are easy to get wrong, with the decision that each of their norms must get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from support import fused_and_checked, prepared, reason
+
+IMAGE = (2, 3, 8, 8)
+
+
+class Net(nn.Module):
+    """Layers by name, and a function of (self, x) as the forward."""
+
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.function = forward
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(self, *args)
+
+
+@dataclass
+class Case:
+    """A network, what it takes, and for every norm None if it goes or a part of the reason why it stays."""
+
+    make: Callable[[], nn.Module]
+    expected: dict[str, str | None]
+    shapes: tuple[tuple[int, ...], ...] = field(default=(IMAGE,))
+
+
+def conv(inputs: int = 3, outputs: int = 6, size: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, **{"padding": size // 2, "bias": False, **options})
+
+
+def norm(channels: int = 6, **options: Any) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, **options)
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, self.stride, self.padding)
+
+
+class BiasBlindConv(nn.Conv2d):
+    """A forward that never reads the bias, as in partial convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+
+class BiasAwareConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+class DoublingNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop = nn.Identity()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def tied() -> nn.Module:
+    net = Net(lambda m, x: m.b(m.n(m.a(x))), a=conv(3, 3), n=norm(3), b=conv(3, 3))
+    net.b.weight = net.a.weight
+    return net
+
+
+def tied_by_memory() -> nn.Module:
+    net = Net(lambda m, x: m.b(m.n(m.a(x))), a=conv(3, 3), n=norm(3), b=conv(3, 3)).double()
+    net.b.weight.data = net.a.weight.data
+    return net
+
+
+def overlapping_memory() -> nn.Module:
+    memory = torch.randn(200, dtype=torch.float64)
+    net = Net(lambda m, x: m.b(m.n(m.a(x))), a=conv(3, 3), n=norm(3), b=conv(3, 3)).double()
+    net.a.weight.data = memory[:81].view(3, 3, 3, 3)
+    net.b.weight.data = memory[40:121].view(3, 3, 3, 3)
+    return net
+
+
+def hooked(where: str, hook: Callable[..., Any], pre: bool = False) -> nn.Module:
+    net = Net(lambda m, x: F.relu(m.n(m.c(x))), c=conv(), n=norm())
+    module = net.get_submodule(where)
+    module.register_forward_pre_hook(hook) if pre else module.register_forward_hook(hook)
+    return net
+
+
+def stored(m: Any, x: Tensor) -> Tensor:
+    m.last = m.c(x)
+    return F.relu(m.n(m.last))
+
+
+def listed() -> nn.Module:
+    net = Net(lambda m, x: m.norms[0](m.c(x)), c=conv(), n=norm())
+    net.norms = [net.n]
+    return net
+
+
+def write_through_view(m: Any, x: Tensor) -> Tensor:
+    y = m.c(x)
+    y[:, :2].mul_(2)
+    return m.n(y)
+
+
+def write_to_base(m: Any, x: Tensor) -> Tensor:
+    y = m.c(x)
+    view = y.view(y.shape[0], -1)
+    y.add_(1)
+    return m.n(y).sum() + view.sum()
+
+
+def numpy_reader(m: Any, x: Tensor) -> Tensor:
+    y = m.c(x)
+    return m.n(y) * float(y.detach().numpy().max())
+
+
+def called_twice(m: Any, x: Tensor) -> Tensor:
+    return m.n1(m.c(x)) + m.n2(m.c(x.flip(-1)))
+
+
+def shared_head(m: Any, x: Tensor) -> Tensor:
+    return m.n(m.c(x)) + m.n(m.c(x.flip(-1)))
+
+
+OUTPUT, TWICE, HOOK = "output of the model", "used more than once", "hook"
+
+CASES: dict[str, Case] = {
+    # What everybody folds.
+    "conv norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=norm()), {"n": None}),
+    "bias kept": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(bias=True), n=norm()), {"n": None}),
+    "own eps": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(eps=0.3)), {"n": None}),
+    "no affine": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(affine=False)), {"n": None}),
+    "grouped": Case(lambda: Net(lambda m, x: m.n(m.d(m.c(x))), c=conv(), d=conv(6, 12, groups=3), n=norm(12)), {"n": None}),
+    "depthwise": Case(lambda: Net(lambda m, x: m.n(m.d(m.c(x))), c=conv(), d=conv(6, 12, groups=6), n=norm(12)), {"n": None}),
+    "circular padding": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(padding_mode="circular"), n=norm()), {"n": None}),
+    "same padding": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(padding="same"), n=norm()), {"n": None}),
+    "conv1d": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=nn.Conv1d(3, 5, 3), n=nn.BatchNorm1d(5)), {"n": None}, ((2, 3, 9),)),
+    "conv3d": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=nn.Conv3d(3, 5, 3), n=nn.BatchNorm3d(5)), {"n": None}, ((2, 3, 5, 5, 5),)),
+    "transposed, square": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=nn.ConvTranspose2d(3, 3, 3, 2), n=norm(3)), {"n": None}),
+    "transposed, grouped": Case(lambda: Net(lambda m, x: m.n(m.d(m.c(x))), c=conv(), d=nn.ConvTranspose2d(6, 9, 3, 2, groups=3, bias=False), n=norm(9)), {"n": None}),
+    "transposed 1d": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=nn.ConvTranspose1d(3, 4, 3), n=nn.BatchNorm1d(4)), {"n": None}, ((2, 3, 9),)),
+    "transposed 3d": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=nn.ConvTranspose3d(3, 4, 2), n=nn.BatchNorm3d(4)), {"n": None}, ((2, 3, 3, 3, 3),)),
+    "linear": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=nn.Linear(5, 7), n=nn.BatchNorm1d(7)), {"n": None}, ((3, 5),)),
+    "sync": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=nn.SyncBatchNorm(6)), {"n": None}),
+    "norm with activation": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=NormWithActivation(6)), {"n": None}),
+    "norm after norm": Case(lambda: Net(lambda m, x: m.n2(m.n1(m.c(x))), c=conv(), n1=norm(), n2=norm()), {"n1": None, "n2": None}),
+    "functional conv": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight, m.c.bias)), c=conv(bias=True), n=norm()), {"n": None}),
+    "own conv class that reads its bias": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasAwareConv(3, 6, 3, bias=False), n=norm()), {"n": None}),
+    "unused branch": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(), aux=norm()), {"n": None, "aux": "did not run"}),
+    # Backward through other operators.
+    "through concat": Case(lambda: Net(lambda m, x: m.n(torch.cat([m.a(x), m.b(x)], 1)), a=conv(), b=conv(3, 4), n=norm(10)), {"n": None}),
+    "through add": Case(lambda: Net(lambda m, x: m.n(m.a(x) + m.b(x)), a=conv(), b=conv(), n=norm()), {"n": None}),
+    "through add of twice the same": Case(lambda: Net(lambda m, x: m.n((y := m.a(x)) + y), a=conv(bias=True), n=norm()), {"n": None}),
+    "through sub": Case(lambda: Net(lambda m, x: m.n(m.a(x) - m.b(x)), a=conv(), b=conv(), n=norm()), {"n": None}),
+    "through max pool, no scale sign": Case(lambda: Net(lambda m, x: m.n(F.max_pool2d(m.a(x), 2)), a=conv(), n=norm()), {"n": "negative scale"}),
+    "through average pool": Case(lambda: Net(lambda m, x: m.n(F.avg_pool2d(m.a(x), 2)), a=conv(), n=norm()), {"n": None}),
+    "through shuffle": Case(lambda: Net(lambda m, x: m.n(m.a(x).view(-1, 2, 3, 8, 8).transpose(1, 2).reshape(-1, 6, 8, 8)), a=conv(), n=norm()), {"n": None}),
+    "through chunk": Case(lambda: Net(lambda m, x: m.n(torch.cat(m.a(x).chunk(2, 1)[::-1], 1)), a=conv(), n=norm()), {"n": None}),
+    "through slices": Case(lambda: Net(lambda m, x: torch.cat([m.n((y := m.a(x))[:, ::2]), F.relu(y[:, 1::2])], 1), a=conv(3, 12), n=norm()), {"n": None}),
+    "token norm behind linear": Case(lambda: Net(lambda m, x: m.n((y := m.a(x)).flatten(0, 1)).reshape_as(y), a=nn.Linear(5, 7, bias=False), n=nn.BatchNorm1d(7)), {"n": None}, ((2, 4, 5),)),
+    # Forward into the next layer.
+    "norm conv": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=conv(size=1), n=norm(3)), {"n": None}),
+    "norm grouped conv": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=nn.Conv2d(6, 4, 3, groups=2, bias=False), n=norm()), {"n": None}, ((2, 6, 8, 8),)),
+    "norm pool flatten linear": Case(lambda: Net(lambda m, x: m.c(F.adaptive_avg_pool2d(m.n(F.silu(x)), 2).flatten(1)), c=nn.Linear(12, 4), n=norm(3)), {"n": None}),
+    "norm transposed pointwise": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=nn.ConvTranspose2d(3, 4, 1), n=norm(3)), {"n": None}),
+    "norm padded conv": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=conv(), n=norm(3)), {"n": "pads with zeros"}),
+    "norm transposed": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=nn.ConvTranspose2d(3, 4, 2, 2), n=norm(3)), {"n": "same taps"}),
+    "norm circular conv": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=conv(padding_mode="circular"), n=norm(3)), {"n": "pad"}),
+    # What must stay.
+    "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
+    "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),
+    "called twice": Case(lambda: Net(called_twice, c=conv(), n1=norm(), n2=norm()), {"n1": TWICE, "n2": TWICE}),
+    "called twice, once bare": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + F.relu(m.c(x.flip(-1))), c=conv(), n=norm()), {"n": TWICE}),
+    "shared head": Case(lambda: Net(shared_head, c=conv(), n=norm()), {"n": None}),
+    "norm shared between sites": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + m.n(F.silu(m.d(x))), c=conv(), d=conv(), n=norm()), {"n": "silu"}),
+    "tied weights": Case(tied, {"n": TWICE}),
+    "tied by memory": Case(tied_by_memory, {"n": TWICE}),
+    "overlapping memory": Case(overlapping_memory, {"n": "shares memory"}),
+    "relu between": Case(lambda: Net(lambda m, x: m.n(F.relu(m.c(x))), c=conv(), n=norm()), {"n": "relu"}),
+    "weight standardisation": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=StandardisedConv(3, 6, 3), n=norm()), {"n": "div"}),
+    "forward that ignores its bias": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBlindConv(3, 6, 3, bias=False), n=norm()), {"n": "no bias"}),
+    "forward that ignores its bias, which is there": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBlindConv(3, 6, 3), n=norm()), {"n": "no bias"}),
+    "weight read elsewhere": Case(lambda: Net(lambda m, x: m.n(m.c(x)) * m.c.weight.sum(), c=conv(), n=norm()), {"n": TWICE}),
+    "write through a view": Case(lambda: Net(write_through_view, c=conv(), n=norm()), {"n": "through another view"}),
+    "write to the base of a view": Case(lambda: Net(write_to_base, c=conv(), n=norm()), {"n": "through another view"}),
+    "no running statistics": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(track_running_stats=False)), {"n": "statistics of the batch"}),
+    "batch statistics by call": Case(lambda: Net(lambda m, x: F.batch_norm(m.c(x), None, None, training=True), c=conv()), {"batch_norm in Net": "statistics of the batch"}),
+    "function call": Case(lambda: Net(lambda m, x: F.batch_norm(m.c(x), m.n.running_mean, m.n.running_var), c=conv(), n=norm()), {"n": "did not run", "batch_norm in Net": "function call"}),
+    "norm that does more": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=DoublingNorm(6)), {"n": "more than normalise"}),
+    "norm over tokens": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=nn.Linear(5, 5), n=nn.BatchNorm1d(5)), {"n": "no axis for units"}, ((2, 5, 5),)),
+    "hook on the convolution": Case(lambda: hooked("c", lambda m, args, y: None), {"n": HOOK}),
+    "hook that changes the output": Case(lambda: hooked("c", lambda m, args, y: y * 3), {"n": "mul"}),
+    "hook on the norm": Case(lambda: hooked("n", lambda m, args, y: y + 1), {"n": HOOK}),
+    "hook before the norm": Case(lambda: hooked("n", lambda m, args: (args[0] * 2,), pre=True), {"n": HOOK}),
+    "hook before the convolution": Case(lambda: hooked("c", lambda m, args: (args[0] * 2,), pre=True), {"n": HOOK}),
+    "output stored by the model": Case(lambda: Net(stored, c=conv(), n=norm()), {"n": "stored in"}),
+    "norm held in a list": Case(listed, {"n": "also refers to it"}),
+    "contents read by numpy": Case(lambda: Net(numpy_reader, c=conv(), n=norm()), {"n": "leave PyTorch"}),
+    "data attribute": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + y.data, c=conv(), n=norm()), {"n": ".data"}),
+    "weight data attribute": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight.data)), c=conv(), n=norm()), {"n": "none can be added"}),
+    "old weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=_old_weight_norm(conv()), n=norm()), {"n": "_weight_norm"}),
+    "weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=parametrizations.weight_norm(conv()), n=norm()), {"n": "_weight_norm"}),
+    "spectral_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=parametrizations.spectral_norm(conv()), n=norm()), {"n": "div"}),
+    "unknown operator": Case(lambda: Net(lambda m, x: m.n(torch.cumsum(m.c(x), 2)), c=conv(), n=norm()), {"n": "cumsum"}),
+    "nothing but the norm": Case(lambda: norm(3), {"BatchNorm2d": "whole model"}),
+    "norm on the input": Case(lambda: Net(lambda m, x: m.c(m.n(x)), c=conv(), n=norm(3)), {"n": "input of the model"}),
+}  # fmt: skip
+
+
+def _old_weight_norm(layer: nn.Module) -> nn.Module:
+    with pytest.warns(FutureWarning):
+        return torch.nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hazard(name: str) -> None:
+    case = CASES[name]
+    model = prepared(case.make())
+    inputs = tuple(torch.randn(shape, dtype=torch.float64) for shape in case.shapes)
+    plan, fused = fused_and_checked(model, inputs)
+    decisions = {decision.norm: decision for decision in plan.decisions}
+    assert set(decisions) == set(case.expected)
+    modules, fused_modules = dict(model.named_modules()), dict(fused.named_modules())
+    for label, expected in case.expected.items():
+        decision = decisions[label]
+        if expected is None:
+            assert decision.fused, reason(plan, label)
+            assert decision.into
+            assert not isinstance(fused_modules[label], nn.modules.batchnorm._BatchNorm)
+        else:
+            assert not decision.fused
+            assert expected in reason(plan, label)
+            assert type(fused_modules.get(label)) is type(modules.get(label))
