@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torchvision.ops import FrozenBatchNorm2d
 
 from support import fused_and_checked, prepared, reason
 
@@ -68,6 +69,11 @@ class BiasAwareConv(nn.Conv2d):
 class DoublingNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
+
+
+class SquashingNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
 
 
 class NormWithActivation(nn.BatchNorm2d):
@@ -165,6 +171,9 @@ CASES: dict[str, Case] = {
     "linear": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=nn.Linear(5, 7), n=nn.BatchNorm1d(7)), {"n": None}, ((3, 5),)),
     "sync": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=nn.SyncBatchNorm(6)), {"n": None}),
     "norm with activation": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=NormWithActivation(6)), {"n": None}),
+    "norm that also doubles": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=DoublingNorm(6)), {"n": None}),
+    "frozen": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=FrozenBatchNorm2d(6)), {"n": None}),
+    "frozen, forward": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=conv(size=1), n=FrozenBatchNorm2d(3)), {"n": None}),
     "norm after norm": Case(lambda: Net(lambda m, x: m.n2(m.n1(m.c(x))), c=conv(), n1=norm(), n2=norm()), {"n1": None, "n2": None}),
     "functional conv": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight, m.c.bias)), c=conv(bias=True), n=norm()), {"n": None}),
     "own conv class that reads its bias": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasAwareConv(3, 6, 3, bias=False), n=norm()), {"n": None}),
@@ -208,7 +217,7 @@ CASES: dict[str, Case] = {
     "no running statistics": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(track_running_stats=False)), {"n": "statistics of the batch"}),
     "batch statistics by call": Case(lambda: Net(lambda m, x: F.batch_norm(m.c(x), None, None, training=True), c=conv()), {"batch_norm in Net": "statistics of the batch"}),
     "function call": Case(lambda: Net(lambda m, x: F.batch_norm(m.c(x), m.n.running_mean, m.n.running_var), c=conv(), n=norm()), {"n": "did not run", "batch_norm in Net": "function call"}),
-    "norm that does more": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=DoublingNorm(6)), {"n": "more than normalise"}),
+    "norm that does more": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=SquashingNorm(6)), {"n": "more than normalise"}),
     "norm over tokens": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=nn.Linear(5, 5), n=nn.BatchNorm1d(5)), {"n": "no axis for units"}, ((2, 5, 5),)),
     "hook on the convolution": Case(lambda: hooked("c", lambda m, args, y: None), {"n": HOOK}),
     "hook that changes the output": Case(lambda: hooked("c", lambda m, args, y: y * 3), {"n": "mul"}),

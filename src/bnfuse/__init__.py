@@ -10,6 +10,7 @@ from bnfuse.errors import (
     SpecError,
     VerificationError,
 )
+from bnfuse.pair import fuse_pair
 from bnfuse.plan import Decision, Plan, Reason
 from bnfuse.verify import Comparison, compare
 
@@ -27,5 +28,6 @@ __all__ = [
     "VerificationError",
     "compare",
     "fuse",
+    "fuse_pair",
     "plan",
 ]

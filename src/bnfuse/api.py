@@ -143,7 +143,7 @@ def _make_plan(
     add_absent(model, graph)
     made = solve(type(model).__name__, graph, norms, _kept(norms, keep))
     if witness:
-        read = {name for node in (n for norm in norms for n in norm.nodes) for value in node.inputs for name in value.names[:1]}
+        read = {name for norm in norms for site in norm.sites for node in site.nodes for value in node.inputs for name in value.names[:1]}
         read |= {edit.names[0] for edit in made.edits if not edit.created}
         tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
         made.witness.update((name, total(tensors[name])) for name in sorted(read))

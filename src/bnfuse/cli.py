@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     if options.verbose:
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logger.setLevel(logging.INFO)
     try:
         options.run(options)
     except BnFuseError as error:
@@ -172,7 +173,8 @@ def _fuse(options: argparse.Namespace) -> None:
         return
     show(plan_table(plan))
     print(comparison)
-    print(f"\nequivalent: {len(plan.fused)} of {len(plan.decisions)} batch norms are gone")
+    judged = "" if comparison.within_tolerance() else ", since the difference is rounding, judged in float64"
+    print(f"\nequivalent{judged}: {len(plan.fused)} of {len(plan.decisions)} batch norms are gone")
     if output is not None:
         print(f"saved {output}")
 

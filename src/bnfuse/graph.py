@@ -88,6 +88,12 @@ class Node:
     def argument(self, name: str, default: Any = None) -> Any:
         return self.bound.get(name, default)
 
+    @property
+    def data(self) -> Value | None:
+        """The input that depends on the model's inputs, None if there is not exactly one."""
+        depending = [value for value in dict.fromkeys(self.inputs) if not value.independent]
+        return depending[0] if len(depending) == 1 else None
+
     def __str__(self) -> str:
         return f"{self.operator} in {self.call.label}"
 

@@ -8,10 +8,29 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfuse.capture import has_hooks
 from bnfuse.graph import Graph, ModuleCall, Node, Value
 from bnfuse.plan import Reason
+from bnfuse.rules.norms import is_step
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place where a norm is applied: the operators, in turn, that make ``y = a*x + c``."""
+
+    nodes: tuple[Node, ...]
+
+    @property
+    def x(self) -> Value:
+        x = self.nodes[0].data
+        assert x is not None
+        return x
+
+    @property
+    def y(self) -> Value:
+        return self.nodes[-1].outputs[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +40,7 @@ class Norm:
     Attributes:
         names: all names of the module, empty for a norm that is no module.
         label: what messages call it.
-        nodes: the operators that it ran, one for each call.
+        sites: where it is applied, one for each call; empty if an obstacle keeps it from being looked at.
         keep: names of its child modules that stay in its place (a built-in activation).
         obstacle: why it cannot be replaced whatever the algebra says, None if it can.
     """
@@ -30,14 +49,14 @@ class Norm:
     label: str
     kind: str
     channels: int
-    nodes: tuple[Node, ...]
+    sites: tuple[Site, ...]
     keep: tuple[str, ...] = ()
     obstacle: Reason | None = None
 
     @property
     def elements(self) -> int:
         """Size of the largest activation that it works on."""
-        return max((node.outputs[0].elements for node in self.nodes), default=0)
+        return max((site.y.elements for site in self.sites), default=0)
 
 
 def find_norms(model: nn.Module, graph: Graph) -> list[Norm]:
@@ -45,59 +64,56 @@ def find_norms(model: nn.Module, graph: Graph) -> list[Norm]:
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
-    owned: dict[int, list[Node]] = {}
-    functional: list[Node] = []
-    for node in graph.nodes:
-        if node.operator == "batch_norm":
-            if _runs(node.call.module, node):
-                owned.setdefault(id(node.call.module), []).append(node)
-            else:
-                functional.append(node)
     calls: dict[int, list[ModuleCall]] = {}
     for call in graph.calls:
         calls.setdefault(id(call.module), []).append(call)
     referenced = _referenced_elsewhere(model)
     norms = []
     for module in model.modules():
-        if isinstance(module, _BatchNorm) or id(module) in owned:
-            where = names[id(module)]
-            nodes = owned.get(id(module), [])
-            norms.append(_module_norm(module, where, nodes, calls.get(id(module), []), referenced))
-    norms += [_functional_norm(node) for node in functional]
+        if is_norm(module):
+            norms.append(_module_norm(module, names[id(module)], calls.get(id(module), []), referenced))
+    norms += [
+        _functional_norm(node)
+        for node in graph.nodes
+        if node.operator == "batch_norm" and not (is_norm(node.call.module) and id(node.call.module) in names)
+    ]
     return norms
 
 
-def _runs(module: nn.Module, node: Node) -> bool:
-    """True if the norm is run by the module that holds its statistics."""
-    statistics = node.argument("running_mean")
-    if isinstance(statistics, Value):
-        return statistics.tensor is not None and statistics.tensor is module._buffers.get("running_mean")
-    return isinstance(module, _BatchNorm)
+def is_norm(module: nn.Module) -> bool:
+    """True for PyTorch's batch norms and for every class that keeps running statistics under the same names."""
+    if isinstance(module, _BatchNorm):
+        return True
+    own = module._buffers.keys() | module._parameters.keys()
+    return not isinstance(module, _InstanceNorm) and {"running_mean", "running_var"} <= own
 
 
-def _module_norm(
-    module: nn.Module, names: list[str], nodes: list[Node], calls: list[ModuleCall], referenced: dict[int, str]
-) -> Norm:
+def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: dict[int, str]) -> Norm:
+    sites: list[Site] = []
     keep: tuple[str, ...] = ()
     obstacle = None
     if not calls:
-        obstacle = Reason("it did not run, so nothing is known of where it belongs")
-    elif any(node.argument("training") for node in nodes):
-        obstacle = Reason("it uses the statistics of the batch, since it tracks none of its own")
+        obstacle = "it did not run, so nothing is known of where it belongs"
+    elif any(node.operator == "batch_norm" and node.argument("training") for call in calls for node in call.nodes):
+        obstacle = "it uses the statistics of the batch, since it tracks none of its own"
     elif has_hooks(module):
-        obstacle = Reason("it has a forward hook, which would be lost")
+        obstacle = "it has a forward hook, which would be lost"
     elif id(module) in referenced:
-        obstacle = Reason(f"the model also refers to it from {referenced[id(module)]}, where it cannot be replaced")
+        obstacle = f"the model also refers to it from {referenced[id(module)]}, where it cannot be replaced"
     elif "" in names:
-        obstacle = Reason("it is the whole model")
+        obstacle = "it is the whole model"
     else:
-        parts = [_rest(call) for call in calls]
-        if any(part is None for part in parts) or len(set(parts)) != 1:
-            obstacle = Reason(f"{type(module).__name__}.forward does more than normalise")
+        parts = [_parts(call) for call in calls]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts) or len({children for _, children in found}) != 1:
+            obstacle = f"{type(module).__name__}.forward does more than normalise"
         else:
-            keep = parts[0] or ()
-    channels = getattr(module, "num_features", None) or (nodes[0].inputs[0].shape[1] if nodes else 0)
-    return Norm(tuple(names), names[0] or type(module).__name__, type(module).__name__, channels, tuple(nodes), keep, obstacle)
+            sites, keep = [site for site, _ in found], found[0][1]
+    statistics = getattr(module, "running_mean", None)
+    channels = getattr(module, "num_features", None) or (0 if statistics is None else statistics.numel())
+    kind = type(module).__name__
+    reason = None if obstacle is None else Reason(obstacle)
+    return Norm(tuple(names), names[0] or kind, kind, channels, tuple(sites), keep, reason)
 
 
 def _functional_norm(node: Node) -> Norm:
@@ -106,17 +122,27 @@ def _functional_norm(node: Node) -> Norm:
         text = "it uses the statistics of the batch"
     label = f"batch_norm in {node.call.label}"
     shape = node.inputs[0].shape
-    return Norm((), label, "function", shape[1] if len(shape) > 1 else 0, (node,), obstacle=Reason(text))
+    return Norm((), label, "function", shape[1] if len(shape) > 1 else 0, (), obstacle=Reason(text))
 
 
-def _rest(call: ModuleCall) -> tuple[str, ...] | None:
-    """The children through which the output of the norm goes, in turn; None if the call does anything else."""
-    if not call.plain or len(call.nodes) != 1 or call.nodes[0].operator != "batch_norm":
+def _parts(call: ModuleCall) -> tuple[Site, tuple[str, ...]] | None:
+    """A call as a norm followed by children (a built-in activation), by name; None if it does anything else."""
+    if not call.plain or len(call.inputs) != 1:
         return None
-    norm = call.nodes[0]
-    if call.inputs != [norm.bound["input"]]:
+    value = call.inputs[0]
+    steps: list[Node] = []
+    for node in call.nodes:
+        if all(output.independent for output in node.outputs) and node.outputs:
+            continue  # prepares a scale or a shift from the module's own parameters
+        if not (node.operator == "batch_norm" or is_step(node)) or node.data is not value:
+            return None
+        if steps and value.consumers != [node]:
+            return None
+        value = node.outputs[0]
+        steps.append(node)
+    if not steps:
         return None
-    value = norm.outputs[0]
+    site = Site(tuple(steps))
     names = {id(module): name for name, module in call.module.named_children()}
     keep = []
     for child in call.children:
@@ -125,7 +151,7 @@ def _rest(call: ModuleCall) -> tuple[str, ...] | None:
         value = child.outputs[0]
         if not isinstance(child.module, nn.Identity):
             keep.append(names[id(child.module)])
-    return tuple(keep) if call.outputs == [value] else None
+    return (site, tuple(keep)) if call.outputs == [value] else None
 
 
 def _referenced_elsewhere(model: nn.Module) -> dict[int, str]:

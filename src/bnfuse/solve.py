@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from bnfuse.graph import Graph, Kind, Node, Value
-from bnfuse.norms import Norm
+from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
-from bnfuse.rules import ABSORBERS, RULES
+from bnfuse.rules import ABSORBERS, RULES, link, same
 from bnfuse.rules.norms import affine
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit
 
@@ -50,12 +50,33 @@ class Network:
         """Present float64 contents of a parameter. Vectors are kept, since norms are read again and again."""
         if value in self._contents:
             return self._contents[value]
+        if value.kind is Kind.COMPUTED:
+            return self._replayed(value)
         tensor = _initial(value)
         for unit in self.edits.get(value, ()):
             tensor = edited(tensor, unit)
         if tensor.dim() <= 1:
             self._contents[value] = tensor
         return tensor
+
+    def _replayed(self, value: Value) -> Tensor:
+        """What the recorded operators make, in float64, of the present parameters."""
+        node = value.producer
+        if node is None or not value.independent or value.pinned is not None:
+            raise Refusal(Reason("its contents depend on the run"), scale=False)
+
+        def contents(argument: Any) -> Any:
+            if isinstance(argument, Value):
+                return self.content(argument)
+            return type(argument)(map(contents, argument)) if isinstance(argument, (tuple, list)) else argument
+
+        if node.operator in ("to", "_to_copy", "type_as") and node.outputs[0].dtype.is_floating_point:
+            return self.content(node.inputs[0])
+        if node.overload._schema.is_mutable:
+            raise Refusal(Reason("its contents are written in place", node.operator, node.call.label), scale=False)
+        result = node.overload(**{name: contents(argument) for name, argument in node.bound.items()})
+        results = [result] if isinstance(result, Tensor) else list(result)
+        return results[node.outputs.index(value)]
 
     def accept(self, trial: Trial) -> None:
         self.removed.update(trial.targets)
@@ -70,8 +91,9 @@ def _initial(value: Value) -> Tensor:
         fill = 1.0 if value.names[0].endswith("weight") else 0.0
         return torch.full(value.shape, fill, dtype=torch.float64)
     if value.tensor is None:
-        raise Refusal(Reason("its contents are computed during the run"), scale=False)
-    return value.tensor.detach().to("cpu", torch.float64)
+        raise Refusal(Reason("its contents depend on the run"), scale=False)
+    tensor = value.tensor.detach().cpu()
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def edited(tensor: Tensor, unit: Unit) -> Tensor:
@@ -84,7 +106,7 @@ def edited(tensor: Tensor, unit: Unit) -> Tensor:
 class Trial:
     """One attempt to remove one norm in one direction; see :class:`bnfuse.rules.Trial` for what rules may call."""
 
-    def __init__(self, network: Network, targets: Collection[Node]) -> None:
+    def __init__(self, network: Network, targets: Collection[Node] = ()) -> None:
         self.network = network
         self.targets = set(targets)
         self.units: dict[Value, Unit] = {}
@@ -136,12 +158,6 @@ class Trial:
     def refuse(self, node: Node, text: str, scale: bool = False) -> NoReturn:
         raise Refusal(Reason(text, node.operator, node.call.label), scale)
 
-    def is_removed(self, node: Node) -> bool:
-        return node in self.network.removed
-
-    def is_target(self, node: Node) -> bool:
-        return node in self.targets
-
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
         if unit.is_identity:
             return
@@ -190,6 +206,12 @@ class Trial:
     def _drain(self) -> None:
         while self._queue:
             node = self._queue.popleft()
+            if node in self.targets:
+                continue
+            if node in self.network.removed:
+                assert node.data is not None
+                link(self, node.data, node.outputs[0], same, same)
+                continue
             if node.operator in ABSORBERS:
                 self._touched[node] = None
             rule = RULES.get(node.operator)
@@ -251,7 +273,8 @@ class Trial:
             node = value.producer
             reason = Reason(f"its output cannot change units: {text}", node.operator, node.call.label)
         else:
-            label = " = ".join(value.names) or f"an {value.kind.value} of shape {value.shape}"
+            what = "an input" if value.kind is Kind.INPUT else "a tensor"
+            label = " = ".join(value.names) or f"{what} of shape {'x'.join(map(str, value.shape))}"
             reason = Reason(f"{label} cannot change units: {text}")
         raise Refusal(reason, unit.scale is not None)
 
@@ -288,8 +311,8 @@ def solve(model: str, graph: Graph, norms: Sequence[Norm], kept: Mapping[Norm, R
 def _order(norm: Norm) -> tuple[bool, int]:
     """Norms behind a producer that feeds only them come first; the rest by size, since they may compete."""
     alone = all(
-        (x := node.bound["input"]).producer is not None and x.producer.operator in ABSORBERS and len(x.consumers) == 1
-        for node in norm.nodes
+        (maker := site.x.producer) is not None and maker.operator in ABSORBERS and len(site.x.consumers) == 1
+        for site in norm.sites
     )
     return (not alone, -norm.elements)
 
@@ -301,7 +324,7 @@ def _stay(norm: Norm, reasons: tuple[Reason, ...]) -> Decision:
 def _attempt(network: Network, norm: Norm) -> Decision:
     reasons = []
     for direction, demands in _ways(network, norm):
-        trial = Trial(network, norm.nodes)
+        trial = Trial(network, [node for site in norm.sites for node in site.nodes])
         try:
             trial.run(demands())
         except Refusal as refusal:
@@ -317,23 +340,30 @@ def _attempt(network: Network, norm: Norm) -> Decision:
 def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[], dict[Value, Unit]]]]:
     def units(direction: str) -> dict[Value, Unit]:
         demands: dict[Value, Unit] = {}
-        for node in norm.nodes:
-            x, y = node.bound["input"], node.outputs[0]
-            a, c = affine(node, Trial(network, ()))
+        for site in norm.sites:
+            x, y = site.x, site.y
+            a, c = _affine(network, site)
             if not bool((torch.isfinite(a) & torch.isfinite(c)).all()):
-                raise Refusal(Reason("its statistics or parameters are not finite", node.operator, norm.label), True)
-            shape = [1] * len(x.shape)
-            shape[1] = a.numel()
-            unit = Unit.of(a.reshape(shape), c.reshape(shape), inverse=direction == "forward")
+                raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
+            unit = Unit.of(a, c, inverse=direction == "forward")
             moved, fixed = (y, x) if direction == "forward" else (x, y)
             for value, demand in ((moved, unit), (fixed, IDENTITY)):
                 if value in demands and not _agree(demands[value], demand):
-                    raise Refusal(Reason("it is applied to its own output", node.operator, norm.label), True)
+                    raise Refusal(Reason("it is applied to its own output", None, norm.label), True)
                 demands[value] = demand
         return demands
 
     yield "backward", lambda: units("backward")
     yield "forward", lambda: units("forward")
+
+
+def _affine(network: Network, site: Site) -> tuple[Tensor, Tensor]:
+    """(a, c) of the whole site: its steps composed."""
+    a, c = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for node in site.nodes:
+        factor, term = affine(node, Trial(network))
+        a, c = a * factor, c * factor + term
+    return torch.broadcast_tensors(a, c)  # type: ignore[return-value]
 
 
 def _edit(value: Value, factors: list[Unit]) -> Edit:

@@ -237,8 +237,8 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
             first axis, is ``(inputs, labels)``.  One call that takes a list is written ``([a, b],)``.
 
     Raises:
-        InputError: ``before`` or ``after`` is no module, ``inputs`` is of another form or gives no batch, or a
-            model does not run on it.
+        InputError: ``before`` or ``after`` is no module, ``inputs`` is of another form or gives no batch, or
+            a model does not run on it.
 
     >>> model = nn.Linear(2, 3)
     >>> compare(model, model, torch.ones(4, 2)).within_tolerance()
@@ -305,9 +305,8 @@ def _on_device_of(model: nn.Module, inputs: Any) -> Any:
 def _not_running(
     name: str, model: nn.Module, number: int, single: bool, args: Any, kwargs: Any, error: Exception
 ) -> str:
-    shapes = ", ".join(
-        f"{path or 'x'}: {tuple(x.shape)} {_name(x.dtype)}" for path, x in tensors((args, kwargs))
-    )
+    given = [*tensors(args), *tensors(kwargs)]
+    shapes = ", ".join(f"{path} {tuple(tensor.shape)} {_name(tensor.dtype)}" for path, tensor in given)
     hint = "" if single else "\n  a list is read as batches; pass a list that is one argument as ([a, b],)"
     place = "" if single else f" batch {number} of"
     return (
@@ -604,7 +603,7 @@ class _Judge:
         self.comparison, self.original, self.fused = comparison, original, fused
         self.inputs, self.seed = inputs, seed
         self.precision = _precision(original)
-        self.wide = _InFloat64()  # type: ignore[no-untyped-call]
+        self.wide = _InFloat64()
 
     def run(self, model: nn.Module) -> Any:
         args, kwargs = self.inputs
@@ -612,6 +611,7 @@ class _Judge:
 
     def run_in_float64(self, model: nn.Module) -> Any:
         args, kwargs = map_tensors(self.inputs, _to_float64)
+        self.wide.lifted = []
         with _eager(model):
             return _run(model, args, kwargs, self.seed, self.wide)
 
@@ -619,6 +619,7 @@ class _Judge:
         try:
             model = _double(self.original)
             expected = self.run_in_float64(model)
+            lifted = self.wide.lifted
         except Exception as error:  # noqa: BLE001 - foreign code, most often a dtype that it insists on
             return self.by_sensitivity(_first_line(error), "")
         model = fuse_in_float64(model)
@@ -631,7 +632,7 @@ class _Judge:
         in_float64 = compare_outputs(expected, got)
         del got
         if not in_float64.within_tolerance():
-            if self.wide.narrowed:
+            if self.wide.narrowed or self.wide.lifted != lifted:  # a constant is lifted with the same values
                 return self.by_sensitivity("the model computes in a lower precision by itself", rounding)
             noise = _noise(_double(self.original), expected, self.run_in_float64)
             if not _explained(in_float64, noise, NOISE_FACTOR, 0.0, TOLERANCE[torch.float64]):
@@ -709,7 +710,7 @@ def _explained(
 def _noise(model: nn.Module, expected: object, run: Callable[[nn.Module], Any]) -> list[Comparison]:
     """Compare ``expected`` with outputs of a model whose parameters are moved by one unit in the last place.
 
-    ``model`` is a copy that may be written to.  Whole numbers in buffers stay: often they are indices or masks.
+    ``model`` is a copy that may be written to.  Whole numbers in buffers stay: they may be indices or masks.
     """
     generator = torch.Generator().manual_seed(0)
     both: list[Tensor] = [*model.parameters(), *model.buffers()]
@@ -734,8 +735,12 @@ class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     view of a tensor or write to it.
     """
 
-    narrowed = False
-    """Whether some operator was given float64 and still returned less."""
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.narrowed = False
+        """Whether some operator was given float64 and still returned less."""
+        self.lifted: list[float] = []
+        """Sums of the narrower tensors that were made of numbers from outside, from Python or numpy."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -749,7 +754,10 @@ class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = {name: _widened(value, name not in aliased) for name, value in kwargs.items()}
         output = func(*args, **kwargs)
         given = tensors((args, kwargs))
-        if not given or func is torch.ops.aten.lift_fresh.default:  # new, or made from Python numbers
+        if func is torch.ops.aten.lift_fresh.default and output.dtype != _wide(output.dtype):
+            self.lifted.append(float(output.sum().abs()))
+            return _to_float64(output)
+        if not given:
             return _widened(output, True)
         if any(tensor.dtype in (torch.float64, torch.complex128) for _, tensor in given):
             self.narrowed |= any(tensor.dtype != _wide(tensor.dtype) for _, tensor in tensors(output))

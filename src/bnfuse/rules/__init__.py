@@ -34,17 +34,11 @@ class Trial(Protocol):
     def refuse(self, node: Node, text: str, scale: bool = False) -> NoReturn:
         """Give up. ``scale`` says that it was the scale that cannot pass, so that moving shifts does not help."""
 
-    def is_removed(self, node: Node) -> bool:
-        """True for a norm that is gone already, so that its output is its input."""
-
-    def is_target(self, node: Node) -> bool:
-        """True for the norm that this attempt removes."""
-
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
         """Ask, from an absorber, for new contents ``scale*old + shift`` of a parameter."""
 
     def content(self, value: Value) -> Tensor:
-        """The present float64 contents of a parameter, with all edits so far."""
+        """The present float64 contents, with all edits so far, of what does not depend on the model's inputs."""
 
     def is_edited(self, value: Value) -> bool:
         """True if an accepted edit changed the parameter."""

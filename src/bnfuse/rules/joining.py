@@ -131,7 +131,7 @@ def _joined(units: list[tuple[_Piece, Unit]], whole: Value, axis: int) -> Unit:
         given = [(p, t.unsqueeze(axis) if p.dropped else t) for p, t in parts if t is not None]
         if not given:
             return None
-        shape = list(torch.broadcast_shapes(*((*t.shape[:axis], 1, *t.shape[axis + 1 :]) for _, t in given)))
+        shape = [max(sizes) for sizes in zip(*(t.shape for _, t in given), strict=True)]
         shape[axis] = whole.shape[axis]
         tensor = torch.full(shape, default, dtype=torch.float64)
         for p, t in given:

@@ -16,18 +16,48 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnfuse.graph import Node
-from bnfuse.rules import Trial, absorber, link, rule, same
+from bnfuse.graph import Node, Value
+from bnfuse.rules import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply
 
 _CHANNELS = 1
 
 
 def affine(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
-    """(a, c) of ``y = a*x + c``, each (channels,) in float64."""
-    weight, sigma, mean, bias = _parts(node, trial)
-    a = weight / sigma
-    return a, bias - mean * a
+    """(a, c) of ``y = a*x + c`` in float64, which broadcast against x.
+
+    The node is a batch norm, or one step of a norm that is written as arithmetic: x times, divided by, plus or minus
+    something that does not depend on the inputs of the model.
+    """
+    rank = len(node.outputs[0].shape)
+    if node.operator == "batch_norm":
+        weight, sigma, mean, bias = _parts(node, trial)
+        a, c = weight / sigma, bias - mean * (weight / sigma)
+        shape = [1, -1] + [1] * (rank - 2)
+        return a.reshape(shape), c.reshape(shape)
+    left, right = node.bound["self"], node.bound["other"]
+    swapped = not isinstance(left, Value) or left.independent
+    other = left if swapped else right
+    k = trial.content(other) if isinstance(other, Value) else torch.tensor(float(other), dtype=torch.float64)
+    k = k.reshape([1] * (rank - k.dim()) + list(k.shape))
+    one, zero = torch.ones_like(k), torch.zeros_like(k)
+    alpha = node.argument("alpha", 1)
+    if node.operator == "mul":
+        return k, zero
+    if node.operator == "div":
+        return 1 / k, zero
+    if node.operator == "add":
+        return (alpha * one, k) if swapped else (one, alpha * k)
+    return (-alpha * one, k) if swapped else (one, -alpha * k)  # sub
+
+
+def is_step(node: Node) -> bool:
+    """True for arithmetic that :func:`affine` can read."""
+    if node.operator not in ("mul", "div", "add", "sub") or node.argument("rounding_mode") is not None:
+        return False
+    left, right = node.bound["self"], node.bound["other"]
+    depends = [isinstance(value, Value) and not value.independent for value in (left, right)]
+    return sum(depends) == 1 and not (node.operator == "div" and depends[1])
 
 
 def _parts(node: Node, trial: Trial) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,11 +72,6 @@ def _parts(node: Node, trial: Trial) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @rule("batch_norm")
 def batch_norm(node: Node, trial: Trial) -> None:
     x, y = node.bound["input"], node.outputs[0]
-    if trial.is_target(node):
-        return
-    if trial.is_removed(node):
-        link(trial, x, y, same, same)
-        return
     for value in (x, y):
         unit = trial.unit(value) or IDENTITY
         if not unit.is_identity and node.argument("training"):
@@ -57,8 +82,6 @@ def batch_norm(node: Node, trial: Trial) -> None:
 
 @absorber("batch_norm")
 def absorb(node: Node, trial: Trial) -> None:
-    if trial.is_target(node) or trial.is_removed(node):
-        return
     x, y = node.bound["input"], node.outputs[0]
     channels = x.shape[_CHANNELS]
     try:

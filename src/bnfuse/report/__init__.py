@@ -1,0 +1,1 @@
+"""Showing plans and comparisons: first as a table of words, then as text or in a terminal."""

@@ -1,0 +1,54 @@
+"""What a report says, as data: tables of words, which the other files of this room draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bnfuse.plan import Decision, Plan
+
+_LAYERS_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its heading, and whether it holds numbers, which stand at the right."""
+
+    heading: str
+    number: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of words.
+
+    Attributes:
+        title: one line above it.
+        columns: the headings, from left to right.
+        rows: one string for each column.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def plan_table(plan: Plan) -> Table:
+    """One row for each norm: what it is fused into, or why it stays."""
+    rows = tuple(
+        (decision.norm, decision.kind, str(decision.channels), _verdict(decision))
+        for decision in plan.decisions
+    )
+    columns = (Column("norm"), Column("kind"), Column("channels", number=True), Column("decision"))
+    title = f"{plan.model}: {len(plan.decisions)} batch norms, {len(plan.fused)} fused, {len(plan.kept)} kept"
+    return Table(title, columns, rows)
+
+
+def _verdict(decision: Decision) -> str:
+    if not decision.fused:
+        return "kept: " + "; ".join(map(str, decision.reasons))
+    layers = ", ".join(decision.into[:_LAYERS_NAMED])
+    if len(decision.into) > _LAYERS_NAMED:
+        layers += f" and {len(decision.into) - _LAYERS_NAMED} more"
+    return f"fused {'forward ' if decision.direction == 'forward' else ''}into {layers}"

@@ -1,0 +1,32 @@
+"""Tables as plain text with aligned columns, for ``print``, logs and pipes; nothing here needs a package."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bnfuse.report.tables import Table, plan_table
+
+if TYPE_CHECKING:
+    from bnfuse.plan import Plan
+
+_GAP = "  "
+
+
+def plan_text(plan: Plan) -> str:
+    """A line with the counts, then one line for each norm."""
+    return table_text(plan_table(plan))
+
+
+def table_text(table: Table) -> str:
+    """Draw a table: title, headings, a rule, rows; the last column is as long as it is."""
+    headings = tuple(column.heading for column in table.columns)
+    widths = [max(map(len, cells)) for cells in zip(headings, *table.rows, strict=True)]
+    rule = tuple("-" * width for width in widths)
+    lines = [table.title]
+    for row in (headings, rule, *table.rows):
+        cells = [
+            cell.rjust(width) if column.number else cell.ljust(width)
+            for cell, width, column in zip(row, widths, table.columns, strict=True)
+        ]
+        lines.append(_GAP.join(cells).rstrip())
+    return "\n".join(lines)
