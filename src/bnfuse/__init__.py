@@ -3,7 +3,6 @@
 from bnfuse.api import fuse, plan
 from bnfuse.errors import (
     BnFuseError,
-    CaptureError,
     FusionError,
     InputError,
     NoNormError,
@@ -16,7 +15,6 @@ from bnfuse.verify import Comparison, compare
 
 __all__ = [
     "BnFuseError",
-    "CaptureError",
     "Comparison",
     "Decision",
     "FusionError",

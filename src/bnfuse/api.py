@@ -129,6 +129,9 @@ def _unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
         if isinstance(model, dict):
             hint = " A state dict holds weights only: build the model, load_state_dict into it, and pass the model."
         raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"{name} is not initialised yet: run the model once on real inputs, then fuse it.")
     return unwrap(model)
 
 

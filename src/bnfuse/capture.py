@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse import tree
-from bnfuse.errors import CaptureError, InputError
+from bnfuse.errors import InputError
 from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 
 _TAG = "_bnfuse_value"
@@ -62,11 +62,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     Raises:
         InputError: the model does not run on these inputs.
-        CaptureError: the model holds lazy parameters, or its memory cannot be followed.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if nn.parameter.is_lazy(tensor):
-            raise CaptureError(f"{name} is not initialised yet: run the model once on real inputs, then fuse it.")
     args, kwargs = tree.map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
     with evaluation_mode(model), forked_random_state(), _untouched(model) as watch, torch.inference_mode():
         recorder = _Recorder(model, watch)
@@ -450,6 +446,8 @@ class _Recorder(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+                # RemovableHandle forgets this registry, which would leave every later call on the slow path.
+                module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
     def _pin_all(self, structure: Any, reason: str) -> None:
         for _, tensor in tree.tensors(structure):

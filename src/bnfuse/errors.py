@@ -9,10 +9,6 @@ class InputError(BnFuseError):
     """The example inputs are missing, of the wrong form, or the model does not run on them."""
 
 
-class CaptureError(BnFuseError):
-    """The model ran into something that cannot be recorded."""
-
-
 class NoNormError(BnFuseError):
     """The model holds no batch norm."""
 

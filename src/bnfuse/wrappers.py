@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,20 +19,14 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module
     """
     if isinstance(model, nn.DataParallel):
         inner, wrap = unwrap(model.module)
-        devices, output, dim = model.device_ids, model.output_device, model.dim
-        return inner, lambda new: nn.DataParallel(wrap(new), devices or None, output, dim)
+        settings = _settings(model, "device_ids", "output_device", "dim")
+        return inner, lambda new: nn.DataParallel(wrap(new), **settings)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         inner, wrap = unwrap(model.module)
-        settings: dict[str, Any] = {
-            "device_ids": model.device_ids,
-            "output_device": model.output_device,
-            "dim": model.dim,
-            "broadcast_buffers": model.broadcast_buffers,
-            "process_group": model.process_group,
-            "find_unused_parameters": model.find_unused_parameters,
-            "gradient_as_bucket_view": model.gradient_as_bucket_view,
-            "static_graph": model.static_graph,
-        }
+        settings = _settings(
+            model, "device_ids", "output_device", "dim", "process_group", "find_unused_parameters",
+            "gradient_as_bucket_view", "static_graph", "forward_sync_buffers",
+        )  # fmt: skip
         return inner, lambda new: nn.parallel.DistributedDataParallel(wrap(new), **settings)
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         inner, wrap = unwrap(model._orig_mod)  # type: ignore[arg-type]
@@ -40,6 +35,12 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module
     if model._compiled_call_impl is not None:
         return model, _compiled
     return model, lambda new: new
+
+
+def _settings(wrapper: nn.Module, *names: str) -> dict[str, Any]:
+    """The arguments that a wrapper was made with, where it has kept them."""
+    known = inspect.signature(type(wrapper).__init__).parameters
+    return {name: value for name in names if name in known and (value := getattr(wrapper, name, None)) is not None}
 
 
 def _compiled(model: nn.Module) -> nn.Module:

@@ -29,7 +29,7 @@ def show(table: Table) -> None:
 
 
 def rich_table(table: Table) -> rich.table.Table:
-    """The same table for rich, which folds long cells to the width of the terminal."""
+    """The same table for rich, which folds the last column to the width of the terminal."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -39,7 +39,7 @@ def rich_table(table: Table) -> rich.table.Table:
         drawn.add_column(
             column.heading,
             justify="right" if column.number else "left",
-            no_wrap=column.number,
+            no_wrap=column is not table.columns[-1],
             overflow="fold",
         )
     for row in table.rows:

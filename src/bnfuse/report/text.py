@@ -18,9 +18,11 @@ def plan_text(plan: Plan) -> str:
 
 
 def table_text(table: Table) -> str:
-    """Draw a table: title, headings, a rule, rows; the last column is as long as it is."""
+    """Draw a table: title, headings, a rule, rows; a last column of words is as long as each of them is."""
     headings = tuple(column.heading for column in table.columns)
     widths = [max(map(len, cells)) for cells in zip(headings, *table.rows, strict=True)]
+    if not table.columns[-1].number:
+        widths[-1] = len(headings[-1])
     rule = tuple("-" * width for width in widths)
     lines = [table.title]
     for row in (headings, rule, *table.rows):

@@ -1,0 +1,338 @@
+"""The public verbs: what they accept, what they leave alone, what they raise."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+import bnfuse
+from bnfuse import rules
+from bnfuse.plan import Replacement
+from bnfuse.units import Unit
+from support import assert_untouched, prepared, snapshot
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+NORMS = ["blocks.0.bn1", "blocks.0.bn2", "blocks.1.bn1", "blocks.1.bn2"]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return prepared(Model())
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 9, 9, dtype=torch.float64)
+
+
+def norms_of(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def test_all_go_and_the_original_stays(model: nn.Module, x: Tensor) -> None:
+    before, expected = snapshot(model), model(x)
+    fused = bnfuse.fuse(model, x)
+    assert_untouched(model, before)
+    assert norms_of(fused) == []
+    assert type(fused) is Model
+    assert [name for name, _ in fused.named_modules()] == [name for name, _ in model.named_modules()]
+    assert type(fused.get_submodule("blocks.0.bn1")) is nn.Identity
+    torch.testing.assert_close(fused(x), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "list", "dict", "none"])
+def test_forms_of_inputs(model: nn.Module, x: Tensor, form: str) -> None:
+    inputs = {"tensor": x, "tuple": (x,), "list": [x], "dict": {"x": x}, "none": None}[form]
+    assert norms_of(bnfuse.fuse(model, inputs)) == []
+
+
+def test_inplace_keeps_identities(model: nn.Module, x: Tensor) -> None:
+    model.stem.weight.requires_grad_(False)
+    model.to(memory_format=torch.channels_last)
+    expected = model(x)
+    parameters = {name: (id(p), p.requires_grad, p.stride()) for name, p in model.named_parameters() if "bn" not in name}
+    assert bnfuse.fuse(model, x, inplace=True) is model
+    after = {name: (id(p), p.requires_grad, p.stride()) for name, p in model.named_parameters()}
+    assert all(after[name] == state for name, state in parameters.items())
+    assert after.keys() - parameters.keys() == {f"blocks.{i}.conv{j}.bias" for i in (0, 1) for j in (1, 2)}
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_created_bias_is_trainable_as_its_weight_is(model: nn.Module, x: Tensor) -> None:
+    model.blocks[0].conv1.weight.requires_grad_(False)
+    fused = bnfuse.fuse(model, x)
+    assert not fused.blocks[0].conv1.bias.requires_grad
+    assert fused.blocks[0].conv2.bias.requires_grad
+    fused(x).sum().backward()
+    assert fused.blocks[0].conv2.bias.grad is not None
+
+
+def test_training_mode(model: nn.Module, x: Tensor) -> None:
+    expected = model(x)
+    model.train()
+    model.blocks[0].bn1.eval()
+    before = snapshot(model)
+    fused = bnfuse.fuse(model, x)
+    assert_untouched(model, before)
+    assert not fused.training
+    torch.testing.assert_close(fused(x), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("keep", "left"), [("blocks.0.bn1", NORMS[:1]), ("blocks.1.*", NORMS[2:]), (["*"], NORMS), ((), [])])
+def test_keep(model: nn.Module, x: Tensor, keep: Any, left: list[str]) -> None:
+    assert norms_of(bnfuse.fuse(model, x, keep=keep)) == left
+    plan = bnfuse.plan(model, x, keep=keep)
+    assert [decision.norm for decision in plan.kept] == left
+    assert all("asked to keep" in str(decision.reasons[0]) for decision in plan.kept)
+
+
+def test_keep_with_a_typo(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(bnfuse.InputError, match=r"matches no batch norm.*blocks\.0\.bn1"):
+        bnfuse.fuse(model, x, keep="block.0.bn1")
+
+
+def test_no_norm() -> None:
+    with pytest.raises(bnfuse.NoNormError, match="Linear holds no batch norm"):
+        bnfuse.fuse(nn.Linear(2, 2))
+
+
+def test_not_a_module(model: nn.Module) -> None:
+    with pytest.raises(bnfuse.InputError, match=r"must be a torch\.nn\.Module; got OrderedDict\. A state dict"):
+        bnfuse.fuse(model.state_dict())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_wrong_shape(model: nn.Module, inplace: bool) -> None:
+    model.train()
+    before = snapshot(model)
+    with pytest.raises(bnfuse.InputError, match=r"Model does not run on the inputs \(2x4x9x9 float64\): RuntimeError"):
+        bnfuse.fuse(model, torch.randn(2, 4, 9, 9, dtype=torch.float64), inplace=inplace)
+    assert_untouched(model, before)
+
+
+def test_no_inputs_can_be_inferred() -> None:
+    class Odd(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[-1] != 77:
+                raise ValueError("77 or nothing")
+            return super().forward(x)
+
+    with pytest.raises(bnfuse.InputError, match=r"(?s)No inputs for Odd.*Tried:.*2x3x224x224.*77 or nothing.*bnfuse\.fuse\("):
+        bnfuse.fuse(Odd())
+
+
+def test_a_wrong_rule_is_caught(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verification can fail, and then nothing has changed."""
+    correct = rules.ABSORBERS["conv2d"]
+
+    def without_shift(node: Any, trial: Any) -> None:
+        unit = trial.units.get(node.outputs[0])
+        if unit is not None:
+            trial.units[node.outputs[0]] = Unit(unit.scale, None, unit.inverse)
+        correct(node, trial)
+
+    monkeypatch.setitem(rules.ABSORBERS, "conv2d", without_shift)
+    model.train()
+    before = snapshot(model)
+    for inplace in (False, True):
+        with pytest.raises(bnfuse.VerificationError, match="does not compute what the original computes"):
+            bnfuse.fuse(model, x, inplace=inplace)
+        assert_untouched(model, before)
+    assert norms_of(bnfuse.fuse(model, x, verify=False)) == []
+
+
+def test_a_failed_rewrite_restores_everything(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bnfuse.plan(model, x)
+    before = snapshot(model)
+    broken = bnfuse.Plan(made.model, made.decisions, made.edits, (*made.replacements, Replacement(("blocks.7.bn1",))))
+    with pytest.raises(bnfuse.FusionError, match=r"holds no module blocks\.7"):
+        broken.apply(model, inplace=True)
+    assert_untouched(model, before)
+
+
+def test_overflow_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).half().eval()
+    model[1].weight.data.fill_(6e4)
+    model[1].running_var.fill_(0.001)
+    before = snapshot(model)
+    with pytest.raises(bnfuse.FusionError, match=r"would leave the range of torch\.float16"):
+        bnfuse.fuse(model, torch.randn(1, 1, 2, 2).half(), inplace=True)
+    assert_untouched(model, before)
+
+
+def test_plan_is_data(model: nn.Module, x: Tensor) -> None:
+    made = bnfuse.plan(model, x, keep="blocks.0.bn1")
+    data = json.loads(json.dumps(made.to_dict()))
+    assert (data["norms"], data["fused"], data["kept"]) == (4, 3, 1)
+    assert data["decisions"][1] == {
+        "norm": "blocks.0.bn2", "kind": "BatchNorm2d", "channels": 4, "fused": True,
+        "direction": "backward", "into": ["blocks.0.conv2"], "reasons": [],
+    }  # fmt: skip
+    lines = str(made).splitlines()
+    assert sum("blocks." in line for line in lines) == 4
+    assert any("blocks.0.bn1" in line and "asked to keep" in line for line in lines)
+
+
+def test_plan_apply(model: nn.Module, x: Tensor) -> None:
+    before, expected = snapshot(model), model(x)
+    made = bnfuse.plan(model, x)
+    assert_untouched(model, before)
+    fused = made.apply(model)
+    assert_untouched(model, before)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-11, atol=1e-11)
+    assert made.apply(model, inplace=True) is model
+    torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_plan_of_another_state(model: nn.Module, x: Tensor) -> None:
+    made = bnfuse.plan(model, x)
+    model.blocks[0].bn1.running_mean.add_(1)
+    with pytest.raises(bnfuse.FusionError, match=r"blocks\.0\.bn1\.running_mean has changed since"):
+        made.apply(model)
+    with pytest.raises(bnfuse.FusionError, match=r"(?s)another model.*got:      Linear"):
+        made.apply(nn.Linear(1, 1))
+
+
+def test_log_has_one_line_for_each_norm(
+    model: nn.Module, x: Tensor, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.INFO, "bnfuse"):
+        bnfuse.fuse(model, x, keep="blocks.1.bn2")
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if line.startswith("blocks.0.bn1")] == [
+        "blocks.0.bn1: fused backward into blocks.0.conv1"
+    ]
+    assert sum(line.startswith("blocks.") for line in lines) == 4
+    assert capfd.readouterr() == ("", "")
+
+
+def test_data_parallel(model: nn.Module, x: Tensor) -> None:
+    wrapped = nn.DataParallel(model)
+    fused = bnfuse.fuse(wrapped, x)
+    assert type(fused) is nn.DataParallel
+    assert fused is not wrapped
+    assert norms_of(fused) == []
+    assert bnfuse.fuse(wrapped, x, inplace=True) is wrapped
+    assert norms_of(wrapped) == []
+
+
+def test_compiled(model: nn.Module, x: Tensor) -> None:
+    compiled = torch.compile(model, backend="eager")
+    fused = bnfuse.fuse(compiled, x)
+    assert type(fused) is type(compiled)
+    assert norms_of(fused) == []
+    assert len(norms_of(compiled)) == 4
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+def test_distributed(model: nn.Module, x: Tensor, tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        fused = bnfuse.fuse(wrapped, x)
+        assert type(fused) is type(wrapped)
+        assert norms_of(fused) == []
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_leaves_no_trace() -> None:
+    """Caches, counters, buffers written in place and random states are as before."""
+
+    class Busy(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+            self.cache: dict[int, Tensor] = {}
+            self.seen: list[int] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            self.cache.setdefault(x.shape[-1], self.head.weight.sum(1) * 2)
+            self.seen.append(x.shape[0])
+            self.last = x.mean()
+            self.head.weight.data.clamp_(-5, 5)
+            random.random()
+            return super().forward(x + 0 * torch.rand(())) + self.cache[x.shape[-1]]
+
+    model = prepared(Busy())
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    state, python_state, before = torch.get_rng_state(), random.getstate(), snapshot(model)
+    made = bnfuse.plan(model, x)
+    assert len(made.fused) == 4
+    fused = bnfuse.fuse(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python_state
+    assert_untouched(model, before)
+    for kept in (model, fused):
+        assert kept.cache == {}
+        assert kept.seen == []
+        assert not hasattr(kept, "last")
+        assert float(kept.count) == 0
+    bnfuse.fuse(model, x, inplace=True)
+    model.train()
+    model(x).sum().backward()  # no inference tensor was left behind
+
+
+def test_inputs_are_not_written_to(model: nn.Module) -> None:
+    model.stem.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    copy = x.clone()
+    bnfuse.fuse(model, x)
+    assert torch.equal(x, copy)
+
+
+def test_activation_takes_the_place_of_its_norm() -> None:
+    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 4, 1), BatchNormAct2d(4, apply_act=False)))
+    fused = bnfuse.fuse(model)
+    assert type(fused[1]) is nn.ReLU
+    assert type(fused[3]) is nn.Identity
+
+
+def test_lazy_layers_are_refused() -> None:
+    with pytest.raises(bnfuse.InputError, match="not initialised yet"):
+        bnfuse.fuse(nn.Sequential(nn.LazyConv2d(3, 1), nn.LazyBatchNorm2d()), torch.randn(1, 2, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision(dtype: torch.dtype) -> None:
+    """The parameters are the float64 result, rounded once."""
+    model = prepared(Model())
+    low = prepared(Model()).to(dtype)
+    model.load_state_dict({name: tensor.double() for name, tensor in low.state_dict().items()})
+    x = torch.randn(2, 3, 9, 9).to(dtype)
+    fused, exact = bnfuse.fuse(low, x), bnfuse.fuse(model, x.double())
+    assert norms_of(fused) == []
+    for name, parameter in fused.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, exact.get_parameter(name).to(dtype)), name
