@@ -189,6 +189,8 @@ CASES: dict[str, Case] = {
     "through chunk": Case(lambda: Net(lambda m, x: m.n(torch.cat(m.a(x).chunk(2, 1)[::-1], 1)), a=conv(), n=norm()), {"n": None}),
     "through slices": Case(lambda: Net(lambda m, x: torch.cat([m.n((y := m.a(x))[:, ::2]), F.relu(y[:, 1::2])], 1), a=conv(3, 12), n=norm()), {"n": None}),
     "token norm behind linear": Case(lambda: Net(lambda m, x: m.n((y := m.a(x)).flatten(0, 1)).reshape_as(y), a=nn.Linear(5, 7, bias=False), n=nn.BatchNorm1d(7)), {"n": None}, ((2, 4, 5),)),
+    "through add of a parameter": Case(lambda: Net(lambda m, x: m.n(m.a(x) + m.table.weight.view(1, 6, 8, 8)), a=BiasBlindConv(3, 6, 3, padding=1), table=nn.Embedding(6, 64), n=norm()), {"n": None}),
+    "parameter added, and returned": Case(lambda: Net(lambda m, x: (m.n(m.a(x) + m.table.weight.view(1, 6, 8, 8)), m.table.weight), a=BiasBlindConv(3, 6, 3, padding=1), table=nn.Embedding(6, 64), n=norm()), {"n": OUTPUT}),
     # Forward into the next layer.
     "norm conv": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=conv(size=1), n=norm(3)), {"n": None}),
     "norm grouped conv": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=nn.Conv2d(6, 4, 3, groups=2, bias=False), n=norm()), {"n": None}, ((2, 6, 8, 8),)),

@@ -201,6 +201,7 @@ class Trial:
                 ABSORBERS[node.operator](node, self)
             if not self._queue:
                 break
+        self._collect_leaves()
         self._check_edits()
 
     def _drain(self) -> None:
@@ -254,6 +255,19 @@ class Trial:
                 continue
             return None
         return last
+
+    def _collect_leaves(self) -> None:
+        """A parameter that was given units as an operand is edited; all operators that read it as one agreed."""
+        for value, unit in self.units.items():
+            if value.kind in (Kind.PARAMETER, Kind.ABSENT) and value.producer is None and not unit.is_identity:
+                try:
+                    contents = Unit(*unit.direct())
+                except NotInvertibleError:
+                    self._refuse_value(value, "a scale of (nearly) 0 would have to be undone", unit)
+                requests = self.edits.setdefault(value, {})
+                for node in value.consumers:
+                    if node.operator not in ABSORBERS:
+                        requests[node] = contents
 
     def _check_edits(self) -> None:
         """An edited parameter must be editable, and every use of it must ask for the same edit."""

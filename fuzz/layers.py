@@ -1,0 +1,206 @@
+"""The vocabulary of the generated programs: layers that PyTorch lacks, and contents for parameters.
+
+``from fuzz.layers import *`` is the first line of every printed program.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torchvision.ops import FrozenBatchNorm2d
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
+
+__all__ = [
+    "BatchNormAct2d", "BiasBlindConv", "Combined", "DetectronFrozenNorm", "DoublingNorm", "F", "FrozenBatchNorm2d",
+    "FrozenBatchNormAct2d", "NormWithActivation", "ScaledConv", "Scaling", "SquashingNorm", "StandardisedConv",
+    "fill", "functional_norm", "lazy_norm", "nn", "spectral_norm", "torch", "weight_norm", "weight_norm_by_hook",
+]  # fmt: skip
+
+DRESSINGS = (
+    "positive", "mixed", "zeros", "dead", "tiny", "huge", "one tiny", "one huge", "small variance",
+    "large variance", "unit", "far mean", "equal",
+)  # fmt: skip
+"""How the numbers of a norm may be drawn; see :func:`fill`."""
+
+spectral_norm = parametrizations.spectral_norm
+weight_norm = parametrizations.weight_norm
+
+
+def weight_norm_by_hook(layer: nn.Module) -> nn.Module:
+    """The old-style weight_norm, which recomputes the weight in a hook."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(layer)
+
+
+def lazy_norm(rank: int, channels: int, **options: Any) -> nn.Module:
+    """A lazy batch norm that has seen its first input."""
+    norm = {2: nn.LazyBatchNorm1d, 3: nn.LazyBatchNorm1d, 4: nn.LazyBatchNorm2d, 5: nn.LazyBatchNorm3d}[rank](**options)
+    norm.eval()(torch.zeros(1, channels, *[1] * (rank - 2)))
+    return norm
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class ScaledConv(nn.Conv2d):
+    """A convolution whose weight has a gain of its own for each output channel."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(
+            x, self.weight * self.gain, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class BiasBlindConv(nn.Conv2d):
+    """A forward that never reads the bias, as in partial convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Scaling(nn.Module):
+    """LayerScale."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Combined(nn.Sequential):
+    """Layers in turn, with the input added to the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class DoublingNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class SquashingNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+class NormWithActivation(nn.BatchNorm2d):
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(channels, **options)
+        self.drop = nn.Identity()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class DetectronFrozenNorm(nn.Module):
+    """A frozen norm that calls the function when no gradient is wanted, as detectron2's does."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            bias = self.bias - self.running_mean * scale
+            return x * scale.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+def functional_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """A norm whose tensors are handed to the function by other code."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps)
+
+
+def fill(net: nn.Module, seed: int, dressings: dict[str, str]) -> None:
+    """Give every parameter and buffer contents that depend on the seed and its own name only.
+
+    Weights have a standard deviation of 1/sqrt(fan in), so that activations stay near 1. The norms are far from the
+    identity: gains between 0.5 and 1.5, statistics and biases likewise; ``dressings`` names, by the norm's place,
+    another way to draw them.
+    """
+    norms = {}
+    for place, module in net.named_modules():
+        buffers = module._buffers.keys() | module._parameters.keys()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or "running_var" in buffers:
+            norms[place] = module
+    with torch.no_grad():
+        for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+            if not tensor.is_floating_point() or tensor.numel() == 0:
+                continue
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            place, _, role = name.rpartition(".")
+            if place in norms:
+                tensor.copy_(_dressed(role, dressings.get(place, "positive"), tensor, generator))
+            else:
+                tensor.copy_(_plain(role, tensor, generator))
+
+
+def _plain(role: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if role.startswith(("gamma", "gain", "original0", "weight_g")):
+        sign = torch.randint(0, 5, tensor.shape, generator=generator).clamp(0, 1) * 2.0 - 1
+        return (0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)) * sign
+    normal = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    fan_in = tensor.numel() / tensor.shape[0] if tensor.dim() > 1 else 4.0
+    return normal / max(fan_in, 1.0) ** 0.5
+
+
+def _dressed(role: str, dressing: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+    normal = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    if role == "running_var":
+        if dressing == "small variance":
+            return 10 ** (-9 + 8 * uniform)
+        if dressing == "large variance":
+            return 10 ** (6 * uniform)
+        return torch.ones_like(uniform) if dressing in ("unit", "equal") else 0.5 + 1.5 * uniform
+    if role != "weight":  # bias, running_mean
+        if dressing == "far mean" and role == "running_mean":
+            return 100 * normal
+        return torch.zeros_like(normal) if dressing in ("unit", "equal") else 0.3 * normal
+    gain = 0.5 + uniform
+    if dressing == "mixed":
+        gain *= normal.sign()
+    elif dressing == "zeros":
+        gain *= normal > 0
+    elif dressing == "tiny":
+        gain *= 1e-5
+    elif dressing == "huge":
+        gain *= 1e3
+    elif dressing == "one tiny":
+        gain.view(-1)[0] *= 1e-11
+    elif dressing == "one huge":
+        gain.view(-1)[0] *= 1e4
+    elif dressing == "dead":
+        gain.zero_()
+    elif dressing == "unit":
+        gain.fill_(1)
+    elif dressing == "equal":
+        gain.fill_(2)
+    return gain

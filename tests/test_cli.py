@@ -1,0 +1,215 @@
+"""The command line: exit status, standard output and error, files written."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import bnfuse
+from bnfuse.cli import main, parse_shape
+from bnfuse.errors import InputError, VerificationError
+from bnfuse.zoo import build
+
+NETWORKS = """
+import torch
+from torch import nn
+from bnfuse.zoo import randomise_
+
+def net():
+    torch.manual_seed(0)
+    return randomise_(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Sigmoid()))
+
+def plain():
+    return nn.Linear(3, 4)
+
+def tokens():
+    return randomise_(nn.Sequential(nn.Embedding(5, 6), nn.Flatten(), nn.Linear(60, 4), nn.BatchNorm1d(4)))
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.norm = nn.Linear(3, 4), nn.Linear(5, 4), randomise_(nn.BatchNorm1d(4))
+
+    def forward(self, a, b):
+        return self.norm(self.left(a)) + self.right(b)
+"""  # noqa: E501
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "networks.py").write_text(NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("networks", None)
+    logging.getLogger("bnfuse").setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"), [("1x3x224x224", (1, 3, 224, 224)), ("7", (7,)), ("10x2", (10, 2))]
+)
+def test_shapes(text: str, shape: tuple[int, ...]) -> None:
+    assert parse_shape(text) == shape
+
+
+@pytest.mark.parametrize("text", ["", "3x", "x3", "0x3", "-1x3", "1,3", "1X3", "1x3.5", "1x 3"])
+def test_what_is_no_shape(text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_shape(text)
+    assert str(caught.value) == f"{text!r} is no shape: write positive whole numbers as in 1x3x224x224"
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "networks.py:net"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0] == "Sequential: 2 batch norms, 1 fused, 1 kept"
+    assert lines[3].split() == ["1", "BatchNorm2d", "4", "fused", "into", "0"]
+    assert lines[4].split()[:4] == ["3", "BatchNorm2d", "4", "kept:"]
+    assert captured.err == ""
+
+
+def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "networks:net", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["spec"], data["norms"], data["fused"], data["kept"]) == ("networks:net", 2, 1, 1)
+    assert data["decisions"][0]["into"] == ["0"]
+    assert data["decisions"][1]["reasons"]
+
+
+def test_fuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuse", "networks.py:net", "--input", "2x3x9x9"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Sequential: 2 batch norms, 1 fused, 1 kept\n")
+    assert "(2, 4, 7, 7)" in out
+    assert out.endswith("\nequivalent: 1 of 2 batch norms are gone\n")
+
+
+def test_fuse_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuse", "networks.py:net", "--json", "--input", "2x3x9x9", "-o", "out.pt"]) == 0
+    captured = capsys.readouterr()
+    data = json.loads(captured.out)
+    assert data["equivalent"] is True
+    assert data["output"] == "out.pt"
+    assert data["plan"]["fused"] == 1
+    assert data["comparison"]["outputs"][0]["shape"] == [2, 4, 7, 7]
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_the_fused_weights_are_saved(name: str, folder: Path) -> None:
+    assert main(["fuse", "networks.py:net", "-o", name]) == 0
+    path = folder / name
+    state = load_file(path) if name.endswith("safetensors") else torch.load(path, weights_only=True)
+    assert set(state) == {"0.weight", "0.bias", *(f"3.{part}" for part in (
+        "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+    ))}  # fmt: skip
+    fused = bnfuse.fuse(build("networks.py:net"))
+    assert all(torch.equal(fused.state_dict()[key], tensor) for key, tensor in state.items())
+
+
+def test_weights_are_loaded(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    state = {key: 2 * tensor for key, tensor in build("networks.py:net").state_dict().items()}
+    torch.save(state, folder / "weights.pt")
+    assert main(["fuse", "networks.py:net", "--weights", "weights.pt", "-o", "out.pt"]) == 0
+    saved = torch.load(folder / "out.pt", weights_only=True)
+    assert torch.equal(saved["3.running_mean"], state["3.running_mean"])
+
+
+def test_several_inputs_and_tokens() -> None:
+    assert main(["fuse", "networks.py:Two", "--input", "2x3", "--input", "2x5"]) == 0
+    assert main(["fuse", "networks.py:tokens", "--input", "3x10"]) == 0
+
+
+def test_keep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "networks.py:net", "--json", "--keep", "1", "--keep", "[3]"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == 2
+
+
+def test_an_untrained_zoo_model_gets_random_norms_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "pytorchcv:resnet20_cifar10", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["kept"] == 0
+    assert captured.err == "bnfuse: no --weights, so weights and norms are random\n"
+
+
+def test_verbose_logs_each_norm(caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["plan", "networks.py:net", "--verbose"]) == 0
+    assert [record.message.split(":")[0] for record in caplog.records if record.name == "bnfuse"] == [
+        "1",
+        "3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["plan", "timm:resnet1888"], "SpecError", "timm has no model 'resnet1888'; did you mean resnet18"),
+        (["plan", "networks.py:ne"], "SpecError", "networks.py has no 'ne'; did you mean net"),
+        (["fuse", "networks.py:plain"], "NoNormError", "Linear holds no batch norm"),
+        (["plan", "networks.py:net", "--input", "1xx3"], "InputError", "'1xx3' is no shape"),
+        (["fuse", "networks.py:net", "--input", "2x5x9x9"], "InputError", ""),
+        (["fuse", "networks.py:net", "--keep", "tail.*"], "InputError", ""),
+        (
+            ["fuse", "networks.py:net", "--weights", "absent.pt"],
+            "SpecError",
+            "there is no weights file absent.pt",
+        ),
+        (
+            ["fuse", "networks.py:net", "-o", "absent/out.pt"],
+            "BnFuseError",
+            "there is no folder absent to write out.pt into",
+        ),
+    ],
+)
+def test_a_mistake_is_told_plainly_with_status_2(
+    arguments: list[str], error: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"bnfuse: {message}")
+    assert "Traceback" not in captured.err
+    assert main([*arguments, "--json"]) == 2
+    data = json.loads(capsys.readouterr().out)
+    assert data["error"] == error
+    assert data["message"].startswith(message)
+
+
+def test_a_fused_model_that_is_not_equivalent_has_status_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fuse(*_: object, **__: object) -> None:
+        raise VerificationError("the outputs differ")
+
+    monkeypatch.setattr(bnfuse, "fuse", fuse)
+    assert main(["fuse", "networks.py:net", "-o", "out.pt"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "bnfuse: the outputs differ\n"
+    assert captured.out == ""
+    assert not Path("out.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--version"], 0), (["--help"], 0), ([], 2), (["plan"], 2), (["melt", "timm:resnet18"], 2)],
+)
+def test_what_argparse_answers(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == status
+    if arguments == ["--version"]:
+        assert capsys.readouterr().out == f"bnfuse {version('bnfuse')}\n"
+
+
+def test_the_installed_command(folder: Path) -> None:
+    command = [str(Path(sys.executable).parent / "bnfuse"), "plan", "networks:net", "--json"]
+    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["fused"] == 1
