@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
+import re
 import sys
 import time
 from collections import Counter
@@ -61,12 +63,6 @@ class Tally:
         )
 
 
-def run(seed: int, thorough: bool = False) -> tuple[int, Program, Outcome]:
-    """Draw and check the network of one seed."""
-    program = draw(seed)
-    return seed, program, check(program, thorough)
-
-
 def shrunk(program: Program, failure: str, thorough: bool, seconds: float) -> Program:
     """The failing network made small."""
     return shrink(program, lambda candidate: _fails(candidate, failure, thorough), seconds)
@@ -79,21 +75,25 @@ def _fails(candidate: Program, failure: str, thorough: bool) -> bool:
     return check(candidate, thorough).failure == failure
 
 
-def _job(seed: int) -> tuple[int, int, Outcome]:
-    _, program, outcome = run(seed, seed % THOROUGH_EVERY == 0)
-    return seed, len(program.steps), outcome
+def _job(seed: int, without: str | None = None) -> tuple[int, int, Outcome | None]:
+    program = draw(seed)
+    if without and re.search(without, program.source):
+        return seed, 0, None
+    return seed, len(program.steps), check(program, seed % THOROUGH_EVERY == 0)
 
 
 def _start() -> None:
     torch.set_num_threads(1)
 
 
-def outcomes(seeds: range, jobs: int) -> Iterator[tuple[int, int, Outcome]]:
+def outcomes(seeds: range, jobs: int, without: str | None = None) -> Iterator[tuple[int, int, Outcome | None]]:
+    """Seed, number of steps and outcome of each network, None for one that is left out."""
+    job = functools.partial(_job, without=without)
     if jobs < 2:
-        yield from map(_job, seeds)
+        yield from map(job, seeds)
         return
     with multiprocessing.get_context("spawn").Pool(jobs, _start, maxtasksperchild=2000) as pool:
-        yield from pool.imap_unordered(_job, seeds, chunksize=16)
+        yield from pool.imap_unordered(job, seeds, chunksize=16)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,13 +105,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time (s)")
     parser.add_argument("--show", action="store_true", help="print the network of --seed and its plan, and stop")
     parser.add_argument("--shrink", type=float, default=20.0, help="time for making a failure small (s)")
+    parser.add_argument("--without", help="leave out networks whose program matches this expression")
     parser.add_argument("--failures", type=int, default=3, help="how many failures of one class to print")
     options = parser.parse_args(arguments)
     _start()
     if options.show:
         return _show(options.seed)
     tally, begun, told = Tally(), time.monotonic(), time.monotonic()
-    for seed, steps, outcome in outcomes(range(options.seed, options.seed + options.count), options.jobs):
+    seeds = range(options.seed, options.seed + options.count)
+    for seed, steps, outcome in outcomes(seeds, options.jobs, options.without):
+        if outcome is None:
+            continue
         tally.add(seed, outcome, steps)
         if outcome.failure and tally.counts[outcome.failure] <= options.failures:
             _report(seed, outcome, options.shrink)

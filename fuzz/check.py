@@ -32,6 +32,9 @@ NOISE, MOVED = 1e-15, 1e-11
 AMPLIFIED = 1e6
 """An ill-conditioned network is skipped only if the difference is less than this multiple of what the noise moves."""
 
+STORED = ("last", "seen", "cache")
+"""Attributes in which generated networks store tensors as they run."""
+
 SIZES = {"the same size": (0, 0), "another batch size": (1, 0), "another image size": (0, 1), "both": (2, 2)}
 
 
@@ -96,8 +99,10 @@ def _check(program: Program, thorough: bool, outcome: Outcome) -> None:
     model.eval()
     _check_outputs(program, model, fused, outcome)
     if thorough:
+        _forget(model)
         with _reported("fuse(verify=True)"):
-            bnfuse.fuse(model, inputs)
+            verified = bnfuse.fuse(model, inputs)
+        _check_left_behind(model, verified)
         before = Snapshot(model)
         with _reported("plan.apply"):
             applied = plan.apply(model)
@@ -107,6 +112,7 @@ def _check(program: Program, thorough: bool, outcome: Outcome) -> None:
         identities = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
         with _reported("fuse(inplace=True)"):
             same = bnfuse.fuse(model, inputs, inplace=True, verify=program.seed % 2 == 0)
+        _forget(model)
         if same is not model:
             raise Failed("inplace returns another model")
         changed = [n for n, p in model.named_parameters(remove_duplicate=False) if identities.get(n, id(p)) != id(p)]
@@ -239,11 +245,27 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         results = tensors_of(model(*(tensor.clone() for tensor in inputs)))
     results = {path: tensor.clone() for path, tensor in results.items()}
     for place, module in model.named_modules():
-        for name in ("last", "seen", "cache"):
+        for name in STORED:
             if name in module.__dict__:
                 found = tensors_of(module.__dict__.pop(name))
                 results |= {f"{place}.{name}{path}": tensor for path, tensor in found.items()}
     return results
+
+
+def _forget(model: nn.Module) -> None:
+    """Drop what the forward stored."""
+    for module in model.modules():
+        for name in STORED:
+            module.__dict__.pop(name, None)
+
+
+def _check_left_behind(model: nn.Module, fused: nn.Module) -> None:
+    """Fusing runs the model; what its forward stores must not stay in what is returned."""
+    before = dict(model.named_modules())
+    for place, module in fused.named_modules():
+        for name in STORED:
+            if name in module.__dict__ and name not in before[place].__dict__:
+                raise Failed("touched: fuse leaves what the forward stored", f"{place}.{name}")
 
 
 def _check_outputs(program: Program, model: nn.Module, fused: nn.Module, outcome: Outcome) -> None:

@@ -17,6 +17,7 @@ from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Plan, Reason, total
 from bnfuse.rewrite import rewrite
+from bnfuse.sizes import varying
 from bnfuse.solve import solve
 from bnfuse.verify import compare_outputs, judge, run
 from bnfuse.wrappers import copy_model, unwrap
@@ -144,7 +145,10 @@ def _make_plan(
     if not norms:
         raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
     add_absent(model, graph)
-    made = solve(type(model).__name__, graph, norms, _kept(norms, keep))
+    name, kept = type(model).__name__, _kept(norms, keep)
+    made, assumed = solve(name, norms, kept)
+    if assumed and (different := varying(model, graph, assumed, args, kwargs)):
+        made, _ = solve(name, norms, kept, different)
     if witness:
         read = {name for norm in norms for site in norm.sites for node in site.nodes for value in node.inputs for name in value.names[:1]}
         read |= {edit.names[0] for edit in made.edits if not edit.created}

@@ -12,7 +12,8 @@ import copy
 import importlib
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -163,10 +164,10 @@ def _without_norms(model: nn.Module) -> nn.Module:
 
 
 def _latencies(networks: Mapping[str, nn.Module], inputs: Tensor) -> Table:
-    """Time the networks by turns, so that whatever else the machine does falls on all of them alike."""
+    """Time the networks by turns and on one thread, so that other work of the machine disturbs them alike."""
     names = list(networks)
     milliseconds: dict[str, list[float]] = {name: [] for name in names}
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread():
         for turn in range(_WARM_UP_ROUNDS + ROUNDS):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -179,10 +180,19 @@ def _latencies(networks: Mapping[str, nn.Module], inputs: Tensor) -> Table:
     rows = tuple(
         (name, f"{median:.2f}", f"{median / medians['original']:.3f}") for name, median in medians.items()
     )
-    threads = torch.get_num_threads()
     shape = "x".join(map(str, inputs.shape))
-    title = f"Latency: median of {ROUNDS} runs each, by turns; input {shape}, {threads} thread(s)"
+    title = f"Latency: median of {ROUNDS} runs each, by turns; input {shape}, one thread"
     return Table(title, (Column("network"), Column("ms", True), Column("ratio", True)), rows)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _package(module: str, package: str) -> Any:

@@ -78,14 +78,12 @@ class Edit:
         names: every name of the parameter.
         shape: its shape.
         created: True for a bias or gain that the layer does not have yet (old is 0 for a bias, 1 for a gain).
-        like: for a created parameter, the name of the one whose dtype and device it takes.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     factors: tuple[Unit, ...]
     created: bool = False
-    like: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,9 +105,7 @@ def _create(owners: list[tuple[nn.Module, str]], edit: Edit, undo: list[Callable
     owner, place = owners[0]
     if place not in owner._parameters or owner._parameters[place] is not None:
         raise FusionError(f"The plan does not fit the model: {edit.names[0]} should be an empty place for a parameter.")
-    like = next(iter(owner.parameters(recurse=False)), None)
-    if like is None:
-        like = next(iter(owner.buffers(recurse=False)))
+    like = next(itertools.chain(owner.parameters(recurse=False), owner.parameters(), owner.buffers()))
     contents = torch.full(edit.shape, 1.0 if place == "weight" else 0.0, dtype=torch.float64)
     for unit in edit.factors:
         contents = _edited(contents, unit)

@@ -12,13 +12,14 @@ The graph and its tensors are only read.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from bnfuse.graph import Graph, Kind, Node, Value
+from bnfuse.graph import Kind, Node, Value
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES, link, same
@@ -40,8 +41,9 @@ class Refusal(Exception):
 class Network:
     """The graph with everything that was accepted so far."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, varying: Collection[Node] = ()) -> None:
+        self.varying = varying
+        self.assumed: set[Node] = set()
         self.removed: set[Node] = set()
         self.edits: dict[Value, list[Unit]] = {}
         self._contents: dict[Value, Tensor] = {}
@@ -52,6 +54,8 @@ class Network:
             return self._contents[value]
         if value.kind is Kind.COMPUTED:
             return self._replayed(value)
+        if value.kind is Kind.CONSTANT and not value.names:
+            self._assume(value.consumers)
         tensor = _initial(value)
         for unit in self.edits.get(value, ()):
             tensor = edited(tensor, unit)
@@ -64,6 +68,9 @@ class Network:
         node = value.producer
         if node is None or not value.independent or value.pinned is not None:
             raise Refusal(Reason("its contents depend on the run"), scale=False)
+
+        if not node.inputs:
+            self._assume([node])
 
         def contents(argument: Any) -> Any:
             if isinstance(argument, Value):
@@ -78,8 +85,17 @@ class Network:
         results = [result] if isinstance(result, Tensor) else list(result)
         return results[node.outputs.index(value)]
 
+    def _assume(self, nodes: Collection[Node]) -> None:
+        """A table that the code makes itself may depend on the size of the input."""
+        for node in nodes:
+            if node in self.varying:
+                text = "its contents depend on the size of the input"
+                raise Refusal(Reason(text, node.operator, node.call.label), scale=False)
+        self.assumed.update(nodes)
+
     def accept(self, trial: Trial) -> None:
         self.removed.update(trial.targets)
+        self.assumed |= trial.assumed
         for value, requests in trial.edits.items():
             unit = next(iter(requests.values()))
             self.edits.setdefault(value, []).append(unit)
@@ -103,6 +119,16 @@ def edited(tensor: Tensor, unit: Unit) -> Tensor:
     return tensor if unit.shift is None else tensor + unit.shift
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """A point to go back to: how much was settled, what was still to be chosen, and the other ways to go on."""
+
+    settled: int
+    pending: dict[Node, None]
+    alternatives: Iterator[Mapping[Value, Unit]]
+    scale: bool
+
+
 class Trial:
     """One attempt to remove one norm in one direction; see :class:`bnfuse.rules.Trial` for what rules may call."""
 
@@ -115,9 +141,11 @@ class Trial:
         self._pending: dict[Node, None] = {}
         self._touched: dict[Node, None] = {}
         self._trail: list[Value] = []
-        self._choices: list[tuple[int, dict[Node, None], Iterator[Mapping[Value, Unit]]]] = []
+        self.assumed: set[Node] = set()
+        self._choices: list[_Choice] = []
         self._choosing: Node | None = None
         self._chosen: Sequence[Mapping[Value, Unit]] = ()
+        self._chosen_scale = False
 
     # What rules call ---------------------------------------------------------------------------------------------
 
@@ -149,9 +177,9 @@ class Trial:
             self._queue.append(value.producer)
         self._queue.extend(value.consumers)
 
-    def choose(self, node: Node, alternatives: Sequence[Mapping[Value, Unit]]) -> None:
+    def choose(self, node: Node, alternatives: Sequence[Mapping[Value, Unit]], scale: bool = False) -> None:
         if node is self._choosing:
-            self._chosen = alternatives
+            self._chosen, self._chosen_scale = alternatives, scale
         else:
             self._pending[node] = None
 
@@ -168,6 +196,11 @@ class Trial:
 
     def content(self, value: Value) -> Tensor:
         return self.network.content(value)
+
+    def assume(self, node: Node, number: float) -> None:
+        if node in self.network.varying:
+            self.refuse(node, "its number depends on the size of the input", scale=True)
+        self.assumed.add(node)
 
     def is_edited(self, value: Value) -> bool:
         return value in self.network.edits
@@ -187,7 +220,9 @@ class Trial:
             except Refusal as refusal:
                 first = first or refusal
                 backtracks += 1
-                if refusal.scale or backtracks > _MAX_BACKTRACKS or self._next_alternative() is not None:
+                while refusal.scale and self._choices and not self._choices[-1].scale:
+                    self._choices.pop()  # no other place for a shift would help
+                if backtracks > _MAX_BACKTRACKS or self._next_alternative() is not None:
                     raise first from None
 
     def _settle(self) -> None:
@@ -227,7 +262,8 @@ class Trial:
         RULES[node.operator](node, self)
         self._choosing = None
         if self._chosen:
-            self._choices.append((len(self._trail), dict(self._pending), iter(self._chosen)))
+            choice = _Choice(len(self._trail), dict(self._pending), iter(self._chosen), self._chosen_scale)
+            self._choices.append(choice)
             refusal = self._next_alternative()
             if refusal is not None:
                 raise refusal
@@ -236,14 +272,15 @@ class Trial:
         """Go back to the last choice that has another way to go on, and take it; the refusal if there is none."""
         last = Refusal(Reason("no choice is left"), scale=True)
         while self._choices:
-            length, pending, alternatives = self._choices[-1]
+            choice = self._choices[-1]
+            length = choice.settled
             self._queue.clear()
             self._choosing = None
             for value in self._trail[length:]:
                 del self.units[value]
             del self._trail[length:]
-            self._pending = dict(pending)
-            units = next(alternatives, None)
+            self._pending = dict(choice.pending)
+            units = next(choice.alternatives, None)
             if units is None:
                 self._choices.pop()
                 continue
@@ -300,16 +337,21 @@ def _agree(a: Unit, b: Unit) -> bool:
         return False
 
 
-def solve(model: str, graph: Graph, norms: Sequence[Norm], kept: Mapping[Norm, Reason]) -> Plan:
+def solve(
+    model: str, norms: Sequence[Norm], kept: Mapping[Norm, Reason], varying: Collection[Node] = ()
+) -> tuple[Plan, set[Node]]:
     """Decide for every norm, and collect the edits.
 
     Args:
         model: name of the model, for the plan.
-        graph: what one run did.
         norms: the norms of the model.
         kept: norms that the caller wants to keep, with the reason.
+        varying: operators whose numbers depend on the size of the input.
+
+    Returns:
+        The plan, and the operators whose numbers it takes to be the same for inputs of every size.
     """
-    network = Network(graph)
+    network = Network(varying)
     decisions: dict[Norm, Decision] = {}
     replacements = []
     for norm in sorted(norms, key=_order):
@@ -318,8 +360,10 @@ def solve(model: str, graph: Graph, norms: Sequence[Norm], kept: Mapping[Norm, R
         decisions[norm] = decision
         if decision.fused:
             replacements.append(Replacement(norm.names, norm.keep))
-    edits = tuple(_edit(value, factors) for value, factors in network.edits.items())
-    return Plan(model, tuple(decisions[norm] for norm in norms), edits, tuple(replacements))
+    edits = tuple(
+        Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT) for value, factors in network.edits.items()
+    )
+    return Plan(model, tuple(decisions[norm] for norm in norms), edits, tuple(replacements)), network.assumed
 
 
 def _order(norm: Norm) -> tuple[bool, int]:
@@ -378,8 +422,3 @@ def _affine(network: Network, site: Site) -> tuple[Tensor, Tensor]:
         factor, term = affine(node, Trial(network))
         a, c = a * factor, c * factor + term
     return torch.broadcast_tensors(a, c)  # type: ignore[return-value]
-
-
-def _edit(value: Value, factors: list[Unit]) -> Edit:
-    created = value.kind is Kind.ABSENT
-    return Edit(value.names, value.shape, tuple(factors), created)

@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol
 
 from torch import Tensor
 
-from bnfuse.graph import Node, Value
+from bnfuse.graph import Kind, Node, Value
 from bnfuse.units import Unit
 
 
@@ -28,8 +28,14 @@ class Trial(Protocol):
     def demand(self, value: Value, unit: Unit) -> None:
         """Ask for a unit; refuses if the value has another one already or cannot change."""
 
-    def choose(self, node: Node, alternatives: Sequence[Mapping[Value, Unit]]) -> None:
-        """Several ways to go on, to be tried in turn once everything that is certain is settled."""
+    def choose(self, node: Node, alternatives: Sequence[Mapping[Value, Unit]], scale: bool = False) -> None:
+        """Several ways to go on, to be tried in turn once everything that is certain is settled.
+
+        ``scale`` says that they place a scale differently, not only a shift.
+        """
+
+    def assume(self, node: Node, number: float) -> None:
+        """Rely on a number in the code being the same for inputs of any size; refuses if it is known not to be."""
 
     def refuse(self, node: Node, text: str, scale: bool = False) -> NoReturn:
         """Give up. ``scale`` says that it was the scale that cannot pass, so that moving shifts does not help."""
@@ -90,4 +96,41 @@ def same(unit: Unit) -> Unit:
     return unit
 
 
-from bnfuse.rules import activation, arithmetic, joining, layers, norms, pooling, shapes  # noqa: E402, F401
+def lift(unit: Unit, value: Value, whole: Value) -> Unit:
+    """The unit of an operand, aligned to the result that it is broadcast to."""
+    missing = len(whole.shape) - len(value.shape)
+    return unit.map(lambda tensor: tensor.reshape([1] * missing + list(tensor.shape))) if missing else unit
+
+
+def lower(unit: Unit, value: Value, whole: Value) -> Unit | None:
+    """A unit that is aligned to a result as the unit of an operand; None if the operand lacks an axis for it."""
+    missing = len(whole.shape) - len(value.shape)
+    for axis in unit.axes():
+        if axis < missing or value.shape[axis - missing] == 1:
+            return None
+    return unit.map(lambda tensor: tensor.reshape(tensor.shape[missing:])) if missing else unit
+
+
+def cost(value: Value) -> int:
+    """How far a unit is likely to travel from here: parameters and layers that feed only this operator come first."""
+    if value.kind in (Kind.PARAMETER, Kind.ABSENT):
+        return 0
+    if len(value.consumers) == 1:
+        return 1 if value.independent or (value.producer and value.producer.operator in ABSORBERS) else 2
+    return 4
+
+
+from bnfuse.rules import (  # noqa: E402
+    activation as activation,
+    attention as attention,
+    joining as joining,
+    layers as layers,
+    norms as norms,
+    padding as padding,
+    passing as passing,
+    pooling as pooling,
+    products as products,
+    recurrent as recurrent,
+    shapes as shapes,
+    sums as sums,
+)

@@ -14,18 +14,24 @@ from torch import Tensor
 
 from bnfuse.graph import Node, Value
 from bnfuse.rules import Trial, rule
-from bnfuse.units import NotInvertibleError, Unit
+from bnfuse.units import IDENTITY, NotInvertibleError, Unit
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Elements start, start+step, ... (size of them) of an axis; dropped if the axis is gone from the piece."""
+    """Elements start, start+step, ... (size of them) of an axis, or those of an index; dropped if the axis is gone."""
 
     value: Value
     start: int
     size: int
     step: int = 1
     dropped: bool = False
+    index: Tensor | None = None
+
+    @property
+    def elements(self) -> slice | Tensor:
+        stop = self.start + (self.size - 1) * self.step + 1
+        return slice(self.start, stop, self.step) if self.index is None else self.index
 
 
 @rule("cat", "concat", "concatenate")
@@ -90,6 +96,28 @@ def take_slice(node: Node, trial: Trial) -> None:
     _settle(node, trial, whole, [_Piece(part, start, part.shape[axis], node.argument("step", 1))], axis)
 
 
+@rule("index_select", "index")
+def take_index(node: Node, trial: Trial) -> None:
+    """Elements of one axis, by a table of numbers that does not depend on the input."""
+    whole, part = node.inputs[0], node.outputs[0]
+    if node.operator == "index_select":
+        axis, index = node.bound["dim"] % len(whole.shape), node.bound["index"]
+    else:
+        places = [(axis, index) for axis, index in enumerate(node.bound["indices"]) if index is not None]
+        axis, index = places[0]
+        if len(places) > 1:
+            trial.refuse(node, "it takes elements by several indices", scale=True)
+    if not index.independent or index.dtype != torch.int64 or len(index.shape) != 1:
+        trial.refuse(node, "its index is not a plain list of numbers", scale=True)
+    numbers = trial.content(index) % whole.shape[axis]
+    if trial.unit(part) is not None and numbers.unique().numel() != numbers.numel():
+        unit = trial.unit(whole) or IDENTITY
+        if not trial.unit(part).same_as(_part(unit, _Piece(part, 0, part.shape[axis], index=numbers), axis)):
+            trial.refuse(node, "it takes an element more than once", scale=True)
+        return
+    _settle(node, trial, whole, [_Piece(part, 0, part.shape[axis], index=numbers)], axis)
+
+
 def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: int) -> None:
     unit = trial.unit(whole)
     if unit is not None:
@@ -109,8 +137,7 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
 def _part(unit: Unit, piece: _Piece, axis: int) -> Unit:
     def cut(tensor: Tensor) -> Tensor:
         if tensor.shape[axis] > 1:
-            stop = piece.start + (piece.size - 1) * piece.step + 1
-            tensor = tensor[(slice(None),) * axis + (slice(piece.start, stop, piece.step),)]
+            tensor = tensor[(slice(None),) * axis + (piece.elements,)]
         return tensor.squeeze(axis) if piece.dropped else tensor
 
     cut_unit = unit.map(cut)
@@ -135,8 +162,9 @@ def _joined(units: list[tuple[_Piece, Unit]], whole: Value, axis: int) -> Unit:
         shape[axis] = whole.shape[axis]
         tensor = torch.full(shape, default, dtype=torch.float64)
         for p, t in given:
-            stop = p.start + (p.size - 1) * p.step + 1
-            tensor[(slice(None),) * axis + (slice(p.start, stop, p.step),)] = t
+            tensor[(slice(None),) * axis + (p.elements,)] = t.expand(
+                [size if i != axis else p.size for i, size in enumerate(shape)]
+            )
         return tensor
 
     scale = join([(piece, unit.scale) for piece, unit in units], 1.0)

@@ -1,4 +1,4 @@
-r"""Convolutions, transposed convolutions and linear layers: where units are absorbed.
+r"""Convolutions, transposed convolutions, linear layers and products with a matrix: where units are absorbed.
 
 With ``y = w*x + b``, new units ``x_old = p*x_new + q`` and ``y_new = s*y_old + t`` (all per channel),
 
@@ -11,7 +11,10 @@ would have to become ``-q/p``; and for a transposed convolution only if every ou
 (``s`` or ``p`` equal to 0) is absorbed like any other; nothing is inverted here unless the demand came from the other
 direction.
 
-Weight axes: convolution (out, in/groups, *kernel); transposed (in, out/groups, *kernel); linear (out, in).
+An operator that has no bias passes the rest on: its output takes the inverse shift ``w*q``.
+
+Weight axes: convolution (out, in/groups, *kernel); transposed (in, out/groups, *kernel); linear (out, in);
+``x @ w`` (in, out).
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ from torch import Tensor
 
 from bnfuse.graph import Kind, Node, Value
 from bnfuse.rules import Trial, absorber, rule
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply
+from bnfuse.rules.attention import is_softmax, mix_rows
+from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply, per_channel
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
+_DEFORMED = "torchvision::deform_conv2d"
+_MATRIX = ("matmul", "mm", "addmm")
+LAYERS = ("linear", *_CONVOLUTIONS, *_TRANSPOSED, _DEFORMED, *_MATRIX)
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,9 @@ class _Layer:
     b: Value | None
     axis: int  # of the channels, in x and y
     groups: int
-    transposed: bool
+    transposed: bool  # the weight has the input axis first
     uniform: bool  # a constant input gives a constant output, so that shifts pass
+    factor: float = 1.0  # of the product, before the bias is added
 
     @property
     def channels_in(self) -> int:
@@ -51,11 +59,16 @@ class _Layer:
         return self.y.shape[self.axis]
 
 
-def _layer(node: Node) -> _Layer:
-    x, w, b = node.bound["input"], node.bound["weight"], node.argument("bias")
+def _layer(node: Node) -> _Layer | None:
+    """The layer that a node is; None for a product of matrices in which no factor is a weight of fixed size."""
     y = node.outputs[0]
+    if node.operator in _MATRIX:
+        return _matrix_layer(node, y)
+    x, w, b = node.bound["input"], node.bound["weight"], node.argument("bias")
     if node.operator == "linear":
         return _Layer(x, y, w, b, len(x.shape) - 1, 1, False, True)
+    if node.operator == _DEFORMED:  # samples zeros outside of the image
+        return _Layer(x, y, w, b, 1, x.shape[1] // w.shape[1], False, False)
     transposed = node.operator in _TRANSPOSED
     spatial = (_TRANSPOSED if transposed else _CONVOLUTIONS)[node.operator]
     pointwise = all(size == 1 for size in w.shape[2:])
@@ -69,30 +82,83 @@ def _layer(node: Node) -> _Layer:
     return _Layer(x, y, w, b, len(x.shape) - spatial - 1, node.argument("groups", 1), transposed, uniform)
 
 
+def _matrix_layer(node: Node, y: Value) -> _Layer | None:
+    if node.operator == "addmm":
+        b, x, w = node.bound["self"], node.bound["mat1"], node.bound["mat2"]
+        if node.argument("beta", 1) != 1 or b.shape not in ((y.shape[-1],), (1, y.shape[-1])):
+            return None
+    else:
+        x, w = node.bound["self"], node.bound["mat2" if node.operator == "mm" else "other"]
+        b = None
+    if not w.independent or x.independent or len(w.shape) != 2 or len(x.shape) < 2:
+        return None
+    return _Layer(x, y, w, b, len(x.shape) - 1, 1, True, True, float(node.argument("alpha", 1)))
+
+
 def _any(numbers: int | list[int], besides: int = 0) -> bool:
     return any(number != besides for number in ([numbers] if isinstance(numbers, int) else numbers))
 
 
-@rule("linear", *_CONVOLUTIONS, *_TRANSPOSED)
+@rule(*LAYERS, "bmm")
 def check(node: Node, trial: Trial) -> None:
-    layer = _layer(node)
+    layer = None if node.operator == "bmm" else _layer(node)
+    if layer is None:
+        _product(node, trial)
+        return
     for value, side in ((layer.x, "input"), (layer.y, "output")):
         unit = trial.unit(value) or IDENTITY
         if not unit.uniform_outside(layer.axis):
-            trial.refuse(node, f"its weight has no axis for units that vary along axis {_other(unit, layer.axis)} of its {side}", scale=unit.scale is not None)
+            axis = min(unit.axes() - {layer.axis})
+            trial.refuse(
+                node,
+                f"its weight has no axis for units that vary along axis {axis} of its {side}",
+                scale=unit.scale is not None,
+            )
+    for value in node.inputs:
+        others = (layer.x, layer.w, layer.b)
+        if all(value is not other for other in others) and not (trial.unit(value) or IDENTITY).is_identity:
+            trial.refuse(node, "its offsets cannot change units", scale=True)
     unit = trial.unit(layer.x)
-    if unit is not None and unit.shift is not None and not layer.uniform:
-        what = "not every output has the same taps" if layer.transposed else "it pads with zeros, which would not be shifted"
-        trial.refuse(node, f"it takes no shift of its input: {what}")
+    if unit is not None and unit.shift is not None:
+        if not layer.uniform:
+            what = "it pads with zeros, which would not be shifted"
+            if layer.transposed:
+                what = "not every output has the same taps"
+            trial.refuse(node, f"it takes no shift of its input: {what}")
+        if layer.b is None:
+            _pass_on(node, trial, layer, unit)
 
 
-def _other(unit: Unit, axis: int) -> int:
-    return min(unit.axes() - {axis})
+def _pass_on(node: Node, trial: Trial, layer: _Layer, unit: Unit) -> None:
+    """A shift of the input without a bias to take it up: the output is shifted."""
+    try:
+        _, q = unit.inverted()
+    except NotInvertibleError:
+        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+    if q is None or trial.unit(layer.y) is not None:
+        return  # the absorber sees whether the two fit
+    carried = _carried(layer, trial.content(layer.w), channel_vector(q, layer.axis, layer.channels_in, 0.0))
+    trial.demand(layer.y, Unit.of(None, per_channel(carried, layer.axis, len(layer.y.shape)), inverse=True))
 
 
-@absorber("linear", *_CONVOLUTIONS, *_TRANSPOSED)
+def _product(node: Node, trial: Trial) -> None:
+    """``A @ v`` of two tensors that depend on the input, or with a matrix on the left."""
+    a, v = node.inputs[0], node.inputs[-1]
+    if node.operator == "addmm" or a is v or len(v.shape) < 2 or len(a.shape) < 2:
+        for value in (*node.inputs, *node.outputs):
+            if not (trial.unit(value) or IDENTITY).is_identity:
+                trial.refuse(node, "it passes no change of units", scale=True)
+        return
+    if not (trial.unit(a) or IDENTITY).is_identity:
+        trial.refuse(node, "its left factor passes no change of units", scale=True)
+    mix_rows(node, trial, v, node.outputs[0], is_softmax(a), {len(v.shape) - 2})
+
+
+@absorber(*LAYERS)
 def absorb(node: Node, trial: Trial) -> None:
     layer = _layer(node)
+    if layer is None:
+        return
     x, y = trial.unit(layer.x) or IDENTITY, trial.unit(layer.y) or IDENTITY
     try:
         (p, q), (s, t) = x.inverted(), y.direct()
@@ -109,7 +175,7 @@ def absorb(node: Node, trial: Trial) -> None:
         carried = _carried(layer, trial.content(layer.w), channel_vector(q, layer.axis, channels_in, 0.0))
         shift = add(shift, multiply(carried, axis_out))
     if layer.b is None:
-        if shift is not None:
+        if shift is not None and bool((shift.abs() > 1e-12 * _size(t, q)).any()):
             trial.refuse(node, "it has no bias to take up a shift, and none can be added")
     elif shift is not None or (axis_out is not None and _has_content(layer.b, trial)):
         trial.edit(node, layer.b, Unit(axis_out, shift))
@@ -154,4 +220,8 @@ def _carried(layer: _Layer, weight: Tensor, q: Tensor) -> Tensor:
     parts = taps.reshape(groups, taps.shape[0] // groups, taps.shape[1])  # groups, rows, columns
     if layer.transposed:
         parts = parts.transpose(1, 2)
-    return torch.matmul(parts, q.reshape(groups, -1, 1)).reshape(-1)
+    return layer.factor * torch.matmul(parts, q.reshape(groups, -1, 1)).reshape(-1)
+
+
+def _size(*shifts: Tensor | None) -> float:
+    return max((float(shift.abs().max()) for shift in shifts if shift is not None), default=0.0)

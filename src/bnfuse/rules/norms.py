@@ -9,6 +9,10 @@ A norm that stays absorbs any units on both sides. With ``x_old = p*x_new + q`` 
 
 which is the same norm, with the same statistics, for ``weight' = s*p*weight`` and
 ``bias' = s*bias + t + s*weight/sigma*(q + (p - 1)*mean)``.
+
+Every norm whose statistics come from its input (layer norm, group norm, instance norm, rms norm, a batch norm that
+uses the statistics of the batch) ends in ``weight*(...) + bias``, so it absorbs units of its output likewise; its
+input must stay as it is.
 """
 
 from __future__ import annotations
@@ -71,19 +75,21 @@ def _parts(node: Node, trial: Trial) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @rule("batch_norm")
 def batch_norm(node: Node, trial: Trial) -> None:
-    x, y = node.bound["input"], node.outputs[0]
-    for value in (x, y):
+    if node.argument("training"):
+        norm_of_input(node, trial)
+        return
+    for value in (node.bound["input"], node.outputs[0]):
         unit = trial.unit(value) or IDENTITY
-        if not unit.is_identity and node.argument("training"):
-            trial.refuse(node, "it uses the statistics of the batch", scale=True)
         if not unit.uniform_outside(_CHANNELS):
             trial.refuse(node, "it has one gain and bias per channel", scale=unit.scale is not None)
 
 
 @absorber("batch_norm")
-def absorb(node: Node, trial: Trial) -> None:
+def absorb_batch_norm(node: Node, trial: Trial) -> None:
     x, y = node.bound["input"], node.outputs[0]
-    channels = x.shape[_CHANNELS]
+    if node.argument("training"):
+        absorb_output(node, trial)
+        return
     try:
         p, q = (trial.unit(x) or IDENTITY).inverted()
         s, t = (trial.unit(y) or IDENTITY).direct()
@@ -92,17 +98,64 @@ def absorb(node: Node, trial: Trial) -> None:
     if p is None and q is None and s is None and t is None:
         return
     weight, sigma, mean, _ = _parts(node, trial)
-    gain = None if s is None else channel_vector(s, _CHANNELS, channels, 1.0)
-    ratio = None if p is None else channel_vector(p, _CHANNELS, channels, 1.0)
-    moved = None if q is None else channel_vector(q, _CHANNELS, channels, 0.0)
+
+    def vector(tensor: Tensor | None, default: float) -> Tensor | None:
+        return None if tensor is None else channel_vector(tensor, _CHANNELS, x.shape[_CHANNELS], default)
+
+    gain, ratio, moved, shift = vector(s, 1.0), vector(p, 1.0), vector(q, 0.0), vector(t, 0.0)
     if ratio is not None:
         moved = add(moved, (ratio - 1) * mean)
-    shift = None if t is None else channel_vector(t, _CHANNELS, channels, 0.0)
     if moved is not None:
         shift = add(shift, multiply(moved * weight / sigma, gain))
-    for name, unit in (("weight", Unit(multiply(gain, ratio))), ("bias", Unit(gain, shift))):
+    _edit(node, trial, multiply(gain, ratio), gain, shift)
+
+
+def _edit(node: Node, trial: Trial, gain: Tensor | None, bias_gain: Tensor | None, shift: Tensor | None) -> None:
+    for name, unit in (("weight", Unit(gain)), ("bias", Unit(bias_gain, shift))):
         value = node.argument(name)
         if value is not None:
             trial.edit(node, value, unit)
-        elif not unit.is_identity:
-            trial.refuse(node, f"it has no {name} to take up units, and none can be added")
+        elif name == "weight" and gain is not None:
+            trial.refuse(node, "it has no weight to take up a scale, and none can be added", scale=True)
+        elif shift is not None:
+            trial.refuse(node, "it has no bias to take up a shift, and none can be added")
+
+
+@rule("layer_norm", "group_norm", "instance_norm", "rms_norm")
+def norm_of_input(node: Node, trial: Trial) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    if not (trial.unit(x) or IDENTITY).is_identity:
+        trial.refuse(node, "its statistics come from its input, which must stay as it is", scale=True)
+    unit = trial.unit(y) or IDENTITY
+    if not unit.axes() <= set(_parameter_axes(node)):
+        trial.refuse(node, "its gain and bias have no axis for the units", scale=unit.scale is not None)
+
+
+@absorber("layer_norm", "group_norm", "instance_norm", "rms_norm")
+def absorb_output(node: Node, trial: Trial) -> None:
+    y = node.outputs[0]
+    unit = trial.unit(y) or IDENTITY
+    if unit.is_identity:
+        return
+    axes = _parameter_axes(node)
+    shape = [y.shape[axis] for axis in axes]
+
+    def on_parameter(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        squeezed = tensor.reshape([tensor.shape[axis] for axis in axes])
+        return squeezed.expand(shape)
+
+    try:
+        s, t = unit.direct()
+    except NotInvertibleError:
+        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+    _edit(node, trial, on_parameter(s), on_parameter(s), on_parameter(t))
+
+
+def _parameter_axes(node: Node) -> list[int]:
+    """The axes of the output along which the gain and bias vary."""
+    if "normalized_shape" in node.bound:
+        rank = len(node.outputs[0].shape)
+        return list(range(rank - len(node.bound["normalized_shape"]), rank))
+    return [_CHANNELS]

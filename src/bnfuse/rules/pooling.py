@@ -2,7 +2,8 @@ r"""Pooling over positions.
 
 A mean of ``s*x + t`` over positions with the same ``s`` and ``t`` is ``s*mean(x) + t``; a maximum likewise if
 ``s >= 0``. Average pooling that counts padded zeros, or divides by something else than the number of elements, passes
-no shift. Maximum pooling pads with minus infinity, which changes nothing.
+no shift. Maximum pooling pads with minus infinity, which changes nothing. Interpolation takes averages too: its weights
+sum to one. A sum is a mean times the number of elements, which must not depend on the size of the input.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules import Trial, link, rule
+from bnfuse.rules import Trial, lift, link, lower, rule
 from bnfuse.units import Unit
 
 
@@ -72,3 +73,78 @@ def reduce(node: Node, trial: Trial) -> None:
     axes = {axis % rank for axis in dims} if rank else set()
     keep = bool(node.argument("keepdim", False))
     _pool(node, trial, axes, node.outputs[0], keep=keep, maximum=node.operator == "amax", shift=True)
+
+
+_INTERPOLATIONS = (
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+)  # fmt: skip
+
+
+@rule(*_INTERPOLATIONS)
+def interpolate(node: Node, trial: Trial) -> None:
+    axes = set(range(2, len(node.inputs[0].shape)))
+    _pool(node, trial, axes, node.outputs[0], keep=True, maximum=False, shift=True)
+
+
+@rule("sum")
+def total(node: Node, trial: Trial) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    rank = len(x.shape)
+    dim = node.argument("dim")
+    dims = range(rank) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    axes = sorted({axis % rank for axis in dims}) if rank else []
+    keep = bool(node.argument("keepdim", False))
+    count = 1
+    for axis in axes:
+        count *= x.shape[axis]
+
+    def forward(unit: Unit) -> Unit:
+        if unit.scale is not None and any(unit.scale.shape[axis] != 1 for axis in axes):
+            trial.refuse(node, "it adds elements with different scales", scale=True)
+        if unit.shift is not None:
+            trial.assume(node, count)
+            for axis in axes:
+                if unit.shift.shape[axis] == 1:
+                    unit = Unit(unit.scale, unit.shift * x.shape[axis], unit.inverse)
+        summed = Unit(unit.scale, None if unit.shift is None or not axes else unit.shift.sum(axes, keepdim=True), unit.inverse)
+        kept = [axis for axis in range(rank) if axis not in axes]
+        return summed if keep else summed.map(lambda tensor: tensor.reshape([tensor.shape[axis] for axis in kept]))
+
+    def backward(unit: Unit) -> Unit:
+        if unit.shift is not None:
+            trial.assume(node, count)
+
+        def widen(tensor: Tensor) -> Tensor:
+            for axis in () if keep else axes:
+                tensor = tensor.unsqueeze(axis)
+            return tensor
+
+        wide = unit.map(widen)
+        return Unit(wide.scale, None if wide.shift is None else wide.shift / count, wide.inverse)
+
+    link(trial, x, y, forward, backward)
+
+
+@rule("maximum", "minimum", "max", "min")
+def extremum(node: Node, trial: Trial) -> None:
+    """The larger of two tensors: both with the same units, and a positive scale."""
+    if "other" not in node.bound:
+        for value in (*node.inputs, *node.outputs):
+            if trial.unit(value) is not None:
+                trial.refuse(node, "it passes no change of units", scale=True)
+        return
+    x, y, z = node.bound["self"], node.bound["other"], node.outputs[0]
+    for value in (x, y, z):
+        unit = trial.unit(value)
+        if unit is not None and not unit.is_identity:
+            if unit.scale is not None and bool((unit.scale < 0).any()):
+                trial.refuse(node, "a maximum passes no negative scale", scale=True)
+            lifted = lift(unit, value, z)
+            for other in (x, y, z):
+                lowered = lower(lifted, other, z)
+                if lowered is None:
+                    trial.refuse(node, "an operand that is broadcast has no axis for the units", scale=True)
+                trial.demand(other, lowered)
+            return

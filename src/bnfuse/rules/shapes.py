@@ -7,11 +7,12 @@ uniform on it, so only the blocks on which it varies are written out in full.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from bnfuse.graph import Node
+from bnfuse.graph import Node, Value
 from bnfuse.rules import Trial, link, rule
 from bnfuse.units import Unit, shrink
 
@@ -88,6 +89,106 @@ def expand(node: Node, trial: Trial) -> None:
         return unit.map(lambda tensor: tensor.reshape(tensor.shape[missing:]))
 
     link(trial, x, y, forward, backward)
+
+
+@rule("flip", "roll")
+def reorder(node: Node, trial: Trial) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    if node.operator == "flip":
+        dims = list(node.bound["dims"])
+        steps = dict.fromkeys((axis % len(x.shape) for axis in dims), None)
+    else:
+        dims, shifts = node.argument("dims", []), node.bound["shifts"]
+        dims = [dims] if isinstance(dims, int) else dims
+        shifts = [shifts] if isinstance(shifts, int) else shifts
+        if not dims:
+            trial.refuse(node, "it rolls the flattened tensor", scale=True)
+        steps = {axis % len(x.shape): shift for axis, shift in zip(dims, shifts, strict=True)}
+
+    def moved(sign: int) -> Callable[[Tensor], Tensor]:
+        def move(tensor: Tensor) -> Tensor:
+            for axis, step in steps.items():
+                if tensor.shape[axis] > 1:
+                    tensor = tensor.flip(axis) if step is None else tensor.roll(sign * step, axis)
+            return tensor
+
+        return move
+
+    link(trial, x, y, lambda unit: unit.map(moved(1)), lambda unit: unit.map(moved(-1)))
+
+
+@rule("repeat", "tile")
+def repeat(node: Node, trial: Trial) -> None:
+    x, y = node.inputs[0], node.outputs[0]
+    times = list(node.argument("repeats", node.argument("dims")))
+    times = [1] * (len(y.shape) - len(times)) + times
+    missing = len(y.shape) - len(x.shape)
+
+    def forward(unit: Unit) -> Unit:
+        def copy(tensor: Tensor) -> Tensor:
+            tensor = tensor.reshape([1] * missing + list(tensor.shape))
+            return tensor.repeat([count if size > 1 else 1 for count, size in zip(times, tensor.shape, strict=True)])
+
+        return unit.map(copy)
+
+    def backward(unit: Unit) -> Unit:
+        def first(tensor: Tensor) -> Tensor:
+            for axis, size in enumerate(tensor.shape):
+                if size > 1:
+                    tensor = tensor.narrow(axis, 0, size // times[axis])
+            return tensor.reshape(tensor.shape[missing:])
+
+        return unit.map(first)
+
+    of_y = trial.unit(y)
+    if of_y is not None and not forward(backward(of_y)).same_as(of_y):
+        trial.refuse(node, "the units differ among the copies that it makes", scale=of_y.scale is not None)
+    link(trial, x, y, forward, backward)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+def shuffle(node: Node, trial: Trial) -> None:
+    """Channels move to positions within a block of pixels, or back, or among themselves."""
+    x, y = node.inputs[0], node.outputs[0]
+    name = node.operator.removeprefix("native_")
+    if name == "channel_shuffle":
+        groups = node.bound["groups"]
+        forward = _on_channels(lambda t: torch.channel_shuffle(t, groups), 1)
+        backward = _on_channels(lambda t: torch.channel_shuffle(t, x.shape[1] // groups), 1)
+    else:
+        factor = node.argument("upscale_factor", node.argument("downscale_factor"))
+        up = _on_channels(lambda t: torch.pixel_shuffle(t, factor), 1)
+        down = _on_channels(lambda t: torch.pixel_unshuffle(t, factor), factor)
+        forward, backward = (up, down) if name == "pixel_shuffle" else (down, up)
+
+    def checked(function: Callable[[Tensor], Tensor], value: Value) -> Callable[[Unit], Unit]:
+        def apply(unit: Unit) -> Unit:
+            if not unit.uniform_outside(len(value.shape) - 3 if name != "channel_shuffle" else 1):
+                trial.refuse(node, "the units vary among positions", scale=unit.scale is not None)
+            channels = value.shape[-3] if name != "channel_shuffle" else value.shape[1]
+            return unit.map(lambda tensor: function(_wide(tensor, channels, name)))
+
+        return apply
+
+    link(trial, x, y, checked(forward, x), checked(backward, y))
+
+
+def _wide(tensor: Tensor, channels: int, name: str) -> Tensor:
+    axis = tensor.dim() - 3 if name != "channel_shuffle" else 1
+    shape = list(tensor.shape)
+    shape[axis] = channels
+    return tensor.expand(shape)
+
+
+def _on_channels(function: Callable[[Tensor], Tensor], block: int) -> Callable[[Tensor], Tensor]:
+    """A function of images, applied to per-channel numbers: each stands for a block of pixels."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        if block > 1:
+            tensor = tensor.expand(*tensor.shape[:-2], block, block)
+        return shrink(function(tensor.contiguous()))
+
+    return apply
 
 
 def reshaped(tensor: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:

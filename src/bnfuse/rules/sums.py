@@ -1,17 +1,19 @@
-r"""Sums of tensors, of which any may be a parameter.
+r"""Sums of tensors or numbers.
 
 ``z = x + k*y`` with ``x_new = s*x + t``, ``y_new = s*y + u`` is ``z_new = s*z + (t + k*u)``: one common scale, and the
 shifts add up, so a shift may sit on either operand or go on to the sum. In the inverse direction the same holds with
 the inverse scale and shift. A unit that varies along an axis on which an operand is broadcast cannot be that
-operand's.
+operand's. A parameter is an operand like any other: it is edited to take its unit.
+
+A number ``d`` cannot be edited: ``z = x + d`` gives ``z_new = s*z + (t + d*(1 - s))``.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from bnfuse.graph import Kind, Node, Value
-from bnfuse.rules import ABSORBERS, Trial, link, rule
+from bnfuse.graph import Node, Value
+from bnfuse.rules import Trial, cost, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, add
 
 
@@ -20,25 +22,40 @@ def add_tensors(node: Node, trial: Trial) -> None:
     z = node.outputs[0]
     x, y = node.bound["self"], node.bound["other"]
     alpha = node.argument("alpha", 1)
-    factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[node.operator]
+    if isinstance(alpha, Value):
+        trial.refuse(node, "its factor is a tensor", scale=True)
     if not isinstance(x, Value) or not isinstance(y, Value):
         _add_number(node, trial, x if isinstance(x, Value) else y, z)
-    elif x is y:
+        return
+    factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[node.operator]
+    if x is y:
         link(trial, x, z, lambda unit: _times(unit, sum(factors)), lambda unit: _divided(node, trial, unit, factors))
     else:
         _Sum(node, trial, (x, y), factors, z).settle()
 
 
 def _add_number(node: Node, trial: Trial, x: Value, z: Value) -> None:
-    """``z = x + number``: the number cannot be rescaled; a shift passes, with the sign of x."""
-    sign = -1.0 if node.operator == "rsub" else 1.0
+    """``z = sign*x + number``."""
+    alpha = float(node.argument("alpha", 1))
+    number = node.bound["other"] if x is node.bound["self"] else node.bound["self"]
+    first = x is node.bound["self"]
+    sign = -alpha if node.operator == "rsub" else 1.0 if first else alpha
+    added = float(number) * {"add": alpha if first else 1.0, "sub": -alpha, "rsub": 1.0}[node.operator]
 
-    def checked(unit: Unit) -> Unit:
-        if unit.scale is not None:
-            trial.refuse(node, "it adds a number, which cannot be rescaled", scale=True)
-        return _times(unit, sign)
+    def forward(unit: Unit) -> Unit:
+        unit = _times(unit, sign)
+        if unit.scale is None or added == 0:
+            return unit
+        trial.assume(node, added)
+        return Unit(unit.scale, add(unit.shift, added * (1 - unit.scale)), unit.inverse)
 
-    link(trial, x, z, checked, checked)
+    def backward(unit: Unit) -> Unit:
+        if unit.scale is not None and added != 0:
+            trial.assume(node, added)
+            unit = Unit(unit.scale, add(unit.shift, -added * (1 - unit.scale)), unit.inverse)
+        return _times(unit, 1 / sign)
+
+    link(trial, x, z, forward, backward)
 
 
 def _times(unit: Unit, factor: float) -> Unit:
@@ -62,7 +79,7 @@ class _Sum:
         self.terms: list[tuple[Value, float]] = [(z, 1.0), *((x, -k) for x, k in zip(operands, factors, strict=True))]
 
     def settle(self) -> None:
-        known = {value: self._lift(value, unit) for value, _ in self.terms if (unit := self.trial.unit(value))}
+        known = {value: lift(unit, value, self.z) for value, _ in self.terms if (unit := self.trial.unit(value))}
         known = self._same_direction(known)
         active = [unit for unit in known.values() if not unit.is_identity]
         if not active:
@@ -93,12 +110,12 @@ class _Sum:
         self, open_terms: list[tuple[Value, float]], scale: Tensor | None, rest: Tensor, inverse: bool
     ) -> None:
         alternatives = []
-        for taker, factor in sorted(open_terms, key=lambda term: self._cost(term[0])):
+        for taker, factor in sorted(open_terms, key=lambda term: 3 if term[0] is self.z else cost(term[0])):
             units = {}
             for value, _ in open_terms:
                 shift = -rest / factor if value is taker else None
                 unit = Unit.of(scale, shift, inverse)
-                lowered = self._lower(value, unit)
+                lowered = lower(unit, value, self.z)
                 if lowered is None:
                     if scale is not None and value is not taker:
                         self._demand(value, unit)  # refuses
@@ -110,29 +127,8 @@ class _Sum:
             self.trial.refuse(self.node, "none of its operands has an axis for the shift")
         self.trial.choose(self.node, alternatives)
 
-    def _cost(self, value: Value) -> int:
-        """How far a shift is likely to travel from here: parameters and layers that feed only this sum come first."""
-        if value.kind in (Kind.PARAMETER, Kind.ABSENT):
-            return 0
-        if value is self.z:
-            return 3
-        if len(value.consumers) == 1:
-            return 1 if value.producer and value.producer.operator in ABSORBERS else 2
-        return 4
-
-    def _lift(self, value: Value, unit: Unit) -> Unit:
-        missing = len(self.z.shape) - len(value.shape)
-        return unit.map(lambda tensor: tensor.reshape([1] * missing + list(tensor.shape)))
-
-    def _lower(self, value: Value, unit: Unit) -> Unit | None:
-        missing = len(self.z.shape) - len(value.shape)
-        for axis in unit.axes():
-            if axis < missing or value.shape[axis - missing] == 1:
-                return None
-        return unit.map(lambda tensor: tensor.reshape(tensor.shape[missing:]))
-
     def _demand(self, value: Value, unit: Unit) -> None:
-        lowered = self._lower(value, unit)
+        lowered = lower(unit, value, self.z)
         if lowered is None:
             self.trial.refuse(
                 self.node, "an operand that is broadcast has no axis for the units", scale=unit.scale is not None
@@ -169,14 +165,3 @@ def _magnitude(known: dict[Value, Unit]) -> Tensor | float:
         if unit.shift is not None:
             magnitude = magnitude + unit.shift.abs()
     return magnitude
-
-
-@rule("alias", "clone", "contiguous", "detach", "lift_fresh", "to", "_to_copy", "type_as", "dropout")
-def pass_all(node: Node, trial: Trial) -> None:
-    """Copies, casts between floating types and dropout in evaluation change no values."""
-    x, y = node.inputs[0], node.outputs[0]
-    if node.operator == "dropout" and node.argument("train"):
-        trial.refuse(node, "it drops elements at random", scale=True)
-    link(trial, x, y, lambda unit: unit, lambda unit: unit)
-
-

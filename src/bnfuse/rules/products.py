@@ -1,0 +1,272 @@
+r"""Products and quotients: gates, gains, LayerScale, numbers.
+
+``z = x*y`` of two tensors that depend on the input: ``x_new = s*x``, ``y_new = r*y`` gives ``z_new = s*r*z``; a shift on
+either would leave a mixed term. If one factor ``p`` does not depend on the input, its contents are known, and a shift
+of the other passes: with ``x_new = s*x + t`` and ``p_new = r*p``,
+
+    z_new = x_new*p_new = (s*r)*z + t*(r*p),        inverse: z_old = (s/r)*z_new + t*p  for  x_old = s*x_new + t.
+
+A scale may go on to the product or be taken up by ``p``, if that is a parameter or made of one. Division is the same
+with ``1/p``. A number is a factor that cannot be edited.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bnfuse.graph import Node, Value
+from bnfuse.rules import Trial, cost, lift, link, lower, rule
+from bnfuse.units import NotInvertibleError, Unit, multiply
+
+
+@rule("mul", "div", "true_divide", "multiply", "divide")
+def product(node: Node, trial: Trial) -> None:
+    x, y, z = node.bound["self"], node.bound["other"], node.outputs[0]
+    power = 1 if node.operator.startswith("mul") else -1
+    if node.argument("rounding_mode") is not None:
+        trial.refuse(node, "it rounds", scale=True)
+    if not isinstance(x, Value):
+        if power < 0:
+            trial.refuse(node, "it divides a number by its input", scale=True)
+        x, y = y, x
+    if not isinstance(y, Value):
+        _times_number(node, trial, x, float(y) ** power, z)
+    elif x is y:
+        trial.refuse(node, "it multiplies a tensor by itself", scale=True)
+    elif y.independent and not x.independent:
+        _Gain(node, trial, x, y, z, power).settle()
+    elif x.independent and not y.independent and power > 0:
+        _Gain(node, trial, y, x, z, power).settle()
+    else:
+        _gate(node, trial, ((z, 1), (x, -1), (y, -power)))
+
+
+@rule("neg", "negative")
+def negate(node: Node, trial: Trial) -> None:
+    _times_number(node, trial, node.inputs[0], -1.0, node.outputs[0])
+
+
+@rule("_weight_norm")
+def weight_norm(node: Node, trial: Trial) -> None:
+    """``w = g * v/||v||`` (Salimans and Kingma, 2016): a scale of w along the axis of g is a scale of g."""
+    v, g, w = node.inputs[0], node.inputs[1], node.outputs[0]
+    if not (trial.unit(v) or Unit()).is_identity:
+        trial.refuse(node, "it normalises its direction, which must stay as it is", scale=True)
+
+    def checked(unit: Unit) -> Unit:
+        if unit.shift is not None:
+            trial.refuse(node, "it passes no shift")
+        lowered = lower(unit, g, w)
+        if lowered is None:
+            trial.refuse(node, "its magnitude has no axis for the units", scale=True)
+        return lowered
+
+    link(trial, g, w, checked, checked)
+
+
+@rule("glu")
+def gated_half(node: Node, trial: Trial) -> None:
+    """``a * sigmoid(b)`` of the two halves of x: a scale passes on the first half."""
+    x, y = node.inputs[0], node.outputs[0]
+    axis = node.argument("dim", -1) % len(x.shape)
+
+    def checked(unit: Unit) -> Unit:
+        if unit.shift is not None:
+            trial.refuse(node, "a gate passes no shift")
+        return unit
+
+    def forward(unit: Unit) -> Unit:
+        scale = checked(unit).scale
+        if scale is None:
+            return unit
+        if scale.shape[axis] == 1 or not bool((scale.narrow(axis, y.shape[axis], y.shape[axis]) == 1).all()):
+            trial.refuse(node, "its gating half cannot change units", scale=True)
+        return Unit.of(scale.narrow(axis, 0, y.shape[axis]), None, unit.inverse)
+
+    def backward(unit: Unit) -> Unit:
+        scale = checked(unit).scale
+        if scale is None:
+            return unit
+        shape = list(scale.shape)
+        shape[axis] = y.shape[axis]
+        return Unit(torch.cat([scale.expand(shape), torch.ones(shape, dtype=scale.dtype)], axis), None, unit.inverse)
+
+    link(trial, x, y, forward, backward)
+
+
+def _times_number(node: Node, trial: Trial, x: Value, number: float, z: Value) -> None:
+    def by(factor: float) -> Unit:
+        unit = trial.unit(x) or trial.unit(z)
+        assert unit is not None
+        if unit.shift is None:
+            return unit
+        if number == 0:
+            trial.refuse(node, "it multiplies by 0")
+        if number != -1:
+            trial.assume(node, number)
+        return Unit(unit.scale, unit.shift * factor, unit.inverse)
+
+    link(trial, x, z, lambda unit: by(number), lambda unit: by(1 / number if number else 0.0))
+
+
+class _Gain:
+    """``z = x * p**power`` with p independent of the model's inputs."""
+
+    def __init__(self, node: Node, trial: Trial, x: Value, p: Value, z: Value, power: int) -> None:
+        self.node, self.trial, self.x, self.p, self.z, self.power = node, trial, x, p, z, power
+
+    def settle(self) -> None:
+        trial, x, p, z = self.trial, self.x, self.p, self.z
+        of_x, of_p, of_z = trial.unit(x), trial.unit(p), trial.unit(z)
+        if of_p is not None:
+            if of_p.shift is not None:
+                trial.refuse(self.node, "a factor passes no shift")
+            ratio = self._ratio_of(of_p)
+            if of_x is not None:
+                self._demand(z, self._forward(lift(of_x, x, z), ratio))
+            elif of_z is not None:
+                self._demand(x, self._backward(of_z, ratio))
+            elif ratio is not None:
+                self._offer([{z: Unit(ratio)}, {x: Unit(1 / ratio)}])
+        elif of_x is not None and of_z is not None:
+            self._demand(p, self._missing(lift(of_x, x, z), of_z))
+        elif of_x is not None and not of_x.is_identity:
+            unit = lift(of_x, x, z)
+            self._offer([{z: self._forward(unit, None)}, *self._absorbed(unit, into=z)])
+        elif of_z is not None and not of_z.is_identity:
+            self._offer([*self._absorbed(of_z, into=x), {x: self._backward(of_z, None)}])
+
+    def _absorbed(self, unit: Unit, into: Value) -> list[dict[Value, Unit]]:
+        """The scale goes into p; a shift goes on."""
+        if unit.scale is None or (self.p.pinned and not self.p.producer):
+            return []
+        try:
+            scale, _ = unit.direct()
+        except NotInvertibleError:
+            if into is self.z and unit.inverse and unit.shift is None:
+                # x_old = s*x_new with a dead channel: p takes s itself.
+                return [{self.p: self._factor(unit.scale), self.z: Unit()}]
+            return []
+        assert scale is not None
+        ratio = 1 / scale if into is self.z else scale
+        if not bool(torch.isfinite(ratio).all()):
+            return []
+        if into is self.z:
+            moved = self._forward(unit.turned(False), ratio)
+            moved = Unit.of(None, moved.shift)
+        else:
+            moved = Unit.of(None, self._backward(unit.turned(False), ratio).shift)
+        return [{self.p: self._factor(ratio), into: moved}]
+
+    def _factor(self, ratio: Tensor) -> Unit:
+        """The unit of p that multiplies ``p**power`` by the ratio."""
+        return Unit(ratio if self.power > 0 else 1 / ratio)
+
+    def _ratio_of(self, unit: Unit) -> Tensor | None:
+        try:
+            scale, _ = lift(unit, self.p, self.z).direct()
+        except NotInvertibleError:
+            self.trial.refuse(self.node, "it would have to undo a scale of (nearly) 0", scale=True)
+        return scale if scale is None or self.power > 0 else 1 / scale
+
+    def _contents(self) -> Tensor:
+        contents = self.trial.content(self.p)
+        contents = contents.reshape([1] * (len(self.z.shape) - contents.dim()) + list(contents.shape))
+        return contents if self.power > 0 else 1 / contents
+
+    def _forward(self, unit: Unit, ratio: Tensor | None) -> Unit:
+        if unit.inverse:
+            scale = unit.scale if ratio is None else multiply(unit.scale, 1 / ratio)
+            return Unit(scale, None if unit.shift is None else unit.shift * self._contents(), True)
+        shift = None if unit.shift is None else multiply(unit.shift * self._contents(), ratio)
+        return Unit(multiply(unit.scale, ratio), shift)
+
+    def _backward(self, unit: Unit, ratio: Tensor | None) -> Unit:
+        contents = None
+        if unit.shift is not None:
+            contents = self._contents()
+            if bool((contents.abs() < 1e-8).any()):
+                self.trial.refuse(self.node, "no shift of its input undoes one of its output where it multiplies by 0")
+        if unit.inverse:
+            return Unit(multiply(unit.scale, ratio), None if contents is None else unit.shift / contents, True)
+        inverse = None if ratio is None else 1 / ratio
+        shift = None if contents is None or unit.shift is None else multiply(unit.shift / contents, inverse)
+        return Unit(multiply(unit.scale, inverse), shift)
+
+    def _missing(self, of_x: Unit, of_z: Unit) -> Unit:
+        """What p needs so that given units of x and z fit."""
+        try:
+            s, _ = of_x.direct()
+            r, _ = of_z.direct()
+        except NotInvertibleError:
+            self.trial.refuse(self.node, "it would have to undo a scale of (nearly) 0", scale=True)
+        ratio = r if s is None else multiply(1 / s, r)
+        if not self._forward(of_x.turned(False), ratio).same_as(of_z.turned(False)):
+            self.trial.refuse(self.node, "the shifts of its input and output do not fit")
+        return Unit() if ratio is None else self._factor(ratio)
+
+    def _demand(self, value: Value, unit: Unit) -> None:
+        lowered = lower(Unit.of(unit.scale, unit.shift, unit.inverse), value, self.z)
+        if lowered is None:
+            self.trial.refuse(self.node, "a factor that is broadcast has no axis for the units", scale=unit.scale is not None)
+        if not (lowered.is_identity and self.trial.unit(value) is None):
+            self.trial.demand(value, lowered)
+
+    def _offer(self, alternatives: list[dict[Value, Unit]]) -> None:
+        fitting = []
+        for units in alternatives:
+            lowered = {value: lower(unit, value, self.z) for value, unit in units.items()}
+            kept = {value: unit for value, unit in lowered.items() if unit is not None}
+            if len(kept) == len(lowered):
+                fitting.append(kept)
+        if not fitting:
+            self.trial.refuse(self.node, "a factor that is broadcast has no axis for the units", scale=True)
+        self.trial.choose(self.node, fitting, scale=True)
+
+
+def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> None:
+    """Scales of tensors whose product, each to its power, is fixed."""
+    z = terms[0][0]
+    known: dict[Value, Tensor | None] = {}
+    for inverse in (False, True):
+        try:
+            for value, _ in terms:
+                unit = trial.unit(value)
+                if unit is not None:
+                    if unit.shift is not None:
+                        trial.refuse(node, "a gate passes no shift")
+                    known[value] = lift(unit, value, z).turned(inverse).scale
+            break
+        except NotInvertibleError:
+            known = {}
+    else:
+        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+    if all(scale is None for scale in known.values()):
+        return
+    rest: Tensor | None = None
+    for value, power in terms:
+        scale = known.get(value)
+        if scale is not None:
+            rest = multiply(rest, scale if power > 0 else 1 / scale)
+    if rest is not None and not bool(torch.isfinite(rest).all()):
+        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+    if rest is not None and bool(((rest - 1).abs() < 1e-10).all()):
+        rest = None
+    open_terms = [(value, power) for value, power in terms if value not in known]
+    if rest is None:
+        return
+    if not open_terms:
+        trial.refuse(node, "the scales of its factors and its result do not fit", scale=True)
+    alternatives = []
+    for value, power in sorted(open_terms, key=lambda term: 3 if term[0] is z else cost(term[0])):
+        unit = lower(Unit.of(1 / rest if power > 0 else rest, None, inverse), value, z)
+        if unit is not None:
+            alternatives.append({value: unit})
+    if not alternatives:
+        trial.refuse(node, "a factor that is broadcast has no axis for the units", scale=True)
+    if len(open_terms) == 1:
+        for value, unit in alternatives[0].items():
+            trial.demand(value, unit)
+    else:
+        trial.choose(node, alternatives, scale=True)

@@ -1,0 +1,87 @@
+r"""Embeddings and recurrent layers.
+
+An embedding looks rows up in its table, so units of its output are units of the table's columns. A recurrent layer
+reads its input through ``W_ih*x + b_ih`` in its first layer, one for each direction; with ``x_old = p*x_new + q`` that
+is ``(W_ih*p)*x_new + (b_ih + W_ih*q)``. Its output passes a saturating function, so nothing passes there.
+"""
+
+from __future__ import annotations
+
+from bnfuse.graph import Node, Value
+from bnfuse.rules import Trial, absorber, rule
+from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
+
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+@rule("embedding")
+def embedding(node: Node, trial: Trial) -> None:
+    unit = trial.unit(node.outputs[0]) or IDENTITY
+    if not unit.uniform_outside(len(node.outputs[0].shape) - 1):
+        trial.refuse(node, "its table has one row for each token", scale=unit.scale is not None)
+
+
+@absorber("embedding")
+def absorb_embedding(node: Node, trial: Trial) -> None:
+    y = node.outputs[0]
+    try:
+        scale, shift = (trial.unit(y) or IDENTITY).direct()
+    except NotInvertibleError:
+        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+    width = y.shape[-1]
+    row_scale = None if scale is None else channel_vector(scale, len(y.shape) - 1, width, 1.0).reshape(1, -1)
+    row_shift = None if shift is None else channel_vector(shift, len(y.shape) - 1, width, 0.0).reshape(1, -1)
+    trial.edit(node, node.bound["weight"], Unit(row_scale, row_shift))  # (tokens, width)
+
+
+@rule(*_RECURRENT)
+def recurrent(node: Node, trial: Trial) -> None:
+    if "params" not in node.bound:
+        refuse_all(node, trial)
+        return
+    x = node.inputs[0]
+    unit = trial.unit(x) or IDENTITY
+    if not unit.uniform_outside(len(x.shape) - 1):
+        trial.refuse(node, "its weight has one column for each feature", scale=unit.scale is not None)
+    parameters = set(node.bound["params"])
+    for value in (*node.inputs[1:], *node.outputs):
+        if value not in parameters and not (trial.unit(value) or IDENTITY).is_identity:
+            trial.refuse(node, "its state passes no change of units", scale=True)
+
+
+def refuse_all(node: Node, trial: Trial) -> None:
+    for value in (*node.inputs, *node.outputs):
+        if not (trial.unit(value) or IDENTITY).is_identity:
+            trial.refuse(node, "it passes no change of units", scale=True)
+
+
+@absorber(*_RECURRENT)
+def absorb_recurrent(node: Node, trial: Trial) -> None:
+    x = node.inputs[0]
+    unit = trial.unit(x) or IDENTITY
+    if unit.is_identity or "params" not in node.bound:
+        return
+    try:
+        p, q = unit.inverted()
+    except NotInvertibleError:
+        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+    features = x.shape[-1]
+    for weight, bias in _first_layer(node):
+        if p is not None:
+            trial.edit(node, weight, Unit(channel_vector(p, -1, features, 1.0).reshape(1, -1)))  # (gates, features)
+        if q is not None:
+            if bias is None:
+                trial.refuse(node, "it has no bias to take up a shift")
+            carried = trial.content(weight) @ channel_vector(q, -1, features, 0.0)
+            trial.edit(node, bias, Unit(None, carried))
+
+
+def _first_layer(node: Node) -> list[tuple[Value, Value | None]]:
+    """(weight_ih, bias_ih) of the first layer, for each direction."""
+    parameters: tuple[Value, ...] = node.bound["params"]
+    biases = bool(node.argument("has_biases"))
+    directions = 2 if node.argument("bidirectional") else 1
+    each = len(parameters) // (directions * node.argument("num_layers", 1))
+    return [
+        (parameters[i * each], parameters[i * each + 2] if biases else None) for i in range(directions)
+    ]

@@ -1,0 +1,78 @@
+"""Whether the numbers in a model's code depend on the size of its input.
+
+A plan may rely on a number: ``x / 2`` passes a shift by halving it. Were the number ``x.shape[-1]``, the plan would
+hold at one size only. So the operators that a plan relies on are looked at again in runs with a larger batch and with
+every other axis larger, as far as the model runs at such sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfuse import tree
+from bnfuse.capture import capture
+from bnfuse.errors import InputError
+from bnfuse.graph import Graph, Kind, Node, Value
+
+_ALIGNMENT = 32
+"""Networks halve images up to five times, so a size that divides by 32 is enlarged by 32."""
+
+
+def varying(
+    model: nn.Module, graph: Graph, nodes: Collection[Node], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> set[Node]:
+    """Those of the nodes whose numbers are others at another size; all of them if the runs cannot be compared."""
+    different: set[Node] = set()
+    for larger_args, larger_kwargs in _larger(args, kwargs):
+        try:
+            other = capture(model, larger_args, larger_kwargs).graph
+        except InputError:
+            continue
+        if [node.operator for node in other.nodes] != [node.operator for node in graph.nodes]:
+            return set(nodes)
+        different |= {node for node in nodes if not _same_numbers(node, other.nodes[node.index])}
+    return different
+
+
+def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The inputs, larger along one axis at a time: all tensors that have the axis."""
+    rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
+    for axis in range(rank):
+
+        def grow(tensor: Tensor, axis: int = axis) -> Tensor:
+            if tensor.dim() <= axis:
+                return tensor
+            size = tensor.shape[axis]
+            more = 1 if axis == 0 else _ALIGNMENT if size % _ALIGNMENT == 0 else size
+            return torch.cat([tensor, tensor.narrow(axis, 0, min(more, size))], axis)
+
+        yield tree.map_tensors((args, kwargs), grow)
+
+
+def _same_numbers(node: Node, other: Node) -> bool:
+    if node.operator == "sum":
+        ratio = node.inputs[0].elements * other.outputs[0].elements == other.inputs[0].elements * node.outputs[0].elements
+        return ratio and _numbers(node.bound) == _numbers(other.bound)
+    if _numbers(node.bound) != _numbers(other.bound):
+        return False
+    return all(_same_constant(a, b) for a, b in zip(node.inputs, other.inputs, strict=True))
+
+
+def _numbers(argument: Any) -> Any:
+    if isinstance(argument, dict):
+        return {name: _numbers(value) for name, value in argument.items()}
+    if isinstance(argument, (list, tuple)):
+        return [_numbers(value) for value in argument]
+    return argument if isinstance(argument, (int, float, complex)) else None
+
+
+def _same_constant(a: Value, b: Value) -> bool:
+    if a.kind is not Kind.CONSTANT or b.kind is not Kind.CONSTANT:
+        return a.kind is b.kind
+    assert a.tensor is not None
+    assert b.tensor is not None
+    return a.tensor is b.tensor or torch.equal(a.tensor, b.tensor)
