@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -84,6 +85,7 @@ def _job(seed: int, without: str | None = None) -> tuple[int, int, Outcome | Non
 
 def _start() -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
 
 
 def outcomes(seeds: range, jobs: int, without: str | None = None) -> Iterator[tuple[int, int, Outcome | None]]:
@@ -114,17 +116,17 @@ def main(arguments: list[str] | None = None) -> int:
     tally, begun, told = Tally(), time.monotonic(), time.monotonic()
     seeds = range(options.seed, options.seed + options.count)
     for seed, steps, outcome in outcomes(seeds, options.jobs, options.without):
+        now = time.monotonic()
+        if now - begun > options.seconds:
+            break
         if outcome is None:
             continue
         tally.add(seed, outcome, steps)
         if outcome.failure and tally.counts[outcome.failure] <= options.failures:
             _report(seed, outcome, options.shrink)
-        now = time.monotonic()
         if now - told > 10:
             told = now
             _say(f"... {tally} ({tally.networks / (now - begun):.0f}/s)", sys.stderr)
-        if now - begun > options.seconds:
-            break
     _summary(tally, time.monotonic() - begun)
     return 1 if tally.wrong or tally.crashed else 0
 

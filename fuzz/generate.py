@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -258,6 +259,12 @@ def draw(seed: int) -> Program:
     """The network of a seed."""
     from fuzz import blocks, operators  # noqa: F401 - they register themselves
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _draw(seed)
+
+
+def _draw(seed: int) -> Program:
     for attempt in range(100):
         builder = Builder(seed if attempt == 0 else seed + attempt * 1_000_003)
         try:

@@ -182,6 +182,11 @@ def test_a_mistake_is_told_plainly_with_status_2(
     assert data["message"].startswith(message)
 
 
+def test_inputs_that_cannot_be_inferred_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "torch.nn:ReLU"]) == 2
+    assert capsys.readouterr().err.endswith("\nOn the command line: --input 1x3x224x224\n")
+
+
 def test_a_fused_model_that_is_not_equivalent_has_status_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,20 @@ def called_twice(m: Any, x: Tensor) -> Tensor:
     return m.n1(m.c(x)) + m.n2(m.c(x.flip(-1)))
 
 
+def in_place_by_side_effect(m: Any, x: Tensor) -> Tensor:
+    s = m.a(x)
+    y = m.n(s)
+    m.r(y)
+    return m.e(s + m.b(y))
+
+
+def input_overwritten(m: Any, x: Tensor) -> Tensor:
+    s = m.a(x)
+    y = m.n(s)
+    s.mul_(0.5)
+    return m.b(F.silu(y)) + m.b(F.silu(y))
+
+
 def shared_head(m: Any, x: Tensor) -> Tensor:
     return m.n(m.c(x)) + m.n(m.c(x.flip(-1)))
 
@@ -199,6 +213,13 @@ CASES: dict[str, Case] = {
     "norm padded conv": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=conv(), n=norm(3)), {"n": "pads with zeros"}),
     "norm transposed": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=nn.ConvTranspose2d(3, 4, 2, 2), n=norm(3)), {"n": "same taps"}),
     "norm circular conv": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=conv(padding_mode="circular"), n=norm(3)), {"n": None}),
+    # In place after the norm is gone.
+    "in place on the stream": Case(lambda: Net(lambda m, x: m.e((s := m.a(x)) + m.b(m.r(m.n(s)))), a=conv(), b=conv(6, 6), e=conv(6), r=nn.ReLU(inplace=True), n=norm()), {"n": None}),
+    "built-in activation in place on the stream": Case(lambda: Net(lambda m, x: m.e((s := m.a(x)) + m.b(m.n(s))), a=conv(), b=conv(6, 6), e=conv(6), n=NormWithActivation(6)), {"n": None}),
+    "function in place on the stream": Case(lambda: Net(lambda m, x: m.e((s := m.a(x)) + m.b(m.n(s).relu_())), a=conv(), b=conv(6, 6), e=conv(6), n=norm()), {"n": "overwrite in place"}),
+    "caller counts on work in place": Case(lambda: Net(in_place_by_side_effect, a=conv(), b=conv(6, 6), e=conv(6), r=nn.ReLU(inplace=True), n=norm()), {"n": "overwrite in place"}),
+    "input overwritten after the norm": Case(lambda: Net(input_overwritten, a=conv(), b=conv(6, 6), n=norm()), {"n": "overwrite in place"}),
+    "in place on the input of the model": Case(lambda: Net(lambda m, x: (m.c(m.n(x).neg_()), x), c=conv(size=1), n=norm(3)), {"n": "overwrite in place"}),
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),
@@ -245,10 +266,19 @@ def _old_weight_norm(layer: nn.Module) -> nn.Module:
         return torch.nn.utils.weight_norm(layer)
 
 
+def without_dead_channels(model: nn.Module) -> None:
+    """A dead channel keeps a norm on a residual stream, since nothing can undo its scale."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.weight.data[module.weight == 0] = 0.5
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_hazard(name: str) -> None:
     case = CASES[name]
     model = prepared(case.make())
+    if "in place" in name:
+        without_dead_channels(model)
     inputs = tuple(torch.randn(shape, dtype=torch.float64) for shape in case.shapes)
     plan, fused = fused_and_checked(model, inputs)
     decisions = {decision.norm: decision for decision in plan.decisions}

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Plan, Reason, total
 from bnfuse.rewrite import rewrite
-from bnfuse.sizes import varying
+from bnfuse.rehearse import needed_in_place, varying
 from bnfuse.solve import solve
 from bnfuse.verify import compare_outputs, judge, run
 from bnfuse.wrappers import copy_model, unwrap
@@ -145,10 +146,7 @@ def _make_plan(
     if not norms:
         raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
     add_absent(model, graph)
-    name, kept = type(model).__name__, _kept(norms, keep)
-    made, assumed = solve(name, norms, kept)
-    if assumed and (different := varying(model, graph, assumed, args, kwargs)):
-        made, _ = solve(name, norms, kept, different)
+    made = _solved(model, captured, norms, _kept(norms, keep), args, kwargs)
     if witness:
         read = {name for norm in norms for site in norm.sites for node in site.nodes for value in node.inputs for name in value.names[:1]}
         read |= {edit.names[0] for edit in made.edits if not edit.created}
@@ -160,6 +158,25 @@ def _make_plan(
         else:
             log.info("%s: kept, %s", decision.norm, "; ".join(map(str, decision.reasons)))
     return made, captured.output, args, kwargs
+
+
+def _solved(
+    model: nn.Module,
+    captured: Capture,
+    norms: list[Norm],
+    kept: dict[Norm, Reason],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Plan:
+    """Solve, look at what the plan takes for granted, and solve again without what does not hold."""
+    name, graph = type(model).__name__, captured.graph
+    made, assumed = solve(name, norms, kept)
+    different = varying(model, graph, assumed.numbers, args, kwargs) if assumed.numbers else set()
+    forbidden = needed_in_place(model, graph, assumed.out_of_place, args, kwargs)
+    if different or forbidden:
+        made, assumed = solve(name, norms, kept, different, forbidden)
+    names = {id(module): name for name, module in model.named_modules()}
+    return replace(made, out_of_place=tuple(names[id(module)] for module in assumed.out_of_place))
 
 
 def _captured(model: nn.Module, example_inputs: Any) -> tuple[Capture, tuple[Any, ...], dict[str, Any]]:

@@ -370,7 +370,7 @@ class _Recorder(TorchDispatchMode):
         given = {id(tensor): tensor for tensor in tensors}
         if results and not written and all(id(tensor) in given for tensor in results):
             return  # nothing was done: dropout in evaluation, contiguous of a contiguous tensor
-        node = Node(len(self.nodes), operator.name, func, bound, inputs, [], self.call)
+        node = Node(len(self.nodes), operator.name, func, bound, inputs, [], self.call, written)
         independent = all(value.independent for value in inputs)
         by_memory: dict[int, Storage] | None = None
         for tensor in tensors if written else ():

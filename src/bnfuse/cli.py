@@ -158,9 +158,6 @@ def _fuse(options: argparse.Namespace) -> None:
         raise BnFuseError(f"there is no folder {output.parent} to write {output.name} into")
     model = _model(options)
     inputs = _inputs(options, model)
-    if inputs is None:
-        _, args, kwargs = _captured(model, None)
-        inputs = args or kwargs
     plan = bnfuse.plan(model, inputs, keep=options.keep)
     fused = bnfuse.fuse(model, inputs, keep=options.keep)
     comparison = bnfuse.compare(model, fused, inputs)
@@ -188,9 +185,13 @@ def _model(options: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | dict[str, Any] | None:
+def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
     if not options.input:
-        return None
+        try:
+            _, args, kwargs = _captured(model, None)
+        except InputError as error:
+            raise InputError(f"{error}\nOn the command line: --input 1x3x224x224") from error
+        return args or kwargs
     return tuple(random_inputs(model, [parse_shape(shape) for shape in options.input], token_bound(model)))
 
 

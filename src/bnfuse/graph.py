@@ -75,6 +75,7 @@ class Node:
         overload: the operator itself.
         bound: arguments by their schema names, tensors replaced by values; defaults are left out.
         inputs, outputs: the values read and made. An in-place operator makes a new version of what it writes to.
+        written: the inputs that it writes to.
     """
 
     index: int
@@ -84,6 +85,7 @@ class Node:
     inputs: list[Value]
     outputs: list[Value]
     call: ModuleCall
+    written: list[Value] = field(default_factory=list)
 
     def argument(self, name: str, default: Any = None) -> Any:
         return self.bound.get(name, default)

@@ -103,12 +103,15 @@ class Plan:
         decisions: one for each norm, in the order of the model.
         edits: the parameters that change.
         replacements: the norm modules that go.
+        out_of_place: names of activations that no longer work in place, since without the norm before them they
+            would overwrite a tensor that is still read.
     """
 
     model: str
     decisions: tuple[Decision, ...]
     edits: tuple[Edit, ...] = ()
     replacements: tuple[Replacement, ...] = ()
+    out_of_place: tuple[str, ...] = ()
     witness: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
@@ -132,6 +135,7 @@ class Plan:
             "edits": [
                 {"names": list(edit.names), "shape": list(edit.shape), "created": edit.created} for edit in self.edits
             ],
+            "out_of_place": list(self.out_of_place),
         }
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:

@@ -39,6 +39,8 @@ def rewrite(plan: Plan, model: nn.Module) -> Callable[[], None]:
     try:
         for edit in plan.edits:
             _apply_edit(model, edit, undo)
+        for name in plan.out_of_place:
+            _switch_off(model.get_submodule(name), undo)
         for replacement in plan.replacements:
             _replace(model, replacement, undo)
     except BaseException:
@@ -129,6 +131,11 @@ def _replace(model: nn.Module, replacement: Replacement, undo: list[Callable[[],
         parent, place = _owner(model, name)
         undo.append(lambda parent=parent, place=place: parent._modules.__setitem__(place, norm))  # type: ignore[misc]
         parent._modules[place] = new
+
+
+def _switch_off(module: nn.Module, undo: list[Callable[[], None]]) -> None:
+    undo.append(lambda: setattr(module, "inplace", True))
+    module.inplace = False
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

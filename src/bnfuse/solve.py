@@ -12,13 +12,14 @@ The graph and its tensors are only read.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bnfuse.aliasing import Memory
 from bnfuse.graph import Kind, Node, Value
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
@@ -41,8 +42,9 @@ class Refusal(Exception):
 class Network:
     """The graph with everything that was accepted so far."""
 
-    def __init__(self, varying: Collection[Node] = ()) -> None:
+    def __init__(self, varying: Collection[Node] = (), memory: Memory | None = None) -> None:
         self.varying = varying
+        self.memory = memory or Memory()
         self.assumed: set[Node] = set()
         self.removed: set[Node] = set()
         self.edits: dict[Value, list[Unit]] = {}
@@ -338,8 +340,12 @@ def _agree(a: Unit, b: Unit) -> bool:
 
 
 def solve(
-    model: str, norms: Sequence[Norm], kept: Mapping[Norm, Reason], varying: Collection[Node] = ()
-) -> tuple[Plan, set[Node]]:
+    model: str,
+    norms: Sequence[Norm],
+    kept: Mapping[Norm, Reason],
+    varying: Collection[Node] = (),
+    forbidden: Collection[nn.Module] = (),
+) -> tuple[Plan, Assumptions]:
     """Decide for every norm, and collect the edits.
 
     Args:
@@ -347,11 +353,12 @@ def solve(
         norms: the norms of the model.
         kept: norms that the caller wants to keep, with the reason.
         varying: operators whose numbers depend on the size of the input.
+        forbidden: modules that cannot be kept from working in place.
 
     Returns:
-        The plan, and the operators whose numbers it takes to be the same for inputs of every size.
+        The plan, and what it takes for granted.
     """
-    network = Network(varying)
+    network = Network(varying, Memory(forbidden))
     decisions: dict[Norm, Decision] = {}
     replacements = []
     for norm in sorted(norms, key=_order):
@@ -361,9 +368,25 @@ def solve(
         if decision.fused:
             replacements.append(Replacement(norm.names, norm.keep))
     edits = tuple(
-        Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT) for value, factors in network.edits.items()
+        Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT)
+        for value, factors in network.edits.items()
     )
-    return Plan(model, tuple(decisions[norm] for norm in norms), edits, tuple(replacements)), network.assumed
+    switched = tuple(network.memory.switched)
+    plan = Plan(model, tuple(decisions[norm] for norm in norms), edits, tuple(replacements))
+    return plan, Assumptions(network.assumed, switched)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan takes for granted, to be looked at before it is trusted.
+
+    Attributes:
+        numbers: operators whose numbers are the same for inputs of every size.
+        out_of_place: modules that work in place and whose callers use what they return, so that they need not.
+    """
+
+    numbers: set[Node]
+    out_of_place: tuple[nn.Module, ...]
 
 
 def _order(norm: Norm) -> tuple[bool, int]:
@@ -385,14 +408,28 @@ def _attempt(network: Network, norm: Norm) -> Decision:
         trial = Trial(network, [node for site in norm.sites for node in site.nodes])
         try:
             trial.run(demands())
+            _check_memory(network, norm)
         except Refusal as refusal:
-            reason = refusal.reason
-            reasons.append(Reason(reason.text, reason.operator, reason.module, direction))
+            reasons.append(replace(refusal.reason, direction=direction))
             continue
         network.accept(trial)
         into = dict.fromkeys(name.rpartition(".")[0] or name for value in trial.edits for name in value.names[:1])
         return Decision(norm.label, norm.kind, norm.channels, True, direction, tuple(into))
     return _stay(norm, tuple(reasons))
+
+
+def _check_memory(network: Network, norm: Norm) -> None:
+    """Let the input and the output of the norm share their memory, if nothing that is still read is overwritten."""
+    memory = network.memory
+    switches = []
+    for writer, value in memory.conflicts(norm.sites):
+        if not memory.can_switch(writer):
+            reader = next((node for node in value.consumers if node.index > writer.index), None)
+            text = f"without the norm it would overwrite in place what {reader or 'the caller'} still reads"
+            raise Refusal(Reason(text, writer.operator, writer.call.label), scale=True)
+        switches.append(writer.call.module)
+    memory.switched.update(dict.fromkeys(switches))
+    memory.merge(norm.sites)
 
 
 def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[], dict[Value, Unit]]]]:

@@ -1,13 +1,18 @@
-"""Whether the numbers in a model's code depend on the size of its input.
+"""Further runs, where a plan takes something for granted that one run cannot show. Most plans need none.
 
-A plan may rely on a number: ``x / 2`` passes a shift by halving it. Were the number ``x.shape[-1]``, the plan would
-hold at one size only. So the operators that a plan relies on are looked at again in runs with a larger batch and with
-every other axis larger, as far as the model runs at such sizes.
+*Numbers.* ``x / 2`` passes a shift by halving it. Were the number ``x.shape[-1]``, the plan would hold at one size
+only. So the operators whose numbers count are looked at again in runs with a larger batch and with every other axis
+larger, as far as the model runs at such sizes.
+
+*Work in place.* Without the norm before it, an activation that works in place may overwrite a tensor that is still
+read, so it is to work out of place. That changes nothing where its caller uses what it returns, and everything where
+the caller counts on the tensor being changed. The run with the setting switched off tells: it must read the same
+values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +41,27 @@ def varying(
             return set(nodes)
         different |= {node for node in nodes if not _same_numbers(node, other.nodes[node.index])}
     return different
+
+
+def needed_in_place(
+    model: nn.Module, graph: Graph, modules: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Sequence[nn.Module]:
+    """The modules, if their callers count on their working in place; none otherwise."""
+    if not modules:
+        return ()
+    try:
+        for module in modules:
+            module.inplace = False
+        other = capture(model, args, kwargs).graph
+    finally:
+        for module in modules:
+            module.inplace = True
+    return () if _steps(graph) == _steps(other) else modules
+
+
+def _steps(graph: Graph) -> list[tuple[str, list[int]]]:
+    """Every operator with the values that it reads, which are numbered in the order of their making."""
+    return [(node.operator, [value.index for value in node.inputs if value.kind is not Kind.ABSENT]) for node in graph.nodes]
 
 
 def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:

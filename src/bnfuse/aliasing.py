@@ -1,0 +1,68 @@
+"""What happens in memory when a norm goes: its output becomes its input, so a write to one is a write to the other.
+
+A norm makes a new tensor. Once it is gone, an operator that works in place on what was its output works on its input,
+which may still be read, on a residual stream above all; and the other way round. Two tensors may become one unless a
+value of one, made before a write to the other, is read after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from torch import nn
+
+from bnfuse.graph import Node, Storage, Value
+from bnfuse.norms import Site
+
+
+class Memory:
+    """Which storages are one since the norms between them went, and which modules no longer work in place."""
+
+    def __init__(self, forbidden: Collection[nn.Module] = ()) -> None:
+        self.forbidden = set(forbidden)
+        self.switched: dict[nn.Module, None] = {}
+        self._groups: dict[Storage, list[Storage]] = {}
+
+    def conflicts(self, sites: Iterable[Site]) -> list[tuple[Node, Value]]:
+        """Writers that would overwrite what is still read, with the value, if the norm at the sites went."""
+        found = []
+        for first, second in _pairs(sites):
+            for ours in self._groups.get(first, [first]):
+                for theirs in self._groups.get(second, [second]):
+                    if ours is not theirs:
+                        found += self._overwritten(ours, theirs) + self._overwritten(theirs, ours)
+        return found
+
+    def _overwritten(self, written: Storage, read: Storage) -> list[tuple[Node, Value]]:
+        writers = [
+            node
+            for value in written.values
+            for node in value.consumers
+            if value in node.written and node.call.module not in self.switched
+        ]
+        return [(writer, value) for writer in writers for value in read.values if _read_across(value, writer)]
+
+    def can_switch(self, writer: Node) -> bool:
+        """True if the writer is a module with an ``inplace`` setting, which can be switched off."""
+        module = writer.call.module
+        return getattr(module, "inplace", None) is True and bool(writer.call.path) and module not in self.forbidden
+
+    def merge(self, sites: Iterable[Site]) -> None:
+        """The norm at the sites is gone."""
+        for first, second in _pairs(sites):
+            ours, theirs = self._groups.get(first, [first]), self._groups.get(second, [second])
+            if ours is not theirs:
+                group = ours + theirs
+                self._groups.update((storage, group) for storage in group)
+
+
+def _pairs(sites: Iterable[Site]) -> Iterable[tuple[Storage, Storage]]:
+    return ((site.x.storage, site.y.storage) for site in sites)
+
+
+def _read_across(value: Value, writer: Node) -> bool:
+    """True if the value is there before the write and read after it."""
+    made = -1 if value.producer is None else value.producer.index
+    if made >= writer.index:
+        return False
+    return value.pinned is not None or any(node.index > writer.index for node in value.consumers)
