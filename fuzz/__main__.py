@@ -140,8 +140,12 @@ def _report(seed: int, outcome: Outcome, seconds: float) -> None:
 
 def _summary(tally: Tally, seconds: float) -> None:
     networks, norms = max(tally.networks, 1), max(tally.norms, 1)
-    _say(f"{tally.networks / seconds:.1f} networks/s, {tally.steps / networks:.1f} steps and {norms / networks:.1f} norms each")
-    _say(f"a norm goes in {100 * tally.partly / networks:.0f} % of the networks; {tally.sizes / networks:.1f} sizes compared for each")
+    _say(
+        f"{tally.networks / seconds:.1f} networks/s, {tally.steps / networks:.1f} steps and {norms / networks:.1f} norms each"
+    )
+    _say(
+        f"a norm goes in {100 * tally.partly / networks:.0f} % of the networks; {tally.sizes / networks:.1f} sizes compared for each"
+    )
     _say(f"kept: {norms - tally.removed} norms, by reason:")
     for reason, count in tally.reasons.most_common(25):
         _say(f"  {count:6d}  {reason}")
@@ -162,7 +166,7 @@ def _show(seed: int) -> int:
 
 
 def _say(text: str, stream: object = None) -> None:
-    print(text, file=stream or sys.stdout, flush=True)  # type: ignore[call-overload]  # noqa: T201
+    print(text, file=stream or sys.stdout, flush=True)  # type: ignore[call-overload]
 
 
 if __name__ == "__main__":

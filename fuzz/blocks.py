@@ -38,7 +38,17 @@ def begin(g: Builder) -> None:
 
 
 def dressing(g: Builder) -> str:
-    weights = {"positive": 55, "mixed": 22, "zeros": 5, "tiny": 2, "huge": 2, "small variance": 3, "large variance": 2, "unit": 2, "dead": 0.7}
+    weights = {
+        "positive": 55,
+        "mixed": 22,
+        "zeros": 5,
+        "tiny": 2,
+        "huge": 2,
+        "small variance": 3,
+        "large variance": 2,
+        "unit": 2,
+        "dead": 0.7,
+    }
     weights |= {"one tiny": 2, "one huge": 2, "far mean": 2, "equal": 1}
     return str(g.random.choices(list(weights), list(weights.values()))[0])
 
@@ -78,7 +88,11 @@ def norm_of_tokens(g: Builder, x: str) -> str:
         return norm(g, x)
     if way == "flatten":
         y = norm(g, g.emit("$0.flatten(0, 1)", x))
-        return g.emit("$0.reshape($1.shape)", y, x) if g.chance(0.5) else g.emit(f"$0.reshape(-1, $1.shape[1], {g.shape(x)[2]})", y, x)
+        return (
+            g.emit("$0.reshape($1.shape)", y, x)
+            if g.chance(0.5)
+            else g.emit(f"$0.reshape(-1, $1.shape[1], {g.shape(x)[2]})", y, x)
+        )
     turn = g.one_of("$0.transpose(1, 2)", "$0.permute(0, 2, 1)", "$0.mT.contiguous()")
     return g.emit(turn, norm(g, g.emit(turn, x)))
 
@@ -119,7 +133,17 @@ def norm_and_layer(g: Builder) -> None:
     if way == "layer":
         layer_on(g, y)
     elif way == "pool" and len(g.shape(y)) == 4:
-        linear(g, g.emit(g.one_of("F.adaptive_avg_pool2d($0, 1).flatten(1)", "$0.mean((2, 3))", "F.adaptive_max_pool2d($0, 1).flatten(1)"), y))
+        linear(
+            g,
+            g.emit(
+                g.one_of(
+                    "F.adaptive_avg_pool2d($0, 1).flatten(1)",
+                    "$0.mean((2, 3))",
+                    "F.adaptive_max_pool2d($0, 1).flatten(1)",
+                ),
+                y,
+            ),
+        )
     elif way == "flat":
         linear(g, g.emit("$0.flatten(1)", y))
     else:
@@ -132,13 +156,44 @@ def norm_between(g: Builder) -> None:
     x = layer_on(g, g.pick(2, 3, 4, 4, 5))
     for _ in range(g.one_of(1, 1, 2)):
         rank, channels = len(g.shape(x)), g.shape(x)[1]
-        codes = ["$0.clone()", "$0 * 2", "$0 / 3", "$0 - 0.5", "$0 * -1", "F.dropout($0, 0.5, False)", "$0.flip(-1)", "torch.cat([$0, $0.flip(1)], 1)", "$0 + $0.flip(-1)", "$0 + 1", "$0.repeat_interleave(2, 1)"]
+        codes = [
+            "$0.clone()",
+            "$0 * 2",
+            "$0 / 3",
+            "$0 - 0.5",
+            "$0 * -1",
+            "F.dropout($0, 0.5, False)",
+            "$0.flip(-1)",
+            "torch.cat([$0, $0.flip(1)], 1)",
+            "$0 + $0.flip(-1)",
+            "$0 + 1",
+            "$0.repeat_interleave(2, 1)",
+        ]
         codes.append(f"$0 * {g.parameter(channels, *[1] * (rank - 2), gain=True)}")
         codes.append(f"$0 + {g.parameter(channels, *[1] * (rank - 2))}")
         if channels % 2 == 0:
-            codes += ["$0.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)", "torch.cat($0.chunk(2, 1)[::-1], 1)", "$0[:, ::2]", "torch.stack([$0[:, 0::2], $0[:, 1::2]], 2).flatten(1, 2)", "$0.chunk(2, 1)[0]", "sum($0.chunk(2, 1))"]
+            codes += [
+                "$0.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)",
+                "torch.cat($0.chunk(2, 1)[::-1], 1)",
+                "$0[:, ::2]",
+                "torch.stack([$0[:, 0::2], $0[:, 1::2]], 2).flatten(1, 2)",
+                "$0.chunk(2, 1)[0]",
+                "sum($0.chunk(2, 1))",
+            ]
         if rank == 4:
-            codes += ["F.avg_pool2d($0, 2)", "F.max_pool2d($0, 2)", "F.interpolate($0, scale_factor=2)", "F.pad($0, (1, 1, 1, 1))", "F.pad($0, (1, 1, 1, 1), mode='reflect')", "F.adaptive_avg_pool2d($0, 1)", "$0.mean((2, 3))", "$0.permute(0, 2, 3, 1).permute(0, 3, 1, 2)", "F.avg_pool2d($0, 3, 1, 1)", "$0.flatten(2)", "$0.flatten(1)"]
+            codes += [
+                "F.avg_pool2d($0, 2)",
+                "F.max_pool2d($0, 2)",
+                "F.interpolate($0, scale_factor=2)",
+                "F.pad($0, (1, 1, 1, 1))",
+                "F.pad($0, (1, 1, 1, 1), mode='reflect')",
+                "F.adaptive_avg_pool2d($0, 1)",
+                "$0.mean((2, 3))",
+                "$0.permute(0, 2, 3, 1).permute(0, 3, 1, 2)",
+                "F.avg_pool2d($0, 3, 1, 1)",
+                "$0.flatten(2)",
+                "$0.flatten(1)",
+            ]
             codes += ["F.pixel_shuffle($0, 2)"] * (channels % 4 == 0)
         if rank == 3:
             codes += ["F.avg_pool1d($0, 2)", "F.max_pool1d($0, 3, 1, 1)", "$0.transpose(1, 2)", "$0.mean(-1)"]
@@ -155,7 +210,11 @@ def residual(g: Builder) -> None:
         y = norm(g, convolution(g, activate(g, y, 0.8), channels, keep_size=True, kind="module"))
     if g.shape(x) != g.shape(y):
         x = norm(g, convolution(g, x, g.shape(y)[1], keep_size=True, kind="module"))
-    z = g.emit(g.one_of("$0 + $1", "$1 + $0", "$0.add_($1)" if not y.startswith("x") else "$0 + $1", "torch.add($0, $1)"), y, x)
+    z = g.emit(
+        g.one_of("$0 + $1", "$1 + $0", "$0.add_($1)" if not y.startswith("x") else "$0 + $1", "torch.add($0, $1)"),
+        y,
+        x,
+    )
     if g.chance(0.6):
         activate(g, z, 0.8)
 
@@ -233,7 +292,13 @@ def gate(g: Builder) -> None:
     channels = g.shape(x)[1]
     way = g.one_of("conv", "linear", "spatial")
     if way == "conv":
-        y = convolution(g, g.emit(g.one_of("F.adaptive_avg_pool2d($0, 1)", "$0.mean((2, 3), keepdim=True)"), x), channels, keep_size=True, kind="module")
+        y = convolution(
+            g,
+            g.emit(g.one_of("F.adaptive_avg_pool2d($0, 1)", "$0.mean((2, 3), keepdim=True)"), x),
+            channels,
+            keep_size=True,
+            kind="module",
+        )
         y = norm(g, y) if g.chance(0.3) else y
     elif way == "linear":
         y = linear(g, g.emit("$0.mean((2, 3))", x), channels)
@@ -274,9 +339,24 @@ def attention(g: Builder) -> None:
         scores = g.emit("torch.einsum('bhqd,bhkd->bhqk', $0, $1).softmax(-1)", q, k)
         y = g.emit("torch.einsum('bhqk,bhkd->bhqd', $0, $1)", scores, v)
     else:
-        scores = g.emit(g.one_of("($0 @ $1.transpose(-1, -2) * 0.5).softmax(-1)", "torch.softmax($0 @ $1.mT, dim=-1)", "F.softmax($0 @ $1.mT, -1).clone()", "torch.softmax($0 @ $1.mT, dim=-2)"), q, k)
+        scores = g.emit(
+            g.one_of(
+                "($0 @ $1.transpose(-1, -2) * 0.5).softmax(-1)",
+                "torch.softmax($0 @ $1.mT, dim=-1)",
+                "F.softmax($0 @ $1.mT, -1).clone()",
+                "torch.softmax($0 @ $1.mT, dim=-2)",
+            ),
+            q,
+            k,
+        )
         y = g.emit("$0 @ $1", scores, v)
-    y = g.emit(g.one_of("$0.transpose(1, 2).flatten(2)", "$0.transpose(1, 2).reshape($0.shape[0], -1, $0.shape[1] * $0.shape[3])"), y)
+    y = g.emit(
+        g.one_of(
+            "$0.transpose(1, 2).flatten(2)",
+            "$0.transpose(1, 2).reshape($0.shape[0], -1, $0.shape[1] * $0.shape[3])",
+        ),
+        y,
+    )
     if g.chance(0.5):
         y = norm_of_tokens(g, y)
     y = linear(g, y, features)
@@ -311,7 +391,10 @@ def self_attention_module(g: Builder) -> None:
 @block(1.5)
 def norm_and_recurrence(g: Builder) -> None:
     x = norm_of_tokens(g, g.pick(3))
-    layer = g.layer("r", f"nn.{g.one_of('LSTM', 'GRU', 'RNN')}({g.shape(x)[2]}, {width(g)}, batch_first=True{g.one_of('', ', bidirectional=True', ', num_layers=2', ', bias=False')})")
+    layer = g.layer(
+        "r",
+        f"nn.{g.one_of('LSTM', 'GRU', 'RNN')}({g.shape(x)[2]}, {width(g)}, batch_first=True{g.one_of('', ', bidirectional=True', ', num_layers=2', ', bias=False')})",
+    )
     y = g.emit(f"{layer}($0)[0]", x)
     if g.chance(0.5):
         linear(g, norm_of_tokens(g, y))
@@ -323,7 +406,10 @@ def mobile(g: Builder) -> None:
     channels = g.shape(x)[1]
     wide = g.apply(g.layer("c", f"nn.Conv2d({channels}, {2 * channels}, 1, bias=False)"), x)
     wide = activate(g, norm(g, wide), 0.6)
-    deep = g.apply(g.layer("c", f"nn.Conv2d({2 * channels}, {2 * channels}, 3, padding=1, groups={2 * channels}, bias=False)"), wide)
+    deep = g.apply(
+        g.layer("c", f"nn.Conv2d({2 * channels}, {2 * channels}, 3, padding=1, groups={2 * channels}, bias=False)"),
+        wide,
+    )
     deep = norm(g, deep)
     if g.chance(0.5):
         deep = activate(g, deep, 0.6)
@@ -338,7 +424,14 @@ def shuffle(g: Builder) -> None:
     a, b = g.emit("$0.chunk(2, 1)", x, outputs=2)
     b = norm(g, convolution(g, b, half, keep_size=True, kind="module"))
     y = g.emit("torch.cat([$0, $1], 1)", a, b)
-    y = g.emit(g.one_of("F.channel_shuffle($0, 2)", "$0.view($0.shape[0], 2, -1, *$0.shape[2:]).transpose(1, 2).flatten(1, 2)", "$0.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)"), y)
+    y = g.emit(
+        g.one_of(
+            "F.channel_shuffle($0, 2)",
+            "$0.view($0.shape[0], 2, -1, *$0.shape[2:]).transpose(1, 2).flatten(1, 2)",
+            "$0.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)",
+        ),
+        y,
+    )
     if g.chance(0.5):
         norm(g, y)
 
@@ -347,7 +440,14 @@ def shuffle(g: Builder) -> None:
 def head_on_two(g: Builder) -> None:
     """One layer and one norm, or two norms, on two inputs."""
     x = g.pick(3, 4, 4)
-    y = g.alike(x) if g.chance(0.5) else g.emit(g.one_of("$0.flip(-1)", "$0 * 0.5", "F.avg_pool2d($0, 2)" if len(g.shape(x)) == 4 else "$0.flip(-1)"), x)
+    y = (
+        g.alike(x)
+        if g.chance(0.5)
+        else g.emit(
+            g.one_of("$0.flip(-1)", "$0 * 0.5", "F.avg_pool2d($0, 2)" if len(g.shape(x)) == 4 else "$0.flip(-1)"),
+            x,
+        )
+    )
     n, channels = len(g.shape(x)) - 2, g.shape(x)[1]
     conv = g.layer("c", f"nn.Conv{n}d({channels}, {width(g)}, {g.one_of(1, 3)}, padding=1)")
     first = norm(g, g.apply(conv, x))
@@ -378,7 +478,16 @@ def groups_of_the_batch(g: Builder) -> None:
     x = g.pick(4, where=lambda tensor: tensor.shape[1] % 2 == 0)
     if g.chance(0.5):
         x = convolution(g, x, 4, keep_size=True, kind="module")
-    y = g.emit(g.one_of("$0.unflatten(1, (2, -1)).flatten(0, 1)", "$0.reshape(-1, 2, *$0.shape[2:])", f"$0.reshape(1, {g.shape(x)[0] * g.shape(x)[1]}, *$0.shape[2:])", "torch.cat($0.chunk(2, 1), 0)", "$0.transpose(0, 1)"), x)
+    y = g.emit(
+        g.one_of(
+            "$0.unflatten(1, (2, -1)).flatten(0, 1)",
+            "$0.reshape(-1, 2, *$0.shape[2:])",
+            f"$0.reshape(1, {g.shape(x)[0] * g.shape(x)[1]}, *$0.shape[2:])",
+            "torch.cat($0.chunk(2, 1), 0)",
+            "$0.transpose(0, 1)",
+        ),
+        x,
+    )
     y = norm(g, y)
     if g.chance(0.5):
         g.emit("$0.reshape(-1, *$1.shape[1:])", y, x)
@@ -387,7 +496,16 @@ def groups_of_the_batch(g: Builder) -> None:
 @block(2)
 def classifier(g: Builder) -> None:
     x = g.pick(4, 3, 5)
-    y = g.emit(g.one_of("$0.mean(-1)", "$0.flatten(2).mean(-1)", "F.adaptive_avg_pool2d($0, 1).flatten(1)" if len(g.shape(x)) == 4 else "$0.flatten(1)", "$0.flatten(1)", "$0.amax(-1)"), x)
+    y = g.emit(
+        g.one_of(
+            "$0.mean(-1)",
+            "$0.flatten(2).mean(-1)",
+            "F.adaptive_avg_pool2d($0, 1).flatten(1)" if len(g.shape(x)) == 4 else "$0.flatten(1)",
+            "$0.flatten(1)",
+            "$0.amax(-1)",
+        ),
+        x,
+    )
     if len(g.shape(y)) > 2:
         y = g.emit("$0.flatten(1)", y)
     if g.chance(0.5):
@@ -402,10 +520,19 @@ def containers(g: Builder) -> None:
     """Submodules with children of their own."""
     x = g.pick(4)
     channels = g.shape(x)[1]
-    kind = g.one_of("nn.Sequential", "Combined", "nn.Sequential", "torch.jit.script" if g.chance(0.1) else "nn.Sequential")
+    kind = g.one_of(
+        "nn.Sequential", "Combined", "nn.Sequential", "torch.jit.script" if g.chance(0.1) else "nn.Sequential"
+    )
     out = channels if kind == "Combined" else width(g)
     bias = g.one_of("", ", bias=False")
-    middle = g.one_of("", "nn.ReLU(), ", "nn.Dropout(0.3), ", "nn.ReLU(inplace=True), ", f"nn.Conv2d({out}, {out}, 1), ", "nn.PReLU(), ")
+    middle = g.one_of(
+        "",
+        "nn.ReLU(), ",
+        "nn.Dropout(0.3), ",
+        "nn.ReLU(inplace=True), ",
+        f"nn.Conv2d({out}, {out}, 1), ",
+        "nn.PReLU(), ",
+    )
     code = f"{kind}(nn.Conv2d({channels}, {out}, 3, padding=1{bias}), {middle}nn.BatchNorm2d({out}), {g.one_of('nn.ReLU()', 'nn.Identity()', 'nn.Hardswish()')})"
     if kind == "torch.jit.script":
         code = f"torch.jit.script(nn.Sequential(nn.Conv2d({channels}, {out}, 3), nn.BatchNorm2d({out})))"

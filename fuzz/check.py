@@ -155,10 +155,20 @@ class Snapshot:
                     items = value.items() if isinstance(value, dict) else enumerate(value)
                     attributes[name] = (id(value), [(key, id(item)) for key, item in items])
                 else:
-                    attributes[name] = (id(value) if not isinstance(value, (bool, int, float, str)) else value, None)
+                    attributes[name] = (
+                        id(value) if not isinstance(value, (bool, int, float, str)) else value,
+                        None,
+                    )
             state[place] = (id(module), type(module), attributes)
         for place, p in self.model.named_parameters(remove_duplicate=False):
-            state[f"parameter {place}"] = (id(p), p.data_ptr(), p.requires_grad, p.grad is None, p.dtype, p.stride())
+            state[f"parameter {place}"] = (
+                id(p),
+                p.data_ptr(),
+                p.requires_grad,
+                p.grad is None,
+                p.dtype,
+                p.stride(),
+            )
         return state
 
     def compare(self, what: str) -> None:
@@ -194,7 +204,10 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 def _check_decisions(model: nn.Module, fused: nn.Module, plan: Plan) -> None:
     if type(fused) is not type(model):
         raise Failed("decision: the class changed")
-    before, after = dict(model.named_modules(remove_duplicate=False)), dict(fused.named_modules(remove_duplicate=False))
+    before, after = (
+        dict(model.named_modules(remove_duplicate=False)),
+        dict(fused.named_modules(remove_duplicate=False)),
+    )
     if any(module.training for module in after.values()):
         raise Failed("decision: the fused model is in training mode")
     decided = [decision.norm for decision in plan.decisions if decision.norm in before]
@@ -277,7 +290,7 @@ def _check_outputs(program: Program, model: nn.Module, fused: nn.Module, outcome
         inputs = program.arguments(1000 + seed, batch, size)
         try:
             expected = _run(model, inputs)
-        except Exception:  # noqa: BLE001 - the network does not take this size
+        except Exception:
             if not batch and not size:
                 raise
             continue
@@ -299,7 +312,8 @@ def _check_outputs(program: Program, model: nn.Module, fused: nn.Module, outcome
                 outcome.skipped = True
                 return
             raise Failed(
-                f"wrong: the outputs differ at {what}", f"output {path or '0'} by {difference:.3g} (noise {moved:.1g})"
+                f"wrong: the outputs differ at {what}",
+                f"output {path or '0'} by {difference:.3g} (noise {moved:.1g})",
             )
 
 

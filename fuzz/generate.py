@@ -97,7 +97,10 @@ class Builder:
         return tuple(self.variables[name].shape)
 
     def pick(
-        self, *ranks: int, where: Callable[[Tensor], bool] = lambda tensor: True, besides: tuple[str, ...] = ()
+        self,
+        *ranks: int,
+        where: Callable[[Tensor], bool] = lambda tensor: True,
+        besides: tuple[str, ...] = (),
     ) -> str:
         """A variable of one of the ranks, a recent and unread one more likely. Raises Unfit if there is none."""
         fitting, weights = [], []
@@ -248,7 +251,9 @@ def without_unused_layers(program: Program) -> Program:
     setup = tuple(line for line in program.setup if set(re.findall(r"\bm\.(\w+)", line)) <= held)
     stepped = dataclasses.replace(program, setup=()).mentions()
     while True:
-        kept = tuple(line for line in setup if set(re.findall(r"\bm\.(\w+)", line)) & stepped or line.startswith("m.new"))
+        kept = tuple(
+            line for line in setup if set(re.findall(r"\bm\.(\w+)", line)) & stepped or line.startswith("m.new")
+        )
         trimmed = dataclasses.replace(program, setup=kept)
         used = trimmed.mentions()
         layers = tuple(layer for layer in program.layers if layer.name in used)

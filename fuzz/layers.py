@@ -64,9 +64,7 @@ class ScaledConv(nn.Conv2d):
         self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(
-            x, self.weight * self.gain, self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv2d(x, self.weight * self.gain, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class BiasBlindConv(nn.Conv2d):

@@ -56,7 +56,14 @@ def convolution(g: Builder, x: str, out: int | None = None, keep_size: bool = Fa
         return g.apply(g.layer("c", f"nn.Conv{n}d({channels}, {out}, {size}{text})"), x)
     if kind == "special":
         plain = "".join(f", {name}={value}" for name, value in options.items() if name != "padding_mode")
-        code = g.weighted(StandardisedConv=1, ScaledConv=2, BiasBlindConv=1, weight_norm=2, weight_norm_by_hook=1, spectral_norm=0.4)
+        code = g.weighted(
+            StandardisedConv=1,
+            ScaledConv=2,
+            BiasBlindConv=1,
+            weight_norm=2,
+            weight_norm_by_hook=1,
+            spectral_norm=0.4,
+        )
         if code.endswith("Conv"):
             made = f"{code}({channels}, {out}, {size}{plain})"
         else:
@@ -66,7 +73,9 @@ def convolution(g: Builder, x: str, out: int | None = None, keep_size: bool = Fa
     biased = options.pop("bias", True)
     text = "".join(f", {name}={value}" for name, value in options.items())
     if kind == "functional_module":
-        layer = g.layer("c", f"nn.Conv{n}d({channels}, {out}, {size}, groups={options.get('groups', 1)}, bias={biased})")
+        layer = g.layer(
+            "c", f"nn.Conv{n}d({channels}, {out}, {size}, groups={options.get('groups', 1)}, bias={biased})"
+        )
         return g.emit(f"F.conv{n}d($0, {layer}.weight, {layer}.bias{text})", x)
     shape_in = channels // options.get("groups", 1)
     kernel = ", ".join([str(size)] * n)
@@ -146,11 +155,24 @@ def linear(g: Builder, x: str, out: int | None = None) -> str:
     channels = shape[-1]
     out = out or g.one_of(channels, width(g))
     way = g.weighted(
-        module=10, function=1, matmul=1, at=1, einsum=1, addmm=0.8, bmm=0.8, mm=0.5, table=0.5, tied=0.3, weight_norm=0.4
+        module=10,
+        function=1,
+        matmul=1,
+        at=1,
+        einsum=1,
+        addmm=0.8,
+        bmm=0.8,
+        mm=0.5,
+        table=0.5,
+        tied=0.3,
+        weight_norm=0.4,
     )
     bias = ", bias=False" if g.chance(0.5) else ""
     if way == "weight_norm":
-        return g.apply(g.layer("l", f"{g.one_of('weight_norm', 'weight_norm_by_hook')}(nn.Linear({channels}, {out}{bias}))"), x)
+        return g.apply(
+            g.layer("l", f"{g.one_of('weight_norm', 'weight_norm_by_hook')}(nn.Linear({channels}, {out}{bias}))"),
+            x,
+        )
     if way == "function":
         return g.emit(f"F.linear($0, {g.parameter(out, channels)}, {g.parameter(out)})", x)
     if way == "matmul":
@@ -203,9 +225,14 @@ def other_normalisation(g: Builder) -> None:
     x = g.pick(2, 3, 4)
     shape = g.shape(x)
     if len(shape) == 2 or g.chance(0.4):
-        layer = g.layer("ln", f"nn.LayerNorm({shape[-1]}{g.one_of('', '', ', elementwise_affine=False', ', bias=False')})")
+        layer = g.layer(
+            "ln", f"nn.LayerNorm({shape[-1]}{g.one_of('', '', ', elementwise_affine=False', ', bias=False')})"
+        )
     elif g.chance(0.6):
-        layer = g.layer("gn", f"nn.GroupNorm({g.random.choice(divisors(shape[1], shape[1]))}, {shape[1]}{g.one_of('', ', affine=False')})")
+        layer = g.layer(
+            "gn",
+            f"nn.GroupNorm({g.random.choice(divisors(shape[1], shape[1]))}, {shape[1]}{g.one_of('', ', affine=False')})",
+        )
     else:
         layer = g.layer("in", f"nn.InstanceNorm{len(shape) - 2}d({shape[1]}, affine={g.one_of(True, False)})")
     g.apply(layer, x)
@@ -213,7 +240,13 @@ def other_normalisation(g: Builder) -> None:
 
 # Functions of one tensor --------------------------------------------------------------------------------------------
 
-PASSING = ("F.relu($0)", "F.leaky_relu($0, 0.1)", "$0.clamp(min=0)", "torch.abs($0)", "F.hardtanh($0, 0, 1e9)")
+PASSING = (
+    "F.relu($0)",
+    "F.leaky_relu($0, 0.1)",
+    "$0.clamp(min=0)",
+    "torch.abs($0)",
+    "F.hardtanh($0, 0, 1e9)",
+)
 SQUASHING = (
     "F.silu($0)", "F.gelu($0)", "torch.sigmoid($0)", "torch.tanh($0)", "F.hardswish($0)", "F.relu6($0)", "F.elu($0)",
     "F.mish($0)", "F.softplus($0)", "F.hardsigmoid($0)", "$0.clamp(-1, 1)", "$0.clamp(max=1)", "F.selu($0)",
@@ -235,7 +268,21 @@ def activate(g: Builder, x: str, passing: float = 0.6) -> str:
     if way == "in_place":
         return g.emit(g.one_of(*IN_PLACE), x)
     if way == "module":
-        return g.apply(g.layer("a", g.one_of("nn.ReLU()", "nn.ReLU(inplace=True)", "nn.SiLU()", "nn.ReLU6()", "nn.LeakyReLU()", "nn.Dropout(0.5)", "nn.Identity()")), x)
+        return g.apply(
+            g.layer(
+                "a",
+                g.one_of(
+                    "nn.ReLU()",
+                    "nn.ReLU(inplace=True)",
+                    "nn.SiLU()",
+                    "nn.ReLU6()",
+                    "nn.LeakyReLU()",
+                    "nn.Dropout(0.5)",
+                    "nn.Identity()",
+                ),
+            ),
+            x,
+        )
     return g.emit(g.one_of(*(PASSING if way == "passing" else SQUASHING)), x)
 
 
@@ -271,7 +318,17 @@ def reduction(g: Builder) -> None:
 @operator(0.5)
 def single_extreme(g: Builder) -> None:
     x = g.pick(2, 3, 4)
-    g.emit(g.one_of("$0.max(dim=1)[0]", "$0.max(-1, keepdim=True).values", "$0.sort(-1)[0]", "$0.topk(1, dim=1)[0]", "$0.median(1)[0]", "$0.cummax(-1)[0]"), x)
+    g.emit(
+        g.one_of(
+            "$0.max(dim=1)[0]",
+            "$0.max(-1, keepdim=True).values",
+            "$0.sort(-1)[0]",
+            "$0.topk(1, dim=1)[0]",
+            "$0.median(1)[0]",
+            "$0.cummax(-1)[0]",
+        ),
+        x,
+    )
 
 
 @operator(1)
@@ -296,14 +353,45 @@ def unusual(g: Builder) -> None:
 def sum_of_two(g: Builder) -> None:
     x = g.pick()
     y = g.alike(x)
-    g.emit(g.one_of("$0 + $1", "$0 + $1", "$0 + $1", "$0 - $1", "torch.add($0, $1, alpha=0.5)", "torch.sub($0, $1, alpha=2)", "$0.add($1)", "torch.rsub($0, $1)", "sum([$0, $1])", "torch.stack([$0, $1]).sum(0)", "torch.lerp($0, $1, 0.25)", "$0 + 2 * $1"), x, y)
+    g.emit(
+        g.one_of(
+            "$0 + $1",
+            "$0 + $1",
+            "$0 + $1",
+            "$0 - $1",
+            "torch.add($0, $1, alpha=0.5)",
+            "torch.sub($0, $1, alpha=2)",
+            "$0.add($1)",
+            "torch.rsub($0, $1)",
+            "sum([$0, $1])",
+            "torch.stack([$0, $1]).sum(0)",
+            "torch.lerp($0, $1, 0.25)",
+            "$0 + 2 * $1",
+        ),
+        x,
+        y,
+    )
 
 
 @operator(2)
 def product_of_two(g: Builder) -> None:
     x = g.pick()
     y = g.alike(x)
-    g.emit(g.one_of("$0 * $1", "$0 * $1", "$0 * torch.sigmoid($1)", "torch.mul($0, torch.tanh($1))", "$0 / ($1.abs() + 1)", "torch.maximum($0, $1)", "torch.minimum($0, $1)", "torch.addcmul($0, $0, $1)", "$0 * $1.mean(1, keepdim=True)"), x, y)
+    g.emit(
+        g.one_of(
+            "$0 * $1",
+            "$0 * $1",
+            "$0 * torch.sigmoid($1)",
+            "torch.mul($0, torch.tanh($1))",
+            "$0 / ($1.abs() + 1)",
+            "torch.maximum($0, $1)",
+            "torch.minimum($0, $1)",
+            "torch.addcmul($0, $0, $1)",
+            "$0 * $1.mean(1, keepdim=True)",
+        ),
+        x,
+        y,
+    )
 
 
 @operator(1)
@@ -328,20 +416,74 @@ def broadcast(g: Builder) -> None:
 @operator(0.7)
 def with_itself(g: Builder) -> None:
     x = g.pick()
-    g.emit(g.one_of("$0 + $0", "$0 * $0", "$0 - 0.5 * $0", "torch.sub($0, $0, alpha=0.5)", "$0 + $0.flip(-1)", "torch.cat([$0, $0], -1)", "$0 + $0.mean(-1, keepdim=True)", "$0 - $0.mean((0, 1), keepdim=True)", "$0 * $0.sigmoid()"), x)
+    g.emit(
+        g.one_of(
+            "$0 + $0",
+            "$0 * $0",
+            "$0 - 0.5 * $0",
+            "torch.sub($0, $0, alpha=0.5)",
+            "$0 + $0.flip(-1)",
+            "torch.cat([$0, $0], -1)",
+            "$0 + $0.mean(-1, keepdim=True)",
+            "$0 - $0.mean((0, 1), keepdim=True)",
+            "$0 * $0.sigmoid()",
+        ),
+        x,
+    )
 
 
 @operator(4)
 def scalar_arithmetic(g: Builder) -> None:
     x = g.pick()
-    g.emit(g.one_of("$0 * 2", "$0 * 0.5", "0.5 * $0", "$0 / 3", "$0 + 1", "$0 - 0.5", "1 - $0", "-$0", "torch.neg($0)", "2 / ($0.abs() + 1)", "$0 * -1.5", "$0.mul(0.7)", "torch.true_divide($0, 2)", "$0.div(2)", "torch.rsub($0, 1)", "$0 * 1", "$0 + 0", "$0 * 0.25 + 0.5", "$0 / torch.tensor(2.0)", "$0 * torch.tensor(0.5, dtype=torch.float64)", "torch.add(1, $0, alpha=2)", "torch.add($0, 1, alpha=0.5)", "$0 // 0.5", "torch.div($0, 0.5, rounding_mode='floor')"), x)
+    g.emit(
+        g.one_of(
+            "$0 * 2",
+            "$0 * 0.5",
+            "0.5 * $0",
+            "$0 / 3",
+            "$0 + 1",
+            "$0 - 0.5",
+            "1 - $0",
+            "-$0",
+            "torch.neg($0)",
+            "2 / ($0.abs() + 1)",
+            "$0 * -1.5",
+            "$0.mul(0.7)",
+            "torch.true_divide($0, 2)",
+            "$0.div(2)",
+            "torch.rsub($0, 1)",
+            "$0 * 1",
+            "$0 + 0",
+            "$0 * 0.25 + 0.5",
+            "$0 / torch.tensor(2.0)",
+            "$0 * torch.tensor(0.5, dtype=torch.float64)",
+            "torch.add(1, $0, alpha=2)",
+            "torch.add($0, 1, alpha=0.5)",
+            "$0 // 0.5",
+            "torch.div($0, 0.5, rounding_mode='floor')",
+        ),
+        x,
+    )
 
 
 @operator(0.8)
 def scalar_of_the_shape(g: Builder) -> None:
     """A fold that bakes the number in holds at one size only."""
     x = g.pick()
-    g.emit(g.one_of("$0 / $0.shape[-1]", "$0 * $0.shape[0]", "$0 + $0.shape[-1]", "$0.sum(-1, keepdim=True) / $0.shape[-1]", "$0 / $0.shape[0] + 1", "$0.sum(0, keepdim=True) / $0.shape[0]", "$0 / $0.numel() ** 0.5", "$0 * len($0)", "$0 * torch.full((), $0.shape[-1], dtype=torch.float64)"), x)
+    g.emit(
+        g.one_of(
+            "$0 / $0.shape[-1]",
+            "$0 * $0.shape[0]",
+            "$0 + $0.shape[-1]",
+            "$0.sum(-1, keepdim=True) / $0.shape[-1]",
+            "$0 / $0.shape[0] + 1",
+            "$0.sum(0, keepdim=True) / $0.shape[0]",
+            "$0 / $0.numel() ** 0.5",
+            "$0 * len($0)",
+            "$0 * torch.full((), $0.shape[-1], dtype=torch.float64)",
+        ),
+        x,
+    )
 
 
 @operator(4)
@@ -363,9 +505,28 @@ def parameter_arithmetic(g: Builder) -> None:
         return
     p = g.parameter(*size, gain=multiply)
     if multiply:
-        codes = [f"$0 * {p}", f"$0 * {p}", f"{p} * $0", f"$0 / ({p} + 2)" if g.chance(0.3) else f"$0 * {p}", f"$0.mul({p})", f"$0 * {p}.exp()", f"$0 * ({p} * 2)", f"$0 * {p}.sigmoid()", f"$0 * (1 + {p})"]
+        codes = [
+            f"$0 * {p}",
+            f"$0 * {p}",
+            f"{p} * $0",
+            f"$0 / ({p} + 2)" if g.chance(0.3) else f"$0 * {p}",
+            f"$0.mul({p})",
+            f"$0 * {p}.exp()",
+            f"$0 * ({p} * 2)",
+            f"$0 * {p}.sigmoid()",
+            f"$0 * (1 + {p})",
+        ]
     else:
-        codes = [f"$0 + {p}", f"$0 + {p}", f"{p} + $0", f"$0 - {p}", f"{p} - $0", f"torch.add($0, {p}, alpha=0.5)", f"$0 + 0.5 * {p}", f"$0 + {p}.tanh()"]
+        codes = [
+            f"$0 + {p}",
+            f"$0 + {p}",
+            f"{p} + $0",
+            f"$0 - {p}",
+            f"{p} - $0",
+            f"torch.add($0, {p}, alpha=0.5)",
+            f"$0 + 0.5 * {p}",
+            f"$0 + {p}.tanh()",
+        ]
     g.emit(g.one_of(*codes), x)
 
 
@@ -386,14 +547,29 @@ def join(g: Builder) -> None:
     y = g.alike(x)
     rank = len(g.shape(x))
     axis = g.one_of(1, 1, 1, -1, 0, rank - 1) if rank > 1 else 0
-    g.emit(g.one_of(f"torch.cat([$0, $1], {axis})", f"torch.cat([$0, $1], {axis})", f"torch.cat(($0, $1, $0), dim={axis})", f"torch.stack([$0, $1], {axis})", f"torch.stack([$0, $1], {axis}).flatten({axis}, {axis + 1})" if axis >= 0 else f"torch.cat([$0, $1], {axis})"), x, y)
+    g.emit(
+        g.one_of(
+            f"torch.cat([$0, $1], {axis})",
+            f"torch.cat([$0, $1], {axis})",
+            f"torch.cat(($0, $1, $0), dim={axis})",
+            f"torch.stack([$0, $1], {axis})",
+            f"torch.stack([$0, $1], {axis}).flatten({axis}, {axis + 1})"
+            if axis >= 0
+            else f"torch.cat([$0, $1], {axis})",
+        ),
+        x,
+        y,
+    )
 
 
 @operator(1)
 def join_unequal(g: Builder) -> None:
     x = g.pick(2, 3, 4)
     shape = g.shape(x)
-    y = g.pick(where=lambda t: t.dim() == len(shape) and tuple(t.shape[2:]) == shape[2:] and t.shape[0] == shape[0], besides=(x,))
+    y = g.pick(
+        where=lambda t: t.dim() == len(shape) and tuple(t.shape[2:]) == shape[2:] and t.shape[0] == shape[0],
+        besides=(x,),
+    )
     g.emit("torch.cat([$0, $1], 1)", x, y)
 
 
@@ -428,7 +604,16 @@ def take_apart(g: Builder) -> None:
     elif way == "index":
         order = list(range(length))
         g.random.shuffle(order)
-        g.emit(g.one_of(f"torch.index_select($0, {axis}, torch.tensor({order}))", f"$0[:, {order}]" if axis == 1 else f"$0[..., {order}]", f"$0[:, torch.tensor({order[:2]})]" if axis == 1 else f"$0.flip({axis})", f"$0[:, {order + order[:1]}]" if axis == 1 else f"$0.roll(1, {axis})", f"$0.take_along_dim(torch.zeros_like($0, dtype=torch.int64), {axis})"), x)
+        g.emit(
+            g.one_of(
+                f"torch.index_select($0, {axis}, torch.tensor({order}))",
+                f"$0[:, {order}]" if axis == 1 else f"$0[..., {order}]",
+                f"$0[:, torch.tensor({order[:2]})]" if axis == 1 else f"$0.flip({axis})",
+                f"$0[:, {order + order[:1]}]" if axis == 1 else f"$0.roll(1, {axis})",
+                f"$0.take_along_dim(torch.zeros_like($0, dtype=torch.int64), {axis})",
+            ),
+            x,
+        )
     elif way == "strided":
         g.emit(f"$0[:, {g.one_of(0, 1)}::2]", x)
         if g.chance(0.5):
@@ -442,22 +627,78 @@ def rearrange(g: Builder) -> None:
     x = g.pick()
     shape = g.shape(x)
     rank = len(shape)
-    codes = ["$0.unsqueeze(-1).squeeze(-1)", "$0.contiguous()", "$0.clone()", "$0.unsqueeze(1).expand(-1, 2, *$0.shape[1:]).flatten(1, 2)", "$0.detach()"]
+    codes = [
+        "$0.unsqueeze(-1).squeeze(-1)",
+        "$0.contiguous()",
+        "$0.clone()",
+        "$0.unsqueeze(1).expand(-1, 2, *$0.shape[1:]).flatten(1, 2)",
+        "$0.detach()",
+    ]
     if rank >= 2:
-        codes += ["$0.flatten(1)", "$0.reshape($0.shape[0], -1)", "$0.view($0.size(0), -1)", "$0.unsqueeze(1)", "$0.unsqueeze(-1)", "$0.repeat_interleave(2, 1)", f"$0.tile({', '.join(['1', '2'] + ['1'] * (rank - 2))})"]
+        codes += [
+            "$0.flatten(1)",
+            "$0.reshape($0.shape[0], -1)",
+            "$0.view($0.size(0), -1)",
+            "$0.unsqueeze(1)",
+            "$0.unsqueeze(-1)",
+            "$0.repeat_interleave(2, 1)",
+            f"$0.tile({', '.join(['1', '2'] + ['1'] * (rank - 2))})",
+        ]
         if shape[1] % 2 == 0:
-            codes += ["$0.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)", "$0.unflatten(1, (-1, 2))", "$0.unflatten(1, (2, -1)).sum(1)", "$0.unflatten(1, (2, -1)).mean(2)", "$0.unflatten(1, (2, -1))"]
+            codes += [
+                "$0.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)",
+                "$0.unflatten(1, (-1, 2))",
+                "$0.unflatten(1, (2, -1)).sum(1)",
+                "$0.unflatten(1, (2, -1)).mean(2)",
+                "$0.unflatten(1, (2, -1))",
+            ]
     if rank == 3:
-        codes += ["$0.transpose(1, 2)", "$0.transpose(1, 2).contiguous()", "$0.permute(0, 2, 1)", "$0.mT", "$0.flatten(0, 1)", "$0.movedim(1, -1)", "$0.transpose(0, 1)", "torch.einsum('nac->nca', $0)"]
+        codes += [
+            "$0.transpose(1, 2)",
+            "$0.transpose(1, 2).contiguous()",
+            "$0.permute(0, 2, 1)",
+            "$0.mT",
+            "$0.flatten(0, 1)",
+            "$0.movedim(1, -1)",
+            "$0.transpose(0, 1)",
+            "torch.einsum('nac->nca', $0)",
+        ]
     if rank == 4:
-        codes += ["$0.permute(0, 2, 3, 1)", "$0.flatten(2).transpose(1, 2)", "$0.flatten(2)", "$0.transpose(2, 3)", "$0.permute(0, 3, 1, 2)", "$0.permute(0, 2, 3, 1).reshape(-1, $0.shape[1])", "$0.swapaxes(1, 3)", "F.channel_shuffle($0, 2)" if shape[1] % 2 == 0 else "$0.movedim(1, 2)", "$0.to(memory_format=torch.channels_last)", "$0.squeeze(1)", "$0.squeeze()"]
+        codes += [
+            "$0.permute(0, 2, 3, 1)",
+            "$0.flatten(2).transpose(1, 2)",
+            "$0.flatten(2)",
+            "$0.transpose(2, 3)",
+            "$0.permute(0, 3, 1, 2)",
+            "$0.permute(0, 2, 3, 1).reshape(-1, $0.shape[1])",
+            "$0.swapaxes(1, 3)",
+            "F.channel_shuffle($0, 2)" if shape[1] % 2 == 0 else "$0.movedim(1, 2)",
+            "$0.to(memory_format=torch.channels_last)",
+            "$0.squeeze(1)",
+            "$0.squeeze()",
+        ]
         if shape[1] % 4 == 0:
             codes += ["F.pixel_shuffle($0, 2)"]
         if shape[2] % 2 == 0 and shape[3] % 2 == 0:
-            codes += ["F.pixel_unshuffle($0, 2)", f"$0.view($0.shape[0], $0.shape[1], {shape[2] // 2}, 2, {shape[3] // 2}, 2).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)", "torch.cat([$0[..., ::2, ::2], $0[..., 1::2, 1::2]], 1)"]
-        codes += ["F.unfold($0, 2)", "$0.unfold(2, 2, 1)", "$0.unfold(3, 2, 2).mean(-1)", "F.unfold($0, 3, padding=1)"]
+            codes += [
+                "F.pixel_unshuffle($0, 2)",
+                f"$0.view($0.shape[0], $0.shape[1], {shape[2] // 2}, 2, {shape[3] // 2}, 2).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)",
+                "torch.cat([$0[..., ::2, ::2], $0[..., 1::2, 1::2]], 1)",
+            ]
+        codes += [
+            "F.unfold($0, 2)",
+            "$0.unfold(2, 2, 1)",
+            "$0.unfold(3, 2, 2).mean(-1)",
+            "F.unfold($0, 3, padding=1)",
+        ]
     if rank == 5:
-        codes += ["$0.flatten(1, 2)", "$0.flatten(3)", "$0.mean(2)", "$0[:, :, 0]", "$0.transpose(1, 2).flatten(0, 1)"]
+        codes += [
+            "$0.flatten(1, 2)",
+            "$0.flatten(3)",
+            "$0.mean(2)",
+            "$0[:, :, 0]",
+            "$0.transpose(1, 2).flatten(0, 1)",
+        ]
     if rank == 1:
         codes += ["$0.unsqueeze(1)", "$0.unsqueeze(0)", "$0[:, None] * torch.ones(1, 3, dtype=torch.float64)"]
     g.emit(g.one_of(*codes), x)
@@ -471,7 +712,16 @@ def fixed_view(g: Builder) -> None:
     count = 1
     for length in shape:
         count *= length
-    g.emit(g.one_of(f"$0.view({count})", f"$0.reshape({shape[0]}, -1)", f"$0.reshape(1, {shape[0] * shape[1]}, {', '.join(map(str, shape[2:])) or 1})", f"$0.reshape(-1, {shape[-1]})", f"$0.flatten().reshape({tuple(shape)})"), x)
+    g.emit(
+        g.one_of(
+            f"$0.view({count})",
+            f"$0.reshape({shape[0]}, -1)",
+            f"$0.reshape(1, {shape[0] * shape[1]}, {', '.join(map(str, shape[2:])) or 1})",
+            f"$0.reshape(-1, {shape[-1]})",
+            f"$0.flatten().reshape({tuple(shape)})",
+        ),
+        x,
+    )
 
 
 @operator(1.2)
@@ -479,9 +729,29 @@ def across_the_batch(g: Builder) -> None:
     x = g.pick(2, 3, 4)
     rank = len(g.shape(x))
     rest = ", ".join(["-1"] * (rank - 1))
-    codes = ["$0.flip(0)", "$0.roll(1, 0)", "$0 - $0.mean(0)", "$0 - $0.mean(0, keepdim=True)", "torch.cat([$0, $0.flip(0)], 0)", "$0[:1]", "$0[0]", "$0.mean(0, keepdim=True)", f"$0[:1].expand($0.shape[0], {rest})", "$0.sum(0)", "$0.repeat_interleave(2, 0)", "$0[torch.arange($0.shape[0] - 1, -1, -1)]", "$0.transpose(0, 1)", "$0.cumsum(0)", "$0.unsqueeze(0).transpose(1, 2).squeeze(0)", "$0.max(0)[0]"]
+    codes = [
+        "$0.flip(0)",
+        "$0.roll(1, 0)",
+        "$0 - $0.mean(0)",
+        "$0 - $0.mean(0, keepdim=True)",
+        "torch.cat([$0, $0.flip(0)], 0)",
+        "$0[:1]",
+        "$0[0]",
+        "$0.mean(0, keepdim=True)",
+        f"$0[:1].expand($0.shape[0], {rest})",
+        "$0.sum(0)",
+        "$0.repeat_interleave(2, 0)",
+        "$0[torch.arange($0.shape[0] - 1, -1, -1)]",
+        "$0.transpose(0, 1)",
+        "$0.cumsum(0)",
+        "$0.unsqueeze(0).transpose(1, 2).squeeze(0)",
+        "$0.max(0)[0]",
+    ]
     if rank == 4:
-        codes += ["$0.reshape(1, -1, *$0.shape[2:]).reshape(-1, *$0.shape[1:])", "$0.flatten(0, 1).unsqueeze(1)"]
+        codes += [
+            "$0.reshape(1, -1, *$0.shape[2:]).reshape(-1, *$0.shape[1:])",
+            "$0.flatten(0, 1).unsqueeze(1)",
+        ]
     g.emit(g.one_of(*codes), x)
 
 
@@ -490,24 +760,63 @@ def resize(g: Builder) -> None:
     x = g.pick(3, 4, 5)
     n = len(g.shape(x)) - 2
     smooth = {1: "linear", 2: "bilinear", 3: "trilinear"}[n]
-    codes = ["F.interpolate($0, scale_factor=2)", f"F.interpolate($0, scale_factor=2.0, mode='{smooth}')", f"F.interpolate($0, size={[3] * n}, mode='{smooth}', align_corners=True)", "F.interpolate($0, scale_factor=0.5, mode='area')"]
+    codes = [
+        "F.interpolate($0, scale_factor=2)",
+        f"F.interpolate($0, scale_factor=2.0, mode='{smooth}')",
+        f"F.interpolate($0, size={[3] * n}, mode='{smooth}', align_corners=True)",
+        "F.interpolate($0, scale_factor=0.5, mode='area')",
+    ]
     pads = ", ".join(["1"] * (2 * n))
-    codes += [f"F.pad($0, ({pads}))", f"F.pad($0, ({pads}), mode='replicate')", f"F.pad($0, ({pads}), mode='circular')", f"F.pad($0, ({pads}), mode='reflect')" if n < 3 else f"F.pad($0, ({pads}))", f"F.pad($0, ({pads}), value=0.5)", "F.pad($0, (0, 1))", "F.pad($0, (-1, 0))", f"F.pad($0, ({', '.join(['0'] * (2 * n))}, 1, 1))"]
+    codes += [
+        f"F.pad($0, ({pads}))",
+        f"F.pad($0, ({pads}), mode='replicate')",
+        f"F.pad($0, ({pads}), mode='circular')",
+        f"F.pad($0, ({pads}), mode='reflect')" if n < 3 else f"F.pad($0, ({pads}))",
+        f"F.pad($0, ({pads}), value=0.5)",
+        "F.pad($0, (0, 1))",
+        "F.pad($0, (-1, 0))",
+        f"F.pad($0, ({', '.join(['0'] * (2 * n))}, 1, 1))",
+    ]
     if n == 2:
-        codes += ["F.interpolate($0, size=(4, 4), mode='bicubic')", "nn.ZeroPad2d(1)($0)", "nn.Upsample(scale_factor=2)($0)", "F.grid_sample($0, torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 2, 2, 2).expand($0.shape[0], -1, -1, -1), align_corners=False)", "F.interpolate($0, size=$0.shape[2:], mode='nearest')", "F.interpolate($0, scale_factor=2, mode='nearest-exact')", "nn.ReflectionPad2d(1)($0)"]
+        codes += [
+            "F.interpolate($0, size=(4, 4), mode='bicubic')",
+            "nn.ZeroPad2d(1)($0)",
+            "nn.Upsample(scale_factor=2)($0)",
+            "F.grid_sample($0, torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 2, 2, 2).expand($0.shape[0], -1, -1, -1), align_corners=False)",
+            "F.interpolate($0, size=$0.shape[2:], mode='nearest')",
+            "F.interpolate($0, scale_factor=2, mode='nearest-exact')",
+            "nn.ReflectionPad2d(1)($0)",
+        ]
     g.emit(g.one_of(*codes), x)
 
 
 @operator(1)
 def cast(g: Builder) -> None:
     x = g.pick()
-    g.emit(g.one_of("$0.to(torch.float64)", "$0.double()", "$0.type_as($0)", "$0.float().double()", "$0.to(torch.float32).to(torch.float64)", "$0.to($0.dtype, copy=True)", "$0.type(torch.float64)", "$0.half().double()" if g.chance(0.2) else "$0.double()", "torch.complex($0, $0).real" if g.chance(0.3) else "$0.clone()", "$0.long().double()" if g.chance(0.2) else "$0.cpu()"), x)
+    g.emit(
+        g.one_of(
+            "$0.to(torch.float64)",
+            "$0.double()",
+            "$0.type_as($0)",
+            "$0.float().double()",
+            "$0.to(torch.float32).to(torch.float64)",
+            "$0.to($0.dtype, copy=True)",
+            "$0.type(torch.float64)",
+            "$0.half().double()" if g.chance(0.2) else "$0.double()",
+            "torch.complex($0, $0).real" if g.chance(0.3) else "$0.clone()",
+            "$0.long().double()" if g.chance(0.2) else "$0.cpu()",
+        ),
+        x,
+    )
 
 
 @operator(0.6)
 def side_output(g: Builder) -> None:
     x = g.pick(2, 3, 4)
-    g.emit(g.one_of("$0.argmax(1)", "$0.argmax(-1)", "$0 > 0", "$0.argsort(-1)", "torch.tensor($0.shape)", "$0.long()"), x)
+    g.emit(
+        g.one_of("$0.argmax(1)", "$0.argmax(-1)", "$0 > 0", "$0.argsort(-1)", "torch.tensor($0.shape)", "$0.long()"),
+        x,
+    )
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -525,7 +834,7 @@ def write(g: Builder) -> None:
         "$0[:, 0] = 0", "$0[:, 0] = $0[:, -1]", "$0[..., -1:] *= 2", "$0.copy_($0.flip(0))", "$0.fill_diagonal_(0)", "$0.zero_()",
         "$0.select(1, 0).copy_($0.select(1, -1))", "$0[$0 < -1] = 0", "$0.squeeze_(1)", "$0.unsqueeze_(0)", "$0.transpose_(1, 2)", "$0.set_($0.clone())", "$0.data.mul_(0.5)", "$0.data = $0.data * 2",
     )  # fmt: skip
-    if ".zero_()" in code and g.chance(0.8) or (len(shape) < 2 and ":" in code):
+    if (".zero_()" in code and g.chance(0.8)) or (len(shape) < 2 and ":" in code):
         raise Unfit
     if "squeeze_" in code or "transpose_" in code or "set_" in code or ".data" in code:
         if g.chance(0.7):
@@ -540,7 +849,24 @@ def write_other(g: Builder) -> None:
     if x.startswith("x"):
         raise Unfit
     y = g.alike(x)
-    g.emit(g.one_of("$0.add_($1)", "$0.mul_($1)", "$0.copy_($1)", "$0 += $1", "$0[:, :1] = $1[:, :1]", "$0[:, 0] += $1[:, 0]", "$0[:1].copy_($1[:1])", "$0.sub_($1, alpha=0.5)", "torch.add($0, $1, out=$0)", "$0[..., :1].add_($1[..., -1:])", "$0.lerp_($1, 0.5)"), x, y, outputs=0)
+    g.emit(
+        g.one_of(
+            "$0.add_($1)",
+            "$0.mul_($1)",
+            "$0.copy_($1)",
+            "$0 += $1",
+            "$0[:, :1] = $1[:, :1]",
+            "$0[:, 0] += $1[:, 0]",
+            "$0[:1].copy_($1[:1])",
+            "$0.sub_($1, alpha=0.5)",
+            "torch.add($0, $1, out=$0)",
+            "$0[..., :1].add_($1[..., -1:])",
+            "$0.lerp_($1, 0.5)",
+        ),
+        x,
+        y,
+        outputs=0,
+    )
 
 
 @operator(1)
@@ -548,7 +874,15 @@ def fill_by_parts(g: Builder) -> None:
     """A buffer made inside the forward, filled slice by slice."""
     x = g.pick(2, 3, 4)
     y = g.alike(x) if g.chance(0.5) else x
-    whole = g.emit(g.one_of("torch.empty_like($0).fill_(0.5)", "torch.ones_like($0)", "$0.new_ones($0.shape)", "torch.full_like($0, 0.3)"), x)
+    whole = g.emit(
+        g.one_of(
+            "torch.empty_like($0).fill_(0.5)",
+            "torch.ones_like($0)",
+            "$0.new_ones($0.shape)",
+            "torch.full_like($0, 0.3)",
+        ),
+        x,
+    )
     channels = g.shape(x)[1]
     middle = max(channels // 2, 1)
     g.emit(f"$0[:, :{middle}] = $1[:, :{middle}]", whole, x, outputs=0)
@@ -562,7 +896,19 @@ def view_then_write(g: Builder) -> None:
     x = g.pick(where=lambda tensor: tensor.is_contiguous() and tensor.dim() > 1)
     if x.startswith("x"):
         raise Unfit
-    view = g.emit(g.one_of("$0.view($0.shape[0], -1)", "$0[:, :1]", "$0.transpose(0, 1)", "$0.unsqueeze(1)", "$0[..., 1:]", "$0.view_as($0)", "$0.detach()", "$0.narrow(1, 0, 1)"), x)
+    view = g.emit(
+        g.one_of(
+            "$0.view($0.shape[0], -1)",
+            "$0[:, :1]",
+            "$0.transpose(0, 1)",
+            "$0.unsqueeze(1)",
+            "$0[..., 1:]",
+            "$0.view_as($0)",
+            "$0.detach()",
+            "$0.narrow(1, 0, 1)",
+        ),
+        x,
+    )
     g.emit(g.one_of("$0.add_(1)", "$0.mul_(0.5)", "$0.relu_()"), g.one_of(x, view), outputs=0)
     g.read.discard(x)
     g.read.discard(view)
@@ -577,7 +923,10 @@ def call_again(g: Builder) -> None:
     if not g.applied:
         raise Unfit
     layer, before = g.random.choice(g.applied)
-    x = g.pick(before.dim(), where=lambda tensor: tensor.shape[1:] == before.shape[1:] or tensor.shape[1] == before.shape[1])
+    x = g.pick(
+        before.dim(),
+        where=lambda tensor: tensor.shape[1:] == before.shape[1:] or tensor.shape[1] == before.shape[1],
+    )
     g.apply(layer, x)
 
 
@@ -596,7 +945,13 @@ def from_nothing(g: Builder) -> None:
     shape = g.shape(x)
     if len(shape) == 4:
         p = g.parameter(1, shape[1], 2, 2)
-        g.emit(g.one_of(f"$0 + F.interpolate({p}, size=$0.shape[2:], mode='bilinear')", f"$0 * F.interpolate({p}, size=$0.shape[2:])"), x)
+        g.emit(
+            g.one_of(
+                f"$0 + F.interpolate({p}, size=$0.shape[2:], mode='bilinear')",
+                f"$0 * F.interpolate({p}, size=$0.shape[2:])",
+            ),
+            x,
+        )
     elif g.chance(0.5):
         table = g.layer("e", f"nn.Embedding({shape[1] + 4}, {shape[2]})")
         g.emit(f"$0 + {table}(torch.arange($0.shape[1]))", x)
@@ -609,13 +964,33 @@ def from_nothing(g: Builder) -> None:
 def number_of_the_data(g: Builder) -> None:
     x = g.pick()
     y = g.pick()
-    g.emit(g.one_of("$0 * float($1.abs().max() > 100)+ $0", "$0 + float($1.detach().numpy().max() > 1e9)", "$0 + $1.max().item()", "$0 * torch.from_numpy($1.detach().numpy()).abs().mean()", "$0 + torch.tensor($1.tolist(), dtype=torch.float64).mean()", "$0 * $1.abs().mean()", "$0 + $1.sum()"), x, y)
+    g.emit(
+        g.one_of(
+            "$0 * float($1.abs().max() > 100)+ $0",
+            "$0 + float($1.detach().numpy().max() > 1e9)",
+            "$0 + $1.max().item()",
+            "$0 * torch.from_numpy($1.detach().numpy()).abs().mean()",
+            "$0 + torch.tensor($1.tolist(), dtype=torch.float64).mean()",
+            "$0 * $1.abs().mean()",
+            "$0 + $1.sum()",
+        ),
+        x,
+        y,
+    )
 
 
 @operator(0.6)
 def stored_in_the_model(g: Builder) -> None:
     x = g.pick()
-    g.emit(g.one_of("setattr(m, 'last', $0)", "m.__dict__.setdefault('seen', []).append($0)", "m.__dict__.update(cache={'x': $0})"), x, outputs=0)
+    g.emit(
+        g.one_of(
+            "setattr(m, 'last', $0)",
+            "m.__dict__.setdefault('seen', []).append($0)",
+            "m.__dict__.update(cache={'x': $0})",
+        ),
+        x,
+        outputs=0,
+    )
     g.read.add(x)
 
 
@@ -623,5 +998,9 @@ def stored_in_the_model(g: Builder) -> None:
 def branch_on_shape(g: Builder) -> None:
     x = g.pick(3, 4)
     codes = ["$0 * 2 if $0.shape[1] > 1 else $0", "F.relu($0) if $0.dim() == 4 else $0.tanh()"]
-    codes += ["$0 * 2 if $0.shape[0] > 100 else $0", "F.pad($0, (0, $0.shape[-1] % 2))", "$0 if $0.requires_grad or not m.training else $0 * 2"]
+    codes += [
+        "$0 * 2 if $0.shape[0] > 100 else $0",
+        "F.pad($0, (0, $0.shape[-1] % 2))",
+        "$0 if $0.requires_grad or not m.training else $0 * 2",
+    ]
     g.emit(g.one_of(*codes), x)

@@ -78,7 +78,9 @@ class Program:
     tags: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __str__(self) -> str:
-        calls = [f"torch.set_default_dtype(torch.float64)\nnet = Net().eval()\nfill(net, {self.seed}, {self.dressings})"]
+        calls = [
+            f"torch.set_default_dtype(torch.float64)\nnet = Net().eval()\nfill(net, {self.seed}, {self.dressings})"
+        ]
         for argument in self.inputs:
             if argument.high:
                 calls.append(f"{argument.name} = torch.randint(0, {argument.high}, {argument.shape})")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import assert_untouched, prepared, snapshot
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -16,7 +17,6 @@ import bnfuse
 from bnfuse import rules
 from bnfuse.plan import Replacement
 from bnfuse.units import Unit
-from support import assert_untouched, prepared, snapshot
 
 
 class Block(nn.Module):
@@ -80,7 +80,9 @@ def test_inplace_keeps_identities(model: nn.Module, x: Tensor) -> None:
     model.stem.weight.requires_grad_(False)
     model.to(memory_format=torch.channels_last)
     expected = model(x)
-    parameters = {name: (id(p), p.requires_grad, p.stride()) for name, p in model.named_parameters() if "bn" not in name}
+    parameters = {
+        name: (id(p), p.requires_grad, p.stride()) for name, p in model.named_parameters() if "bn" not in name
+    }
     assert bnfuse.fuse(model, x, inplace=True) is model
     after = {name: (id(p), p.requires_grad, p.stride()) for name, p in model.named_parameters()}
     assert all(after[name] == state for name, state in parameters.items())
@@ -108,7 +110,9 @@ def test_training_mode(model: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(fused(x), expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize(("keep", "left"), [("blocks.0.bn1", NORMS[:1]), ("blocks.1.*", NORMS[2:]), (["*"], NORMS), ((), [])])
+@pytest.mark.parametrize(
+    ("keep", "left"), [("blocks.0.bn1", NORMS[:1]), ("blocks.1.*", NORMS[2:]), (["*"], NORMS), ((), [])]
+)
 def test_keep(model: nn.Module, x: Tensor, keep: Any, left: list[str]) -> None:
     assert norms_of(bnfuse.fuse(model, x, keep=keep)) == left
     plan = bnfuse.plan(model, x, keep=keep)
@@ -147,7 +151,9 @@ def test_no_inputs_can_be_inferred() -> None:
                 raise ValueError("77 or nothing")
             return super().forward(x)
 
-    with pytest.raises(bnfuse.InputError, match=r"(?s)No inputs for Odd.*Tried:.*2x3x224x224.*77 or nothing.*bnfuse\.fuse\("):
+    with pytest.raises(
+        bnfuse.InputError, match=r"(?s)No inputs for Odd.*Tried:.*2x3x224x224.*77 or nothing.*bnfuse\.fuse\("
+    ):
         bnfuse.fuse(Odd())
 
 
@@ -313,7 +319,9 @@ def test_inputs_are_not_written_to(model: nn.Module) -> None:
 
 
 def test_activation_takes_the_place_of_its_norm() -> None:
-    model = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 4, 1), BatchNormAct2d(4, apply_act=False)))
+    model = prepared(
+        nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 4, 1), BatchNormAct2d(4, apply_act=False))
+    )
     fused = bnfuse.fuse(model)
     assert type(fused[1]) is nn.ReLU
     assert type(fused[3]) is nn.Identity

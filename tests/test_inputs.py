@@ -172,9 +172,7 @@ X = torch.zeros(1)
         ((), (), {}),
     ],
 )
-def test_example_inputs_in_every_form(
-    given: object, args: tuple[object, ...], kwargs: dict[str, object]
-) -> None:
+def test_example_inputs_in_every_form(given: object, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     assert normalise(given) == (args, kwargs)
 
 
@@ -191,6 +189,5 @@ def test_anything_else_is_refused(given: object, got: str) -> None:
     with pytest.raises(InputError) as caught:
         normalise(given)
     assert str(caught.value) == (
-        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments; "
-        f"got {got}"
+        f"example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments; got {got}"
     )

@@ -80,9 +80,7 @@ def test_a_pipe_gets_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == table_text(SMALL) + "\n\n"
 
 
-def test_a_terminal_gets_rich_tables(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_gets_rich_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     show(SMALL)
     drawn = capsys.readouterr().out
@@ -100,6 +98,4 @@ def test_a_terminal_without_rich_gets_plain_text_and_a_hint(
     show(SMALL)
     captured = capsys.readouterr()
     assert captured.out == table_text(SMALL) + "\n\n"
-    assert captured.err == (
-        "bnfuse: rich is not installed, so tables are plain text; run pip install 'bnfuse[cli]'\n"
-    )
+    assert captured.err == ("bnfuse: rich is not installed, so tables are plain text; run pip install 'bnfuse[cli]'\n")

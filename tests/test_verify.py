@@ -533,9 +533,7 @@ def bias_of_one_channel(amount: float) -> Mistake:
     ],
     ids=["bias 1e-3", "bias 1e-6", "eps 1e-3", "eps 1.1e-5"],
 )
-def test_a_subtly_wrong_fusion_is_rejected(
-    between: Callable[[Tensor], Tensor], settings: dict[str, Any]
-) -> None:
+def test_a_subtly_wrong_fusion_is_rejected(between: Callable[[Tensor], Tensor], settings: dict[str, Any]) -> None:
     network = Network(6, between)
     for norm in network.norms:
         norm.get_buffer("running_var").mul_(1e-2)

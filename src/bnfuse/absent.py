@@ -71,9 +71,7 @@ def _empty_places(node: Node) -> list[str]:
         return []
     parameters = node.call.module._parameters
     return [
-        place
-        for place in places
-        if node.argument(place) is None and place in parameters and parameters[place] is None
+        place for place in places if node.argument(place) is None and place in parameters and parameters[place] is None
     ]
 
 
@@ -92,7 +90,7 @@ class _Witness(TorchDispatchMode):
     """Looks for a tensor among the arguments of an operator."""
 
     def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tensor = tensor
         self.seen: list[str] = []
 
@@ -117,9 +115,9 @@ def _ask(node: Node, place: str) -> bool:
         witness = stack.enter_context(_Witness(parameter))
         try:
             module.forward(torch.zeros(value.shape, dtype=value.dtype, device=device))
-        except Exception:
+        except Exception:  # noqa: BLE001 (whatever it raises, the answer is no)
             return False
-    return witness.seen == [node.operator]
+    return bool(witness.seen == [node.operator])
 
 
 @contextlib.contextmanager

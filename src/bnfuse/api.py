@@ -17,8 +17,8 @@ from bnfuse.errors import FusionError, InputError, NoNormError, VerificationErro
 from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Plan, Reason, total
-from bnfuse.rewrite import rewrite
 from bnfuse.rehearse import needed_in_place, varying
+from bnfuse.rewrite import rewrite
 from bnfuse.solve import solve
 from bnfuse.verify import compare_outputs, judge, run
 from bnfuse.wrappers import copy_model, unwrap
@@ -85,9 +85,7 @@ def fuse(
     return model if inplace else wrap(target)
 
 
-def plan(
-    model: nn.Module, example_inputs: Any = None, *, keep: str | Sequence[str] = ()
-) -> Plan:
+def plan(model: nn.Module, example_inputs: Any = None, *, keep: str | Sequence[str] = ()) -> Plan:
     """Decide what :func:`fuse` would do, and change nothing.
 
     Args:
@@ -110,7 +108,9 @@ def apply_plan(plan: Plan, model: nn.Module, inplace: bool = False) -> nn.Module
     """See :meth:`bnfuse.plan.Plan.apply`."""
     inner, wrap = _unwrapped(model)
     if type(inner).__name__ != plan.model:
-        raise FusionError(f"The plan was made for another model:\n  got:      {type(inner).__name__}\n  expected: {plan.model}")
+        raise FusionError(
+            f"The plan was made for another model:\n  got:      {type(inner).__name__}\n  expected: {plan.model}"
+        )
     for name, expected in plan.witness.items():
         path, _, place = name.rpartition(".")
         try:
@@ -125,7 +125,7 @@ def apply_plan(plan: Plan, model: nn.Module, inplace: bool = False) -> nn.Module
     return model if inplace else wrap(target)
 
 
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, Any]:
+def _unwrapped(model: object) -> tuple[nn.Module, Any]:
     if not isinstance(model, nn.Module):
         hint = ""
         if isinstance(model, dict):
@@ -148,9 +148,19 @@ def _make_plan(
     add_absent(model, graph)
     made = _solved(model, captured, norms, _kept(norms, keep), args, kwargs)
     if witness:
-        read = {name for norm in norms for site in norm.sites for node in site.nodes for value in node.inputs for name in value.names[:1]}
+        read = {
+            name
+            for norm in norms
+            for site in norm.sites
+            for node in site.nodes
+            for value in node.inputs
+            for name in value.names[:1]
+        }
         read |= {edit.names[0] for edit in made.edits if not edit.created}
-        tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        tensors = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
         made.witness.update((name, total(tensors[name])) for name in sorted(read))
     for decision in made.decisions:
         if decision.fused:

@@ -44,7 +44,11 @@ _ESCAPES: dict[Any, str] = {
 }
 
 # Operators that write running statistics without saying so in their schema, with the flag that makes them do it.
-_SILENT_WRITERS = {"batch_norm": "training", "instance_norm": "use_input_stats", "native_batch_norm": "training"}
+_SILENT_WRITERS = {
+    "batch_norm": "training",
+    "instance_norm": "use_input_stats",
+    "native_batch_norm": "training",
+}
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ class _Operator:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, watch: _Watch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
         self.operators: dict[Any, _Operator] = {}
         self.nodes: list[Node] = []
@@ -225,9 +229,9 @@ class _Recorder(TorchDispatchMode):
             if name not in module._non_persistent_buffers_set
         }
         tensors: dict[int, tuple[Tensor, list[str]]] = {}
-        for name, tensor in model.named_parameters(remove_duplicate=False):
-            tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
-            persistent.add(id(tensor))
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            tensors.setdefault(id(parameter), (parameter, []))[1].append(name)
+            persistent.add(id(parameter))
         for name, tensor in model.named_buffers(remove_duplicate=False):
             tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
         for key, (tensor, names) in tensors.items():
@@ -465,7 +469,11 @@ class _EscapeWatch(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         how = _ESCAPES.get(func)
         if how is not None:
@@ -509,13 +517,13 @@ def _flat(result: Any) -> list[Tensor]:
 
 def _memory(tensor: Tensor) -> int | None:
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None  # sparse and other tensors without a storage
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return (
+    return bool(
         a.dtype == b.dtype
         and a.storage_offset() == b.storage_offset()
         and a.shape == b.shape
@@ -525,9 +533,9 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First and last byte of the storage that the tensor uses."""
-    start = tensor.storage_offset()
+    start = int(tensor.storage_offset())
     last = start + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return start * tensor.element_size(), (last + 1) * tensor.element_size()
+    return start * tensor.element_size(), int(last + 1) * tensor.element_size()
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -120,9 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.set_defaults(run=_plan)
 
-    fuse = commands.add_parser(
-        "fuse", parents=[common], help="fuse the norms and prove that the outputs agree"
-    )
+    fuse = commands.add_parser("fuse", parents=[common], help="fuse the norms and prove that the outputs agree")
     fuse.add_argument(
         "-o",
         "--output",

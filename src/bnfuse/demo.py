@@ -117,9 +117,7 @@ def _sizes(original: nn.Module, fused: nn.Module) -> Table:
         before, after = count(original), count(fused)
         rows.append((what, f"{before:,}", f"{after:,}", f"{after - before:+,}"))
     columns = (Column(""), Column("before", True), Column("after", True), Column("difference", True))
-    return Table(
-        f"What the network holds ({type(fused).__name__}, the same class as before)", columns, tuple(rows)
-    )
+    return Table(f"What the network holds ({type(fused).__name__}, the same class as before)", columns, tuple(rows))
 
 
 def _count_norms(model: nn.Module) -> int:
@@ -144,9 +142,7 @@ def _classes(original: nn.Module, fused: nn.Module, photographs: Mapping[str, Te
             ranked = [model(pixels[None]).softmax(dim=1)[0].topk(_TOP) for model in (original, fused)]
         rows = [
             tuple(
-                cell
-                for top in ranked
-                for cell in (names[int(top.indices[place])], f"{float(top.values[place]):.6f}")
+                cell for top in ranked for cell in (names[int(top.indices[place])], f"{float(top.values[place]):.6f}")
             )
             for place in range(_TOP)
         ]
@@ -177,9 +173,7 @@ def _latencies(networks: Mapping[str, nn.Module], inputs: Tensor) -> Table:
                 if turn >= _WARM_UP_ROUNDS:
                     milliseconds[name].append(elapsed)
     medians = {name: statistics.median(times) for name, times in milliseconds.items()}
-    rows = tuple(
-        (name, f"{median:.2f}", f"{median / medians['original']:.3f}") for name, median in medians.items()
-    )
+    rows = tuple((name, f"{median:.2f}", f"{median / medians['original']:.3f}") for name, median in medians.items())
     shape = "x".join(map(str, inputs.shape))
     title = f"Latency: median of {ROUNDS} runs each, by turns; input {shape}, one thread"
     return Table(title, (Column("network"), Column("ms", True), Column("ratio", True)), rows)

@@ -86,8 +86,7 @@ def normalise(example_inputs: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kind = type(example_inputs)
         got = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     raise InputError(
-        "example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments; "
-        f"got {got}"
+        f"example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments; got {got}"
     )
 
 
@@ -117,9 +116,7 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         yield Candidate(args, {}, f"{times}{_type_and_shape(args[0])} ({source})")
 
 
-def random_inputs(
-    model: nn.Module, shapes: Sequence[Sequence[int]], integers_below: int | None = None
-) -> list[Tensor]:
+def random_inputs(model: nn.Module, shapes: Sequence[Sequence[int]], integers_below: int | None = None) -> list[Tensor]:
     """Make seeded random tensors that fit a model's type and device; the global random state is left alone.
 
     Args:
@@ -133,9 +130,7 @@ def random_inputs(
     dtype, device = _dtype_and_device(model)
     generator = torch.Generator().manual_seed(_SEED)
     if integers_below is not None:
-        return [
-            torch.randint(integers_below, tuple(shape), generator=generator).to(device) for shape in shapes
-        ]
+        return [torch.randint(integers_below, tuple(shape), generator=generator).to(device) for shape in shapes]
     return [torch.randn(tuple(shape), generator=generator).to(device, dtype) for shape in shapes]
 
 

@@ -73,12 +73,14 @@ def _example(layer: nn.Module) -> torch.Tensor:
         sizes = [2] * len(layer.kernel_size)
         if not isinstance(layer, _ConvTransposeNd):
             padding = [0] * len(sizes) if isinstance(layer.padding, str) else layer.padding
-            sizes = [max(d * (k - 1) + 1, p + 1) for k, d, p in zip(layer.kernel_size, layer.dilation, padding, strict=True)]
+            sizes = [
+                max(d * (k - 1) + 1, p + 1) for k, d, p in zip(layer.kernel_size, layer.dilation, padding, strict=True)
+            ]
         shape = [2, layer.in_channels, *sizes]
     else:
         raise FusionError(
-            f"A convolution, a transposed convolution or a linear layer can take up a norm; got {type(layer).__name__}. "
-            f"For anything else call bnfuse.fuse on the module that holds both."
+            f"A convolution, a transposed convolution or a linear layer can take up a norm; "
+            f"got {type(layer).__name__}. For anything else call bnfuse.fuse on the module that holds both."
         )
     return torch.randn(shape, generator=generator).to(**options)
 
@@ -98,7 +100,7 @@ def _check(layer: nn.Module, norm: nn.Module) -> None:
             f"to fold. Train it with statistics, or keep it."
         )
     outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    channels = norm.running_mean.numel()  # type: ignore[union-attr, operator]
+    channels = norm.running_mean.numel()  # type: ignore[operator]
     if outputs != channels:
         raise FusionError(
             f"The channels of {_names(layer, norm)} do not match:\n  got:      {channels} channels in the norm\n"
@@ -108,4 +110,6 @@ def _check(layer: nn.Module, norm: nn.Module) -> None:
     rank = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)  # type: ignore[arg-type]
     for kind, ranks in wanted.items():
         if isinstance(norm, kind) and isinstance(norm, _BatchNorm) and rank not in ranks:
-            raise FusionError(f"{type(norm).__name__} cannot follow {type(layer).__name__}: their numbers of axes differ.")
+            raise FusionError(
+                f"{type(norm).__name__} cannot follow {type(layer).__name__}: their numbers of axes differ."
+            )

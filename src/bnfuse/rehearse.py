@@ -44,24 +44,30 @@ def varying(
 
 
 def needed_in_place(
-    model: nn.Module, graph: Graph, modules: Sequence[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    graph: Graph,
+    modules: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Sequence[nn.Module]:
     """The modules, if their callers count on their working in place; none otherwise."""
     if not modules:
         return ()
     try:
         for module in modules:
-            module.inplace = False
+            setattr(module, "inplace", False)  # noqa: B010
         other = capture(model, args, kwargs).graph
     finally:
         for module in modules:
-            module.inplace = True
+            setattr(module, "inplace", True)  # noqa: B010
     return () if _steps(graph) == _steps(other) else modules
 
 
 def _steps(graph: Graph) -> list[tuple[str, list[int]]]:
     """Every operator with the values that it reads, which are numbered in the order of their making."""
-    return [(node.operator, [value.index for value in node.inputs if value.kind is not Kind.ABSENT]) for node in graph.nodes]
+    return [
+        (node.operator, [value.index for value in node.inputs if value.kind is not Kind.ABSENT]) for node in graph.nodes
+    ]
 
 
 def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -81,7 +87,9 @@ def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tup
 
 def _same_numbers(node: Node, other: Node) -> bool:
     if node.operator == "sum":
-        ratio = node.inputs[0].elements * other.outputs[0].elements == other.inputs[0].elements * node.outputs[0].elements
+        ratio = (
+            node.inputs[0].elements * other.outputs[0].elements == other.inputs[0].elements * node.outputs[0].elements
+        )
         return ratio and _numbers(node.bound) == _numbers(other.bound)
     if _numbers(node.bound) != _numbers(other.bound):
         return False

@@ -135,7 +135,7 @@ def _replace(model: nn.Module, replacement: Replacement, undo: list[Callable[[],
 
 def _switch_off(module: nn.Module, undo: list[Callable[[], None]]) -> None:
     undo.append(lambda: setattr(module, "inplace", True))
-    module.inplace = False
+    setattr(module, "inplace", False)  # noqa: B010
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -23,8 +23,9 @@ from bnfuse.aliasing import Memory
 from bnfuse.graph import Kind, Node, Value
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
-from bnfuse.rules import ABSORBERS, RULES, link, same
+from bnfuse.rules import ABSORBERS, RULES
 from bnfuse.rules.norms import affine
+from bnfuse.rules.registry import link, same
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit
 
 _MAX_BACKTRACKS = 200
@@ -260,11 +261,12 @@ class Trial:
 
     def _decide(self, node: Node) -> None:
         del self._pending[node]
-        self._choosing, self._chosen = node, ()
+        self._choosing, self._chosen = node, []
         RULES[node.operator](node, self)
         self._choosing = None
-        if self._chosen:
-            choice = _Choice(len(self._trail), dict(self._pending), iter(self._chosen), self._chosen_scale)
+        chosen = list(self._chosen)
+        if chosen:
+            choice = _Choice(len(self._trail), dict(self._pending), iter(chosen), self._chosen_scale)
             self._choices.append(choice)
             refusal = self._next_alternative()
             if refusal is not None:
@@ -322,7 +324,7 @@ class Trial:
                     raise Refusal(Reason(text, node.operator, node.call.label), False)
 
     def _refuse_value(self, value: Value, text: str, unit: Unit) -> NoReturn:
-        if value.kind is Kind.COMPUTED and value.producer is not None:
+        if value.producer is not None:
             node = value.producer
             reason = Reason(f"its output cannot change units: {text}", node.operator, node.call.label)
         else:
@@ -458,4 +460,5 @@ def _affine(network: Network, site: Site) -> tuple[Tensor, Tensor]:
     for node in site.nodes:
         factor, term = affine(node, Trial(network))
         a, c = a * factor, c * factor + term
-    return torch.broadcast_tensors(a, c)  # type: ignore[return-value]
+    shape = torch.broadcast_shapes(a.shape, c.shape)
+    return a.expand(shape), c.expand(shape)

@@ -59,9 +59,7 @@ def map_tensors(tree: Any, function: Function) -> Any:
     return _Mapper(function).map(tree, 0)
 
 
-def _collect(
-    tree: object, path: str, depth: int, seen: dict[int, object], found: list[tuple[str, Tensor]]
-) -> None:
+def _collect(tree: object, path: str, depth: int, seen: dict[int, object], found: list[tuple[str, Tensor]]) -> None:
     if isinstance(tree, Tensor):
         found.append((path, tree))
     elif depth < DEEPEST and not _is_atom(tree) and id(tree) not in seen:

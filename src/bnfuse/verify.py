@@ -448,9 +448,7 @@ class _OutputAccumulator:
         if float(largest) > self.max_abs:
             self.max_abs, self.batch = float(largest), batch
             self.where = tuple(int(i) for i in torch.unravel_index(index, x.shape))
-            self.expected, self.got = (
-                float(v.abs() if v.is_complex() else v) for v in (x[self.where], y[self.where])
-            )
+            self.expected, self.got = (float(v.abs() if v.is_complex() else v) for v in (x[self.where], y[self.where]))
         if before.is_floating_point() and before.ndim >= 2 and before.shape[1] > 1:
             same = x.argmax(dim=1) == y.argmax(dim=1)
             self.agreeing += int(same.sum())
@@ -597,9 +595,7 @@ def judge(
 class _Judge:
     """The closer look of `judge`."""
 
-    def __init__(
-        self, comparison: Comparison, original: nn.Module, fused: nn.Module, inputs: Any, seed: int
-    ) -> None:
+    def __init__(self, comparison: Comparison, original: nn.Module, fused: nn.Module, inputs: Any, seed: int) -> None:
         self.comparison, self.original, self.fused = comparison, original, fused
         self.inputs, self.seed = inputs, seed
         self.precision = _precision(original)
@@ -654,9 +650,7 @@ class _Judge:
             text = f"The outputs agree in float64; in {low} they differ by rounding."
             return Verdict(True, "float64", text, self.comparison, in_float64)
         worst = fused.worst
-        error = max(
-            (o.relative_l2 for c in own for o in c.outputs if worst and o.path == worst.path), default=0
-        )
+        error = max((o.relative_l2 for c in own for o in c.outputs if worst and o.path == worst.path), default=0)
         limit = f"at most {PRECISION_FACTOR:g} times the original's own error in {low}, {error:.1e}"
         cause = f"The fused model is right in float64 but loses precision in {low}."
         return _failed(self.comparison, in_float64, "float64", fused, limit, cause, _WIDEN)
@@ -670,13 +664,9 @@ class _Judge:
         noise = _noise(copy_model(self.original), self.run(self.original), self.run)
         floor = tolerance_of(self.precision)
         if _explained(self.comparison, noise, NOISE_FACTOR, _FLIPS_WHEN_ESTIMATED, floor):
-            text = (
-                f"The outputs differ by rounding, judged in {judged_in}, as float64 cannot decide: {reason}."
-            )
+            text = f"The outputs differ by rounding, judged in {judged_in}, as float64 cannot decide: {reason}."
             return Verdict(True, judged_in, text, self.comparison)
-        limit = (
-            f"at most {NOISE_FACTOR:g} times the original's sensitivity to rounding (no float64: {reason})"
-        )
+        limit = f"at most {NOISE_FACTOR:g} times the original's sensitivity to rounding (no float64: {reason})"
         return _failed(self.comparison, None, judged_in, self.comparison, limit)
 
 
@@ -685,9 +675,7 @@ def _compare_values(expected: object, got: object) -> Comparison:
     return compare_outputs(map_tensors(expected, _to_float64), map_tensors(got, _to_float64))
 
 
-def _explained(
-    found: Comparison, references: list[Comparison], factor: float, flips: float, floor: float
-) -> bool:
+def _explained(found: Comparison, references: list[Comparison], factor: float, flips: float, floor: float) -> bool:
     """Whether every difference found is small, or at most ``factor`` times the largest reference difference.
 
     ``floor`` is a relative error that always passes.  Of whole numbers, and of tensors whose length depends
@@ -728,7 +716,7 @@ def _noise(model: nn.Module, expected: object, run: Callable[[nn.Module], Any]) 
     return comparisons
 
 
-class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _InFloat64(TorchDispatchMode):
     """Runs a float64 model in float64 throughout, also where its code asks for float32 or less.
 
     Operators are given float64 for every narrower floating dtype and tensor, but not where they return a

@@ -37,8 +37,7 @@ class Table:
 def plan_table(plan: Plan) -> Table:
     """One row for each norm: what it is fused into, or why it stays."""
     rows = tuple(
-        (decision.norm, decision.kind, str(decision.channels), _verdict(decision))
-        for decision in plan.decisions
+        (decision.norm, decision.kind, str(decision.channels), _verdict(decision)) for decision in plan.decisions
     )
     columns = (Column("norm"), Column("kind"), Column("channels", number=True), Column("decision"))
     title = f"{plan.model}: {len(plan.decisions)} batch norms, {len(plan.fused)} fused, {len(plan.kept)} kept"

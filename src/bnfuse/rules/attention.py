@@ -10,10 +10,22 @@ from __future__ import annotations
 import torch
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules import Trial, link, rule
+from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import IDENTITY, Unit
 
-_SEE_THROUGH = {"to", "_to_copy", "clone", "contiguous", "detach", "alias", "dropout", "expand", "reshape", "view", "_unsafe_view"}
+_SEE_THROUGH = {
+    "to",
+    "_to_copy",
+    "clone",
+    "contiguous",
+    "detach",
+    "alias",
+    "dropout",
+    "expand",
+    "reshape",
+    "view",
+    "_unsafe_view",
+}
 
 
 @rule("scaled_dot_product_attention")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules import Trial, rule
+from bnfuse.rules.registry import Trial, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit
 
 
@@ -110,9 +110,10 @@ def take_index(node: Node, trial: Trial) -> None:
     if not index.independent or index.dtype != torch.int64 or len(index.shape) != 1:
         trial.refuse(node, "its index is not a plain list of numbers", scale=True)
     numbers = trial.content(index) % whole.shape[axis]
-    if trial.unit(part) is not None and numbers.unique().numel() != numbers.numel():
+    of_part = trial.unit(part)
+    if of_part is not None and numbers.unique().numel() != numbers.numel():
         unit = trial.unit(whole) or IDENTITY
-        if not trial.unit(part).same_as(_part(unit, _Piece(part, 0, part.shape[axis], index=numbers), axis)):
+        if not of_part.same_as(_part(unit, _Piece(part, 0, part.shape[axis], index=numbers), axis)):
             trial.refuse(node, "it takes an element more than once", scale=True)
         return
     _settle(node, trial, whole, [_Piece(part, 0, part.shape[axis], index=numbers)], axis)
@@ -170,5 +171,3 @@ def _joined(units: list[tuple[_Piece, Unit]], whole: Value, axis: int) -> Unit:
     scale = join([(piece, unit.scale) for piece, unit in units], 1.0)
     shift = join([(piece, unit.shift) for piece, unit in units], 0.0)
     return Unit.of(scale, shift, inverse)
-
-

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph import Kind, Node, Value
-from bnfuse.rules import Trial, absorber, rule
 from bnfuse.rules.attention import is_softmax, mix_rows
+from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply, per_channel
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
@@ -118,15 +118,15 @@ def check(node: Node, trial: Trial) -> None:
         others = (layer.x, layer.w, layer.b)
         if all(value is not other for other in others) and not (trial.unit(value) or IDENTITY).is_identity:
             trial.refuse(node, "its offsets cannot change units", scale=True)
-    unit = trial.unit(layer.x)
-    if unit is not None and unit.shift is not None:
+    of_x = trial.unit(layer.x)
+    if of_x is not None and of_x.shift is not None:
         if not layer.uniform:
             what = "it pads with zeros, which would not be shifted"
             if layer.transposed:
                 what = "not every output has the same taps"
             trial.refuse(node, f"it takes no shift of its input: {what}")
         if layer.b is None:
-            _pass_on(node, trial, layer, unit)
+            _pass_on(node, trial, layer, of_x)
 
 
 def _pass_on(node: Node, trial: Trial, layer: _Layer, unit: Unit) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules import Trial, absorber, rule
+from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply
 
 _CHANNELS = 1

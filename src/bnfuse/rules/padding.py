@@ -14,18 +14,24 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph import Node
-from bnfuse.rules import Trial, link, rule
+from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import Unit
 
 
-@rule("pad", "constant_pad_nd", *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)))
+@rule(
+    "pad",
+    "constant_pad_nd",
+    *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
+)
 def pad(node: Node, trial: Trial) -> None:
     x, y = node.inputs[0], node.outputs[0]
     amounts = node.argument("pad", node.argument("padding"))
     rank = len(x.shape)
     margins = {rank - 1 - i // 2: (amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)}
     margins = {axis: margin for axis, margin in margins.items() if any(margin)}
-    constant = node.operator == "constant_pad_nd" or (node.operator == "pad" and node.argument("mode", "constant") == "constant")
+    constant = node.operator == "constant_pad_nd" or (
+        node.operator == "pad" and node.argument("mode", "constant") == "constant"
+    )
     number = node.argument("value", 0) or 0
 
     def checked(unit: Unit) -> Unit:
@@ -39,9 +45,9 @@ def pad(node: Node, trial: Trial) -> None:
                 trial.refuse(node, "minus infinity stays so under a positive scale only", scale=True)
         elif number != 0 and unit.scale is not None:
             trial.refuse(node, f"it pads with {number}, which cannot be rescaled", scale=True)
-        elif unit.shift is not None and not _axes(unit.shift) & margins.keys():
-            trial.refuse(node, f"it pads with {number}, which would not be shifted")
-        elif unit.shift is not None and any(axis not in varying for axis in margins):
+        elif (unit.shift is not None and not _axes(unit.shift) & margins.keys()) or (
+            unit.shift is not None and any(axis not in varying for axis in margins)
+        ):
             trial.refuse(node, f"it pads with {number}, which would not be shifted")
         return unit
 
@@ -53,7 +59,11 @@ def pad(node: Node, trial: Trial) -> None:
         unit = checked(unit)
         inner = Unit(_cut(unit.scale, margins, x.shape), _cut(unit.shift, margins, x.shape), unit.inverse)
         outer = _widened(inner.shift, margins, 0.0)
-        if unit.shift is not None and outer is not None and not bool(torch.equal(outer.expand_as(unit.shift), unit.shift)):
+        if (
+            unit.shift is not None
+            and outer is not None
+            and not bool(torch.equal(outer.expand_as(unit.shift), unit.shift))
+        ):
             trial.refuse(node, f"it pads with {number}, which would not be shifted")
         return inner
 

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from bnfuse.graph import Node
-from bnfuse.rules import Trial, link, rule, same
+from bnfuse.rules.registry import Trial, link, rule, same
 
 
-@rule("alias", "clone", "contiguous", "detach", "lift_fresh", "to", "_to_copy", "type_as", "dropout", "feature_dropout")
+@rule(
+    "alias",
+    "clone",
+    "contiguous",
+    "detach",
+    "lift_fresh",
+    "to",
+    "_to_copy",
+    "type_as",
+    "dropout",
+    "feature_dropout",
+)
 def pass_all(node: Node, trial: Trial) -> None:
     """Copies, casts between floating types, and dropout in evaluation."""
     if node.operator.endswith("dropout") and node.argument("train"):

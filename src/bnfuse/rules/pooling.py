@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules import Trial, lift, link, lower, rule
+from bnfuse.rules.registry import Trial, lift, link, lower, rule
 from bnfuse.units import Unit
 
 
@@ -108,7 +108,11 @@ def total(node: Node, trial: Trial) -> None:
             for axis in axes:
                 if unit.shift.shape[axis] == 1:
                     unit = Unit(unit.scale, unit.shift * x.shape[axis], unit.inverse)
-        summed = Unit(unit.scale, None if unit.shift is None or not axes else unit.shift.sum(axes, keepdim=True), unit.inverse)
+        summed = Unit(
+            unit.scale,
+            None if unit.shift is None or not axes else unit.shift.sum(axes, keepdim=True),
+            unit.inverse,
+        )
         kept = [axis for axis in range(rank) if axis not in axes]
         return summed if keep else summed.map(lambda tensor: tensor.reshape([tensor.shape[axis] for axis in kept]))
 

@@ -1,8 +1,8 @@
 r"""Products and quotients: gates, gains, LayerScale, numbers.
 
-``z = x*y`` of two tensors that depend on the input: ``x_new = s*x``, ``y_new = r*y`` gives ``z_new = s*r*z``; a shift on
-either would leave a mixed term. If one factor ``p`` does not depend on the input, its contents are known, and a shift
-of the other passes: with ``x_new = s*x + t`` and ``p_new = r*p``,
+``z = x*y`` of two tensors that depend on the input: ``x_new = s*x``, ``y_new = r*y`` gives ``z_new = s*r*z``; a shift
+on either would leave a mixed term. If one factor ``p`` does not depend on the input, its contents are known, and a
+shift of the other passes: with ``x_new = s*x + t`` and ``p_new = r*p``,
 
     z_new = x_new*p_new = (s*r)*z + t*(r*p),        inverse: z_old = (s/r)*z_new + t*p  for  x_old = s*x_new + t.
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules import Trial, cost, lift, link, lower, rule
+from bnfuse.rules.registry import Trial, cost, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, multiply
 
 
@@ -183,15 +183,16 @@ class _Gain:
         return Unit(multiply(unit.scale, ratio), shift)
 
     def _backward(self, unit: Unit, ratio: Tensor | None) -> Unit:
-        contents = None
+        shift = None
         if unit.shift is not None:
             contents = self._contents()
+            shift = unit.shift / contents
             if bool((contents.abs() < 1e-8).any()):
                 self.trial.refuse(self.node, "no shift of its input undoes one of its output where it multiplies by 0")
         if unit.inverse:
-            return Unit(multiply(unit.scale, ratio), None if contents is None else unit.shift / contents, True)
+            return Unit(multiply(unit.scale, ratio), shift, True)
         inverse = None if ratio is None else 1 / ratio
-        shift = None if contents is None or unit.shift is None else multiply(unit.shift / contents, inverse)
+        shift = None if shift is None else multiply(shift, inverse)
         return Unit(multiply(unit.scale, inverse), shift)
 
     def _missing(self, of_x: Unit, of_z: Unit) -> Unit:
@@ -209,7 +210,11 @@ class _Gain:
     def _demand(self, value: Value, unit: Unit) -> None:
         lowered = lower(Unit.of(unit.scale, unit.shift, unit.inverse), value, self.z)
         if lowered is None:
-            self.trial.refuse(self.node, "a factor that is broadcast has no axis for the units", scale=unit.scale is not None)
+            self.trial.refuse(
+                self.node,
+                "a factor that is broadcast has no axis for the units",
+                scale=unit.scale is not None,
+            )
         if not (lowered.is_identity and self.trial.unit(value) is None):
             self.trial.demand(value, lowered)
 

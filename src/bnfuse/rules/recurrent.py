@@ -8,7 +8,7 @@ is ``(W_ih*p)*x_new + (b_ih + W_ih*q)``. Its output passes a saturating function
 from __future__ import annotations
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules import Trial, absorber, rule
+from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -82,6 +82,4 @@ def _first_layer(node: Node) -> list[tuple[Value, Value | None]]:
     biases = bool(node.argument("has_biases"))
     directions = 2 if node.argument("bidirectional") else 1
     each = len(parameters) // (directions * node.argument("num_layers", 1))
-    return [
-        (parameters[i * each], parameters[i * each + 2] if biases else None) for i in range(directions)
-    ]
+    return [(parameters[i * each], parameters[i * each + 2] if biases else None) for i in range(directions)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules import Trial, link, rule
+from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import Unit, shrink
 
 
@@ -68,8 +68,8 @@ def _order(node: Node, rank: int) -> list[int]:
     if node.operator in ("t", "mT", "adjoint"):
         first, second = -2, -1
     else:
-        first = bound.get("dim0", bound.get("axis0"))
-        second = bound.get("dim1", bound.get("axis1"))
+        first = bound["dim0"] if "dim0" in bound else bound["axis0"]
+        second = bound["dim1"] if "dim1" in bound else bound["axis1"]
     axes[first], axes[second] = axes[second], axes[first]
     return axes
 
@@ -228,5 +228,3 @@ def _blocks(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int
                 j += 1
         blocks.append((axes, sizes))
     return blocks
-
-

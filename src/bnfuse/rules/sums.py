@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules import Trial, cost, lift, link, lower, rule
+from bnfuse.rules.registry import Trial, cost, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, add
 
 
@@ -29,7 +29,13 @@ def add_tensors(node: Node, trial: Trial) -> None:
         return
     factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[node.operator]
     if x is y:
-        link(trial, x, z, lambda unit: _times(unit, sum(factors)), lambda unit: _divided(node, trial, unit, factors))
+        link(
+            trial,
+            x,
+            z,
+            lambda unit: _times(unit, sum(factors)),
+            lambda unit: _divided(node, trial, unit, factors),
+        )
     else:
         _Sum(node, trial, (x, y), factors, z).settle()
 
@@ -76,7 +82,10 @@ class _Sum:
     ) -> None:
         self.node, self.trial, self.z = node, trial, z
         # z - k0*x0 - k1*x1 = 0
-        self.terms: list[tuple[Value, float]] = [(z, 1.0), *((x, -k) for x, k in zip(operands, factors, strict=True))]
+        self.terms: list[tuple[Value, float]] = [
+            (z, 1.0),
+            *((x, -k) for x, k in zip(operands, factors, strict=True)),
+        ]
 
     def settle(self) -> None:
         known = {value: lift(unit, value, self.z) for value, _ in self.terms if (unit := self.trial.unit(value))}
@@ -106,9 +115,7 @@ class _Sum:
         else:
             self._offer(open_terms, scale, rest, inverse)
 
-    def _offer(
-        self, open_terms: list[tuple[Value, float]], scale: Tensor | None, rest: Tensor, inverse: bool
-    ) -> None:
+    def _offer(self, open_terms: list[tuple[Value, float]], scale: Tensor | None, rest: Tensor, inverse: bool) -> None:
         alternatives = []
         for taker, factor in sorted(open_terms, key=lambda term: 3 if term[0] is self.z else cost(term[0])):
             units = {}
@@ -131,7 +138,9 @@ class _Sum:
         lowered = lower(unit, value, self.z)
         if lowered is None:
             self.trial.refuse(
-                self.node, "an operand that is broadcast has no axis for the units", scale=unit.scale is not None
+                self.node,
+                "an operand that is broadcast has no axis for the units",
+                scale=unit.scale is not None,
             )
         self.trial.demand(value, lowered)
 
@@ -144,7 +153,7 @@ class _Sum:
                 return {value: unit.turned(inverse) for value, unit in known.items()}
             except NotInvertibleError:
                 continue
-        self.trial.refuse(self.node, "it would have to undo a scale of (nearly) 0", scale=True)
+        return self.trial.refuse(self.node, "it would have to undo a scale of (nearly) 0", scale=True)
 
     def _common_scale(self, known: dict[Value, Unit]) -> Tensor | None:
         units = list(known.values())

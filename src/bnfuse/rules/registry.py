@@ -1,0 +1,118 @@
+"""Where the rules of the operators are registered, and what a rule may call.
+
+A rule is a function ``rule(node, trial)``. It reads the units that the trial has given to the node's values so far
+and demands what follows from them on the others. Where nothing has a rule, nothing passes. Rules know units and the
+graph; they never see a module or write to a tensor.
+
+An operator with parameters may also have an *absorber*: ``absorber(node, trial)`` runs when all units are settled
+and asks for the edits of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, Protocol
+
+from torch import Tensor
+
+from bnfuse.graph import Kind, Node, Value
+from bnfuse.units import Unit
+
+
+class Trial(Protocol):
+    """What a rule sees of an attempt to remove a norm."""
+
+    def unit(self, value: Value) -> Unit | None:
+        """The unit demanded of a value, None if nothing was demanded (which means: it stays as it is)."""
+
+    def demand(self, value: Value, unit: Unit) -> None:
+        """Ask for a unit; refuses if the value has another one already or cannot change."""
+
+    def choose(self, node: Node, alternatives: Sequence[Mapping[Value, Unit]], scale: bool = False) -> None:
+        """Several ways to go on, to be tried in turn once everything that is certain is settled.
+
+        ``scale`` says that they place a scale differently, not only a shift.
+        """
+
+    def assume(self, node: Node, number: float) -> None:
+        """Rely on a number in the code being the same for inputs of any size; refuses if it is known not to be."""
+
+    def refuse(self, node: Node, text: str, scale: bool = False) -> NoReturn:
+        """Give up. ``scale`` says that it was the scale that cannot pass, so that moving shifts does not help."""
+
+    def edit(self, node: Node, value: Value, unit: Unit) -> None:
+        """Ask, from an absorber, for new contents ``scale*old + shift`` of a parameter."""
+
+    def content(self, value: Value) -> Tensor:
+        """The present float64 contents, with all edits so far, of what does not depend on the model's inputs."""
+
+    def is_edited(self, value: Value) -> bool:
+        """True if an accepted edit changed the parameter."""
+
+
+Rule = Callable[[Node, Trial], None]
+
+RULES: dict[str, Rule] = {}
+ABSORBERS: dict[str, Rule] = {}
+
+
+def rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, by their names without namespace, overload and in-place underscore."""
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            RULES[operator] = function
+        return function
+
+    return register
+
+
+def absorber(*operators: str) -> Callable[[Rule], Rule]:
+    """Register how the parameters of operators take up units."""
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            ABSORBERS[operator] = function
+        return function
+
+    return register
+
+
+def link(trial: Trial, x: Value, y: Value, forward: Callable[[Unit], Unit], backward: Callable[[Unit], Unit]) -> None:
+    """Tie the units of two values: each follows from the other."""
+    unit = trial.unit(x)
+    if unit is not None:
+        if not (unit.is_identity and trial.unit(y) is None):
+            trial.demand(y, forward(unit))
+        return
+    unit = trial.unit(y)
+    if unit is not None and not unit.is_identity:
+        trial.demand(x, backward(unit))
+
+
+def same(unit: Unit) -> Unit:
+    return unit
+
+
+def lift(unit: Unit, value: Value, whole: Value) -> Unit:
+    """The unit of an operand, aligned to the result that it is broadcast to."""
+    missing = len(whole.shape) - len(value.shape)
+    return unit.map(lambda tensor: tensor.reshape([1] * missing + list(tensor.shape))) if missing else unit
+
+
+def lower(unit: Unit, value: Value, whole: Value) -> Unit | None:
+    """A unit that is aligned to a result as the unit of an operand; None if the operand lacks an axis for it."""
+    missing = len(whole.shape) - len(value.shape)
+    for axis in unit.axes():
+        if axis < missing or value.shape[axis - missing] == 1:
+            return None
+    return unit.map(lambda tensor: tensor.reshape(tensor.shape[missing:])) if missing else unit
+
+
+def cost(value: Value) -> int:
+    """How far a unit is likely to travel from here: parameters and layers that feed only this operator come first."""
+    if value.kind in (Kind.PARAMETER, Kind.ABSENT):
+        return 0
+    if len(value.consumers) == 1:
+        return 1 if value.independent or (value.producer and value.producer.operator in ABSORBERS) else 2
+    return 4
