@@ -108,11 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print the network of --seed and its plan, and stop")
     parser.add_argument("--shrink", type=float, default=20.0, help="time for making a failure small (s)")
     parser.add_argument("--without", help="leave out networks whose program matches this expression")
+    parser.add_argument("--coverage", action="store_true", help="count what crossed which rule (one process)")
     parser.add_argument("--failures", type=int, default=3, help="how many failures of one class to print")
     options = parser.parse_args(arguments)
     _start()
     if options.show:
         return _show(options.seed)
+    if options.coverage:
+        return _coverage(range(options.seed, options.seed + options.count))
     tally, begun, told = Tally(), time.monotonic(), time.monotonic()
     seeds = range(options.seed, options.seed + options.count)
     for seed, steps, outcome in outcomes(seeds, options.jobs, options.without):
@@ -163,6 +166,22 @@ def _show(seed: int) -> int:
     outcome = check(program, thorough=True)
     _say(f"{outcome.failure or 'right'}\n{outcome.detail}")
     return 1 if outcome.failure else 0
+
+
+def _coverage(seeds: range) -> int:
+    from bnfuse.rules.registry import RULES
+    from fuzz.coverage import counted
+
+    with counted() as (crossed, refused):
+        tally = Tally()
+        for seed in seeds:
+            program = draw(seed)
+            tally.add(seed, check(program), len(program.steps))
+    _say("operator: crossed in accepted removals, refused")
+    for operator in sorted({*RULES, *crossed, *refused}, key=lambda name: (crossed[name], refused[name])):
+        _say(f"  {operator}: {crossed[operator]}, {refused[operator]}")
+    _say(str(tally))
+    return 1 if tally.wrong or tally.crashed else 0
 
 
 def _say(text: str, stream: object = None) -> None:

@@ -219,6 +219,7 @@ CASES: dict[str, Case] = {
     "caller counts on work in place": Case(lambda: Net(in_place_by_side_effect, a=conv(), b=conv(6, 6), e=conv(6), r=nn.ReLU(inplace=True), n=norm()), {"n": "overwrite in place"}),
     "input overwritten after the norm": Case(lambda: Net(input_overwritten, a=conv(), b=conv(6, 6), n=norm()), {"n": "overwrite in place"}),
     "in place on the input of the model": Case(lambda: Net(lambda m, x: (m.c(m.n(x).neg_()), x), c=conv(size=1), n=norm(3)), {"n": "overwrite in place"}),
+    "in place on one of two outputs of the same norm": Case(lambda: Net(lambda m, x: m.e(m.r(m.n(s := m.a(x)))) + m.e(m.n(s)), a=conv(), e=conv(6), r=nn.ReLU(inplace=True), n=norm()), {"n": None}),
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),

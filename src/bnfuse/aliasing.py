@@ -26,11 +26,13 @@ class Memory:
     def conflicts(self, sites: Iterable[Site]) -> list[tuple[Node, Value]]:
         """Writers that would overwrite what is still read, with the value, if the norm at the sites went."""
         found = []
-        for first, second in _pairs(sites):
-            for ours in self._groups.get(first, [first]):
-                for theirs in self._groups.get(second, [second]):
-                    if ours is not theirs:
-                        found += self._overwritten(ours, theirs) + self._overwritten(theirs, ours)
+        groups = dict(self._groups)
+        for site in sites:
+            ours, theirs = _merge(groups, site)
+            for first in ours:
+                for second in theirs:
+                    if first is not second:
+                        found += self._overwritten(first, second) + self._overwritten(second, first)
         return found
 
     def _overwritten(self, written: Storage, read: Storage) -> list[tuple[Node, Value]]:
@@ -49,15 +51,17 @@ class Memory:
 
     def merge(self, sites: Iterable[Site]) -> None:
         """The norm at the sites is gone."""
-        for first, second in _pairs(sites):
-            ours, theirs = self._groups.get(first, [first]), self._groups.get(second, [second])
-            if ours is not theirs:
-                group = ours + theirs
-                self._groups.update((storage, group) for storage in group)
+        for site in sites:
+            _merge(self._groups, site)
 
 
-def _pairs(sites: Iterable[Site]) -> Iterable[tuple[Storage, Storage]]:
-    return ((site.x.storage, site.y.storage) for site in sites)
+def _merge(groups: dict[Storage, list[Storage]], site: Site) -> tuple[list[Storage], list[Storage]]:
+    """Make the memory of the input and of the output one; what either was one with before."""
+    ours = groups.get(site.x.storage, [site.x.storage])
+    theirs = groups.get(site.y.storage, [site.y.storage])
+    if ours is not theirs:
+        groups.update(dict.fromkeys([*ours, *theirs], [*ours, *theirs]))
+    return ours, theirs
 
 
 def _read_across(value: Value, writer: Node) -> bool:

@@ -342,8 +342,8 @@ class _Recorder(TorchDispatchMode):
         writers = _SILENT_WRITERS.get(operator.name)
         if writers and bound.get(writers):
             written += [bound[name] for name in ("running_mean", "running_var") if isinstance(bound.get(name), Value)]
-        for value in written:
-            if value.tensor is not None:
+        for value in {leaf: None for value in written for leaf in value.storage.values}:
+            if value.tensor is not None:  # a parameter, written to itself or through a view
                 value.pin("it is written to during the run")
                 self.watch.before_write(value.tensor)
         result = func(*args, **kwargs)

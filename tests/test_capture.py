@@ -1,0 +1,142 @@
+"""What a recorded run knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnfuse.capture import capture
+from bnfuse.graph import Graph, Kind
+
+
+class Net(nn.Module):
+    def __init__(self, function: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.layers, *args, **kwargs)
+
+
+def graph_of(function: Any, *args: Tensor, **layers: nn.Module) -> Graph:
+    return capture(Net(function, **layers), args, {}).graph
+
+
+def operators(graph: Graph) -> list[str]:
+    return [node.operator for node in graph.nodes]
+
+
+X = torch.ones(2, 3, 4, 4)
+
+
+def test_operators_are_seen_whole() -> None:
+    graph = graph_of(
+        lambda m, x: m["n"](m["c"](x)).relu_().flatten(1), X, c=nn.Conv2d(3, 3, 1), n=nn.BatchNorm2d(3)
+    )
+    assert operators(graph) == ["conv2d", "batch_norm", "relu", "flatten"]
+    assert [node.call.path for node in graph.nodes] == ["layers.c", "layers.n", "", ""]
+
+
+def test_values_are_followed() -> None:
+    graph = graph_of(lambda m, x: m["c"](x) + x, X, c=nn.Conv2d(3, 3, 1))
+    conv, add = graph.nodes
+    assert conv.bound["input"].kind is Kind.INPUT
+    assert conv.bound["weight"].names == ("layers.c.weight",)
+    assert add.inputs == [conv.outputs[0], conv.bound["input"]]
+    assert conv.bound["input"].consumers == [conv, add]
+    assert "output" in (add.outputs[0].pinned or "")
+
+
+def test_what_does_nothing_is_no_operator() -> None:
+    graph = graph_of(lambda m, x: m["i"](F.dropout(x * 2, training=False)).contiguous(), X, i=nn.Identity())
+    assert operators(graph) == ["mul"]
+
+
+def test_in_place_makes_a_new_version() -> None:
+    graph = graph_of(lambda m, x: (y := x * 2).add_(1) + y, X)
+    mul, add, total = graph.nodes
+    assert add.written == mul.outputs
+    assert total.inputs == [add.outputs[0], add.outputs[0]]
+    assert mul.outputs[0].pinned is None
+
+
+def test_stale_views_are_pinned() -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 0].zero_()
+        return y + 1
+
+    graph = graph_of(function, X)
+    assert "another view" in (graph.nodes[0].outputs[0].pinned or "")
+
+
+def test_tied_and_shared() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    second.bias.data = first.bias.data
+    graph = graph_of(lambda m, x: m["b"](m["a"](x)), torch.ones(2, 3), a=first, b=second)
+    a, b = graph.nodes
+    assert a.bound["weight"] is b.bound["weight"]
+    assert a.bound["weight"].names == ("layers.a.weight", "layers.b.weight")
+    assert a.bound["bias"] is b.bound["bias"]
+
+
+def test_a_caught_exception_does_not_confuse_the_calls() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        try:
+            return m["f"](x)
+        except ValueError:
+            return m["c"](x)
+
+    graph = graph_of(lambda m, x: m["outer"](x) * 2, X, outer=Net(function, f=Failing(), c=nn.Conv2d(3, 3, 1)))
+    assert [node.call.path for node in graph.nodes] == ["layers.outer.layers.c", ""]
+
+
+def test_scripted_parts_are_seen() -> None:
+    with pytest.warns(FutureWarning):
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    graph = graph_of(lambda m, x: m["s"](x), X, s=scripted)
+    assert operators(graph) == ["conv2d", "relu"]
+    assert graph.nodes[0].bound["weight"].names == ("layers.s.0.weight",)
+
+
+def test_keyword_and_nested_inputs() -> None:
+    net = Net(lambda m, images, extra: {"sum": images[0] + extra["scale"]})
+    graph = capture(net, (), {"images": [X], "extra": {"scale": X}}).graph
+    assert [value.kind for value in graph.nodes[0].inputs] == [Kind.INPUT, Kind.INPUT]
+
+
+def test_hooks_and_modes_are_gone_afterwards() -> None:
+    registries = nn.modules.module
+    with pytest.raises(Exception, match="does not run"):
+        graph_of(lambda m, x: m["c"](x), torch.ones(2, 7, 4, 4), c=nn.Conv2d(3, 3, 1))
+    assert not registries._has_any_global_hook()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert torch.overrides._get_current_function_mode() is None
+
+
+def test_no_activation_is_kept() -> None:
+    import gc
+    import weakref
+
+    alive: list[weakref.ref[Tensor]] = []
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        y = x * 2
+        alive.append(weakref.ref(y))
+        return y + 1
+
+    graph = graph_of(function, X)
+    gc.collect()
+    assert alive[0]() is None
+    assert len(graph.nodes) == 2

@@ -1,0 +1,195 @@
+"""The adversary: a few hundred random networks, and proof that it finds what is wrong when something is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bnfuse import capture, graph, norms, solve, units
+from bnfuse.rules import activation, layers, pooling, products, sums
+from bnfuse.rules import norms as norm_rules
+from fuzz.check import check
+from fuzz.generate import draw
+from fuzz.program import Program
+from fuzz.shrink import shrink
+
+NETWORKS = 240
+SEEDS_OF_MUTANTS = range(5000, 5400)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def drawn(seed: int) -> Program:
+    return draw(seed)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_networks(part: int) -> None:
+    removed = met = 0
+    for seed in range(part, NETWORKS, 4):
+        program = drawn(seed)
+        outcome = check(program, thorough=seed % 6 == 0)
+        assert not outcome.failure, f"seed {seed}: {outcome.failure}\n{program}\n{outcome.detail}"
+        met, removed = met + outcome.norms, removed + outcome.removed
+    assert removed > 0.4 * met, "an adversary whose norms all stay tests nothing"
+
+
+def test_a_seed_gives_the_same_network() -> None:
+    assert str(draw(3)) == str(draw(3))
+    assert str(draw(3)) != str(draw(4))
+
+
+def test_a_printed_program_runs() -> None:
+    dtype = torch.get_default_dtype()
+    names: dict[str, Any] = {}
+    try:
+        exec(str(drawn(0)), names)
+        with torch.no_grad():
+            names["net"](*(names[argument.name] for argument in drawn(0).inputs))
+    finally:
+        torch.set_default_dtype(dtype)
+    printed, built = names["net"].state_dict(), drawn(0).build().state_dict()
+    assert all(torch.equal(printed[name], built[name]) for name in built)
+
+
+# Mutants: what the adversary must find ------------------------------------------------------------------------------
+
+
+def groups_mixed_up(patch: pytest.MonkeyPatch) -> None:
+    def by_group(layer: Any, vector: torch.Tensor, rows: int) -> torch.Tensor:
+        return vector.reshape(layer.groups, -1)[:1]
+
+    patch.setattr(layers, "_by_group", by_group)
+
+
+def negative_scale_through_relu(patch: pytest.MonkeyPatch) -> None:
+    original = activation.link
+    patch.setattr(
+        activation, "pass_positive_scale", lambda node, trial, x, y: original(trial, x, y, lambda u: u, lambda u: u)
+    )
+
+
+def zero_padding_ignored(patch: pytest.MonkeyPatch) -> None:
+    original = layers._layer
+
+    def uniform(node: Any) -> Any:
+        layer = original(node)
+        return layer and dataclasses.replace(layer, uniform=layer.uniform or not layer.transposed)
+
+    patch.setattr(layers, "_layer", uniform)
+
+
+def eps_forgotten(patch: pytest.MonkeyPatch) -> None:
+    original = norm_rules._parts
+
+    def parts(node: Any, trial: Any) -> Any:
+        weight, _, mean, bias = original(node, trial)
+        return weight, trial.content(node.bound["running_var"]).sqrt(), mean, bias
+
+    patch.setattr(norm_rules, "_parts", parts)
+
+
+def transposed_weight_taken_for_a_plain_one(patch: pytest.MonkeyPatch) -> None:
+    original = layers._layer
+
+    def plain(node: Any) -> Any:
+        layer = original(node)
+        square = layer and node.operator.startswith("conv_transpose") and layer.channels_in == layer.channels_out
+        return dataclasses.replace(layer, transposed=False) if square else layer
+
+    patch.setattr(layers, "_layer", plain)
+
+
+def shared_parameters_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(solve.Trial, "_check_edits", lambda self: None)
+
+
+def outputs_not_pinned(patch: pytest.MonkeyPatch) -> None:
+    original = graph.Value.pin
+    patch.setattr(graph.Value, "pin", lambda self, text: None if "output of" in text else original(self, text))
+
+
+def views_not_pinned(patch: pytest.MonkeyPatch) -> None:
+    original = graph.Value.pin
+    patch.setattr(graph.Value, "pin", lambda self, text: None if "another view" in text else original(self, text))
+
+
+def hooks_ignored(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(capture, "has_hooks", lambda module: False)
+    patch.setattr(norms, "has_hooks", lambda module: False)
+
+
+def numbers_of_the_shape_trusted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(solve.Trial, "assume", lambda self, node, number: None)
+
+
+def memory_not_watched(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(solve, "_check_memory", lambda network, norm: None)
+
+
+def run_leaves_traces(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(capture._Watch, "restore", lambda self: None)
+
+
+def padded_zeros_counted(patch: pytest.MonkeyPatch) -> None:
+    original = pooling._pool
+    patch.setattr(pooling, "_pool", lambda *args, **options: original(*args, **{**options, "shift": True}))
+
+
+def alpha_of_a_sum_forgotten(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sums, "_times", lambda unit, factor: unit)
+
+
+def shift_through_a_number_unscaled(patch: pytest.MonkeyPatch) -> None:
+    original = products.Unit
+
+    class Unscaled(original):  # type: ignore[misc, valid-type]
+        pass
+
+    patch.setattr(products, "_times_number", lambda node, trial, x, number, z: products.link(trial, x, z, _same, _same))
+
+
+def unequal_units_taken_for_equal(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(units.Unit, "same_as", lambda self, other: True)
+
+
+def _same(unit: Any) -> Any:
+    return unit
+
+
+MUTANTS: tuple[Callable[[pytest.MonkeyPatch], None], ...] = (
+    groups_mixed_up, negative_scale_through_relu, zero_padding_ignored, eps_forgotten,
+    transposed_weight_taken_for_a_plain_one, shared_parameters_ignored, outputs_not_pinned, views_not_pinned,
+    hooks_ignored, numbers_of_the_shape_trusted, memory_not_watched, run_leaves_traces, padded_zeros_counted,
+    alpha_of_a_sum_forgotten, shift_through_a_number_unscaled, unequal_units_taken_for_equal,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_mutants_are_found(mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant(monkeypatch)
+    assert any(check(drawn(seed)).failure for seed in SEEDS_OF_MUTANTS)
+
+
+def test_failures_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    eps_forgotten(monkeypatch)
+    program = next(drawn(seed) for seed in range(50) if check(drawn(seed)).failure)
+    small = shrink(program, lambda candidate: bool(check(candidate).failure), seconds=5)
+    assert check(small).failure
+    assert len(small.steps) <= 4, str(small)
