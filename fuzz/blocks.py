@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fuzz.generate import Builder, Unfit, block
+from fuzz.passing import pass_through
 from fuzz.operators import SPATIAL, activate, convolution, divisors, linear, transposed, width
 
 
@@ -56,13 +57,14 @@ def dressing(g: Builder) -> str:
 def norm(g: Builder, x: str) -> str:
     """A batch norm of any kind on a variable of rank 2 to 5."""
     shape = g.shape(x)
-    rank, channels = len(shape), shape[1]
+    rank = len(shape)
     if rank < 2 or rank > 5:
         raise Unfit
+    channels = shape[1]
     name = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}[rank]
     eps = g.one_of("", "", "", ", eps=0.001", ", eps=0.3", ", eps=1e-07")
     numbers = dressing(g)
-    kind = g.weighted(plain=60, sync=4, lazy=4, functional=3, affine=6, untracked=1, image=16 if rank == 4 else 0)
+    kind = g.weighted(plain=60, sync=4, lazy=4, functional=1.2, affine=6, untracked=1, image=16 if rank == 4 else 0)
     if kind == "image":
         code = g.weighted(
             FrozenBatchNorm2d=5, DetectronFrozenNorm=3, BatchNormAct2d=5, FrozenBatchNormAct2d=3, NormWithActivation=3,
@@ -150,55 +152,81 @@ def norm_and_layer(g: Builder) -> None:
         layer_on(g, activate(g, y, 1.0))
 
 
-@block(5)
+@block(14)
 def norm_between(g: Builder) -> None:
-    """layer, something that passes units, norm."""
-    x = layer_on(g, g.pick(2, 3, 4, 4, 5))
-    for _ in range(g.one_of(1, 1, 2)):
-        rank, channels = len(g.shape(x)), g.shape(x)[1]
-        codes = [
-            "$0.clone()",
-            "$0 * 2",
-            "$0 / 3",
-            "$0 - 0.5",
-            "$0 * -1",
-            "F.dropout($0, 0.5, False)",
-            "$0.flip(-1)",
-            "torch.cat([$0, $0.flip(1)], 1)",
-            "$0 + $0.flip(-1)",
-            "$0 + 1",
-            "$0.repeat_interleave(2, 1)",
-        ]
-        codes.append(f"$0 * {g.parameter(channels, *[1] * (rank - 2), gain=True)}")
-        codes.append(f"$0 + {g.parameter(channels, *[1] * (rank - 2))}")
-        if channels % 2 == 0:
-            codes += [
-                "$0.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)",
-                "torch.cat($0.chunk(2, 1)[::-1], 1)",
-                "$0[:, ::2]",
-                "torch.stack([$0[:, 0::2], $0[:, 1::2]], 2).flatten(1, 2)",
-                "$0.chunk(2, 1)[0]",
-                "sum($0.chunk(2, 1))",
-            ]
-        if rank == 4:
-            codes += [
-                "F.avg_pool2d($0, 2)",
-                "F.max_pool2d($0, 2)",
-                "F.interpolate($0, scale_factor=2)",
-                "F.pad($0, (1, 1, 1, 1))",
-                "F.pad($0, (1, 1, 1, 1), mode='reflect')",
-                "F.adaptive_avg_pool2d($0, 1)",
-                "$0.mean((2, 3))",
-                "$0.permute(0, 2, 3, 1).permute(0, 3, 1, 2)",
-                "F.avg_pool2d($0, 3, 1, 1)",
-                "$0.flatten(2)",
-                "$0.flatten(1)",
-            ]
-            codes += ["F.pixel_shuffle($0, 2)"] * (channels % 4 == 0)
-        if rank == 3:
-            codes += ["F.avg_pool1d($0, 2)", "F.max_pool1d($0, 3, 1, 1)", "$0.transpose(1, 2)", "$0.mean(-1)"]
-        x = g.emit(g.one_of(*codes), x)
-    norm(g, x)
+    """A layer, something that passes units, a norm: the norm may fold backward."""
+    x = source(g, g.pick(2, 3, 4, 4, 5))
+    for _ in range(g.one_of(1, 1, 1, 2, 3)):
+        x = branch_out(g, x) if g.chance(0.2) else pass_through(g, x)
+    rank = len(g.shape(x))
+    y = norm_of_tokens(g, x) if rank == 3 and g.chance(0.6) else norm(g, x)
+    if g.chance(0.3):
+        activate(g, y)
+
+
+@block(9)
+def norm_before(g: Builder) -> None:
+    """Something that pins, a norm, something that passes units, a layer: the norm may fold forward."""
+    x = g.pick(2, 3, 4, 4, 5)
+    if not x.startswith("x"):
+        x = g.emit(g.one_of("F.silu($0)", "torch.tanh($0)", "F.gelu($0)", "$0.abs().sqrt()"), x)
+    rank = len(g.shape(x))
+    x = norm_of_tokens(g, x) if rank == 3 and g.chance(0.5) else norm(g, x)
+    for _ in range(g.one_of(0, 1, 1, 1, 2)):
+        x = branch_out(g, x) if g.chance(0.2) else pass_through(g, x)
+    target(g, x)
+
+
+def source(g: Builder, x: str) -> str:
+    """A layer whose output can take units."""
+    rank = len(g.shape(x))
+    if rank > 2 and g.chance(0.12):
+        name = g.one_of(
+            f"nn.LayerNorm({g.shape(x)[-1]})", f"nn.GroupNorm(1, {g.shape(x)[1]})",
+            f"nn.InstanceNorm{rank - 2}d({g.shape(x)[1]}, affine=True)", f"nn.RMSNorm({g.shape(x)[-1]})",
+        )  # fmt: skip
+        return g.apply(g.layer("ln", name), x)
+    if rank == 3 and g.chance(0.4):
+        return linear(g, x)
+    return layer_on(g, x)
+
+
+def target(g: Builder, x: str) -> str:
+    """A layer whose input can take units."""
+    rank = len(g.shape(x))
+    if rank == 3 and g.chance(0.25):
+        kind = g.one_of("LSTM", "GRU", "RNN", "RNN")
+        options = g.one_of("", ", bidirectional=True", ", num_layers=2", ", bias=False")
+        options += ", nonlinearity='relu'" if kind == "RNN" and g.chance(0.5) else ""
+        return str(g.emit(f"{g.layer('r', f'nn.{kind}({g.shape(x)[2]}, {width(g)}, batch_first=True{options})')}($0)[0]", x))
+    if rank in SPATIAL and g.chance(0.6):
+        n, channels = rank - 2, g.shape(x)[1]
+        out = width(g)
+        groups = g.random.choice(divisors(channels, out))
+        size = g.one_of(1, 2, 3)
+        if g.chance(0.2):
+            return g.apply(g.layer("d", f"nn.ConvTranspose{n}d({channels}, {out}, 1, groups={groups})"), x)
+        return g.apply(g.layer("c", f"nn.Conv{n}d({channels}, {out}, {size}, groups={groups}, bias={g.chance(0.5)})"), x)
+    return linear(g, x)
+
+
+def branch_out(g: Builder, x: str) -> str:
+    """Two operators on one tensor, put together again; or a second layer whose output joins."""
+    shape = g.shape(x)
+    if g.chance(0.5):
+        try:
+            y = pass_through(g, x)
+        except Unfit:
+            y = x
+    else:
+        fitting = g.random.choice(g.order)
+        y = source(g, fitting) if len(g.shape(fitting)) > 1 and g.variables[fitting].is_floating_point() else x
+    if g.shape(y) == shape:
+        codes = ["$0 + $1", "$0 - $1", "torch.add($0, $1, alpha=0.5)", "torch.cat([$0, $1], 1)", "torch.stack([$0, $1], 1).flatten(1, 2)", "torch.maximum($0, $1)", "$0 * torch.sigmoid($1)", "torch.cat([$0, $1], 0)", "0.5 * ($0 + $1)", "torch.lerp($0, $1, 0.3)", "$0 * $1", "torch.sub($1, $0, alpha=2)"]
+        return str(g.emit(g.one_of(*codes), x, y))
+    if len(g.shape(y)) == len(shape):
+        return str(g.emit(g.one_of("torch.cat([$0, $1], 1)", "$0 + $1", "$0 * $1"), x, y))
+    return x
 
 
 @block(4)

@@ -173,7 +173,7 @@ class Builder:
         try:
             with torch.no_grad():
                 exec(str(step), _GLOBALS, self.variables)
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+        except (LookupError, RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError) as error:
             raise Unfit(f"{step}: {error}") from error
         for name in names or operands[:1]:
             if not _sane(self.variables[name]):

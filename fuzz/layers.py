@@ -27,7 +27,7 @@ __all__ = [
 
 DRESSINGS = (
     "positive", "mixed", "zeros", "dead", "tiny", "huge", "one tiny", "one huge", "small variance",
-    "large variance", "unit", "far mean", "equal",
+    "large variance", "unit", "far mean", "equal", "scale",
 )  # fmt: skip
 """How the numbers of a norm may be drawn; see :func:`fill`."""
 
@@ -181,7 +181,7 @@ def _dressed(role: str, dressing: str, tensor: Tensor, generator: torch.Generato
     if role != "weight":  # bias, running_mean
         if dressing == "far mean" and role == "running_mean":
             return 100 * normal
-        return torch.zeros_like(normal) if dressing in ("unit", "equal") else 0.3 * normal
+        return torch.zeros_like(normal) if dressing in ("unit", "equal", "scale") else 0.3 * normal
     gain = 0.5 + uniform
     if dressing == "mixed":
         gain *= normal.sign()

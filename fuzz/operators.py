@@ -249,7 +249,7 @@ PASSING = (
 )
 SQUASHING = (
     "F.silu($0)", "F.gelu($0)", "torch.sigmoid($0)", "torch.tanh($0)", "F.hardswish($0)", "F.relu6($0)", "F.elu($0)",
-    "F.mish($0)", "F.softplus($0)", "F.hardsigmoid($0)", "$0.clamp(-1, 1)", "$0.clamp(max=1)", "F.selu($0)",
+    "F.mish($0)", "F.softplus($0)", "F.hardtanh($0, -1, 1)", "F.hardsigmoid($0)", "$0.clamp(-1, 1)", "$0.clamp(max=1)", "F.selu($0)",
     "F.softmax($0, 1)", "F.softmax($0, -1)", "F.log_softmax($0, -1)", "F.threshold($0, 0.1, 0)", "F.celu($0)",
 )  # fmt: skip
 IN_PLACE = ("F.relu($0, inplace=True)", "F.leaky_relu($0, 0.1, inplace=True)", "F.silu($0, inplace=True)")

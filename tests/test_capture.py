@@ -35,9 +35,7 @@ X = torch.ones(2, 3, 4, 4)
 
 
 def test_operators_are_seen_whole() -> None:
-    graph = graph_of(
-        lambda m, x: m["n"](m["c"](x)).relu_().flatten(1), X, c=nn.Conv2d(3, 3, 1), n=nn.BatchNorm2d(3)
-    )
+    graph = graph_of(lambda m, x: m["n"](m["c"](x)).relu_().flatten(1), X, c=nn.Conv2d(3, 3, 1), n=nn.BatchNorm2d(3))
     assert operators(graph) == ["conv2d", "batch_norm", "relu", "flatten"]
     assert [node.call.path for node in graph.nodes] == ["layers.c", "layers.n", "", ""]
 

@@ -159,6 +159,12 @@ def input_overwritten(m: Any, x: Tensor) -> Tensor:
     return m.b(F.silu(y)) + m.b(F.silu(y))
 
 
+def flattened_and_written(m: Any, x: Tensor) -> Tensor:
+    y = m.n(m.a(x).chunk(2, 1)[0])
+    y.flatten()[0] = 0
+    return y
+
+
 def shared_head(m: Any, x: Tensor) -> Tensor:
     return m.n(m.c(x)) + m.n(m.c(x.flip(-1)))
 
@@ -220,6 +226,12 @@ CASES: dict[str, Case] = {
     "input overwritten after the norm": Case(lambda: Net(input_overwritten, a=conv(), b=conv(6, 6), n=norm()), {"n": "overwrite in place"}),
     "in place on the input of the model": Case(lambda: Net(lambda m, x: (m.c(m.n(x).neg_()), x), c=conv(size=1), n=norm(3)), {"n": "overwrite in place"}),
     "in place on one of two outputs of the same norm": Case(lambda: Net(lambda m, x: m.e(m.r(m.n(s := m.a(x)))) + m.e(m.n(s)), a=conv(), e=conv(6), r=nn.ReLU(inplace=True), n=norm()), {"n": None}),
+    "view of a slice": Case(lambda: Net(lambda m, x: m.n(m.a(x)[:, ::2]).view(-1, 192), a=conv(), n=norm(3)), {"n": "layout"}),
+    "view of a slice, one sample": Case(lambda: Net(lambda m, x: m.n(m.a(x)[:, :3]).view(-1, 192), a=conv(), n=norm(3)), {"n": "layout"}, ((1, 3, 8, 8),)),
+    "reshape of a slice": Case(lambda: Net(lambda m, x: m.n(m.a(x)[:, ::2]).reshape(-1, 192), a=conv(), n=norm(3)), {"n": None}),
+    "write through the flattened output": Case(lambda: Net(flattened_and_written, a=conv(), n=norm(3)), {"n": "layout"}),
+    "pixel shuffle": Case(lambda: Net(lambda m, x: m.n(F.pixel_shuffle(m.a(x), 2)), a=conv(3, 12), n=norm(3)), {"n": None}),
+    "pixel unshuffle, forward": Case(lambda: Net(lambda m, x: m.c(F.pixel_unshuffle(m.n(F.silu(x)), 2)), c=conv(12, 4, 1), n=norm(3)), {"n": None}),
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnfuse.errors import BnFuseError, InputError
-from bnfuse.verify import TOLERANCE, Comparison, Verdict, compare, compare_outputs, judge, run
+from bnfuse.judge import Verdict, judge
+from bnfuse.verify import TOLERANCE, Comparison, compare, compare_outputs, run
 
 inf, nan = math.inf, math.nan
 

@@ -60,7 +60,8 @@ def _merge(groups: dict[Storage, list[Storage]], site: Site) -> tuple[list[Stora
     ours = groups.get(site.x.storage, [site.x.storage])
     theirs = groups.get(site.y.storage, [site.y.storage])
     if ours is not theirs:
-        groups.update(dict.fromkeys([*ours, *theirs], [*ours, *theirs]))
+        both = [*ours, *theirs]
+        groups.update((storage, both) for storage in both)
     return ours, theirs
 
 

@@ -15,12 +15,13 @@ from bnfuse.absent import add_absent
 from bnfuse.capture import Capture, capture
 from bnfuse.errors import FusionError, InputError, NoNormError, VerificationError
 from bnfuse.inputs import candidates, normalise
+from bnfuse.judge import judge
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Plan, Reason, total
 from bnfuse.rehearse import needed_in_place, varying
 from bnfuse.rewrite import rewrite
 from bnfuse.solve import solve
-from bnfuse.verify import compare_outputs, judge, run
+from bnfuse.verify import compare_outputs, run
 from bnfuse.wrappers import copy_model, unwrap
 
 log = logging.getLogger("bnfuse")
@@ -180,11 +181,11 @@ def _solved(
 ) -> Plan:
     """Solve, look at what the plan takes for granted, and solve again without what does not hold."""
     name, graph = type(model).__name__, captured.graph
-    made, assumed = solve(name, norms, kept)
+    made, assumed = solve(name, graph, norms, kept)
     different = varying(model, graph, assumed.numbers, args, kwargs) if assumed.numbers else set()
     forbidden = needed_in_place(model, graph, assumed.out_of_place, args, kwargs)
     if different or forbidden:
-        made, assumed = solve(name, norms, kept, different, forbidden)
+        made, assumed = solve(name, graph, norms, kept, different, forbidden)
     names = {id(module): name for name, module in model.named_modules()}
     return replace(made, out_of_place=tuple(names[id(module)] for module in assumed.out_of_place))
 

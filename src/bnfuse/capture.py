@@ -3,7 +3,7 @@
 Under ``torch.inference_mode`` a ``TorchDispatchMode`` sees composite operators whole (``aten.conv2d``,
 ``aten.batch_norm``, ``aten.dropout``), which is the level at which the rules are written. Intermediate tensors carry
 their value as an attribute, so nothing is kept alive and no identity is ever mistaken for another; parameters,
-buffers and constants are known by identity. The run leaves no trace on the model: see :func:`_untouched`.
+buffers and constants are known by identity. The run leaves no trace on the model: see :func:`untouched`.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         InputError: the model does not run on these inputs.
     """
     args, kwargs = tree.map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
-    with evaluation_mode(model), forked_random_state(), _untouched(model) as watch, torch.inference_mode():
+    with evaluation_mode(model), forked_random_state(), untouched(model) as watch, torch.inference_mode():
         recorder = _Recorder(model, watch)
         for tensor in (tensor for _, tensor in tree.tensors((args, kwargs))):
             recorder.enter(tensor)
-        with _eager(model), recorder.module_calls(), recorder, _EscapeWatch(recorder):
+        with eager(model), recorder.module_calls(), recorder, _EscapeWatch(recorder):
             try:
                 output = model(*args, **kwargs)
             except Exception as error:
@@ -165,7 +165,7 @@ def _differs(container: Any, before: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[_Watch]:
+def untouched(model: nn.Module) -> Iterator[_Watch]:
     """Attributes, registries, caches and the contents of tensors are as before when this ends."""
     watch = _Watch(model)
     try:
@@ -175,7 +175,7 @@ def _untouched(model: nn.Module) -> Iterator[_Watch]:
 
 
 @contextlib.contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
+def eager(model: nn.Module) -> Iterator[None]:
     """Compiled submodules run eagerly, so that their operators are seen."""
     if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
         with torch.compiler.set_stance("force_eager"):
@@ -216,6 +216,8 @@ class _Recorder(TorchDispatchMode):
 
     def _new_value(self, tensor: Tensor, kind: Kind, storage: Storage) -> Value:
         value = Value(self.values, kind, tuple(tensor.shape), tensor.dtype, storage, storage.version)
+        if tensor.layout == torch.strided:
+            value.strides = tensor.stride()
         self.values += 1
         storage.values.append(value)
         return value
@@ -342,10 +344,11 @@ class _Recorder(TorchDispatchMode):
         writers = _SILENT_WRITERS.get(operator.name)
         if writers and bound.get(writers):
             written += [bound[name] for name in ("running_mean", "running_var") if isinstance(bound.get(name), Value)]
-        for value in {leaf: None for value in written for leaf in value.storage.values}:
-            if value.tensor is not None:  # a parameter, written to itself or through a view
-                value.pin("it is written to during the run")
-                self.watch.before_write(value.tensor)
+        for storage in {value.storage: None for value in written}:
+            for leaf in storage.values:
+                if leaf.tensor is not None:  # a parameter, written to itself or through a view
+                    leaf.pin("it is written to during the run")
+                    self.watch.before_write(leaf.tensor)
         result = func(*args, **kwargs)
         self._record(func, operator, bound, tensors, inputs, written, result)
         return result

@@ -37,6 +37,7 @@ class Value:
         names: every name of a parameter or buffer (a tied one has several), else empty.
         pinned: why its units cannot change, None if they can.
         independent: True if it does not depend on the model's inputs.
+        strides: of the tensor in memory, in elements, None for one that has none.
         tensor: the tensor itself for parameters and constants, never written to.
     """
 
@@ -51,6 +52,7 @@ class Value:
     names: tuple[str, ...] = ()
     pinned: str | None = None
     independent: bool = False
+    strides: tuple[int, ...] | None = None
     tensor: Tensor | None = None
 
     def pin(self, reason: str) -> None:

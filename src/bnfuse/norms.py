@@ -143,6 +143,8 @@ def _parts(call: ModuleCall) -> tuple[Site, tuple[str, ...]] | None:
     if not steps:
         return None
     site = Site(tuple(steps))
+    if site.x.dtype != site.y.dtype or site.x.shape != site.y.shape:
+        return None
     names = {id(module): name for name, module in call.module.named_children()}
     keep = []
     for child in call.children:

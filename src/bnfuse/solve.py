@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.aliasing import Memory
-from bnfuse.graph import Kind, Node, Value
+from bnfuse.graph import Graph, Kind, Node, Value
+from bnfuse.layout import Layouts
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
@@ -43,9 +44,10 @@ class Refusal(Exception):
 class Network:
     """The graph with everything that was accepted so far."""
 
-    def __init__(self, varying: Collection[Node] = (), memory: Memory | None = None) -> None:
+    def __init__(self, graph: Graph, varying: Collection[Node] = (), forbidden: Collection[nn.Module] = ()) -> None:
         self.varying = varying
-        self.memory = memory or Memory()
+        self.memory = Memory(forbidden)
+        self.layouts = Layouts(graph.nodes)
         self.assumed: set[Node] = set()
         self.removed: set[Node] = set()
         self.edits: dict[Value, list[Unit]] = {}
@@ -343,6 +345,7 @@ def _agree(a: Unit, b: Unit) -> bool:
 
 def solve(
     model: str,
+    graph: Graph,
     norms: Sequence[Norm],
     kept: Mapping[Norm, Reason],
     varying: Collection[Node] = (),
@@ -352,6 +355,7 @@ def solve(
 
     Args:
         model: name of the model, for the plan.
+        graph: what one run did.
         norms: the norms of the model.
         kept: norms that the caller wants to keep, with the reason.
         varying: operators whose numbers depend on the size of the input.
@@ -360,7 +364,7 @@ def solve(
     Returns:
         The plan, and what it takes for granted.
     """
-    network = Network(varying, Memory(forbidden))
+    network = Network(graph, varying, forbidden)
     decisions: dict[Norm, Decision] = {}
     replacements = []
     for norm in sorted(norms, key=_order):
@@ -430,6 +434,10 @@ def _check_memory(network: Network, norm: Norm) -> None:
             text = f"without the norm it would overwrite in place what {reader or 'the caller'} still reads"
             raise Refusal(Reason(text, writer.operator, writer.call.label), scale=True)
         switches.append(writer.call.module)
+    obstacle = network.layouts.obstacle(norm.sites)
+    if obstacle is not None:
+        text = "without the norm it would get a tensor with another layout in memory, which makes a difference to it"
+        raise Refusal(Reason(text, obstacle.operator, obstacle.call.label), scale=True)
     memory.switched.update(dict.fromkeys(switches))
     memory.merge(norm.sites)
 

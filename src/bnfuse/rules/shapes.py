@@ -8,11 +8,11 @@ uniform on it, so only the blocks on which it varies are written out in full.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from bnfuse.graph import Node, Value
+from bnfuse.graph import Node
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import Unit, shrink
 
@@ -148,47 +148,48 @@ def repeat(node: Node, trial: Trial) -> None:
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
 def shuffle(node: Node, trial: Trial) -> None:
-    """Channels move to positions within a block of pixels, or back, or among themselves."""
+    """Channels move to positions within a block of pixels, or back, or among themselves: reshape, permute, reshape."""
     x, y = node.inputs[0], node.outputs[0]
     name = node.operator.removeprefix("native_")
     if name == "channel_shuffle":
         groups = node.bound["groups"]
-        forward = _on_channels(lambda t: torch.channel_shuffle(t, groups), 1)
-        backward = _on_channels(lambda t: torch.channel_shuffle(t, x.shape[1] // groups), 1)
+        batch, channels, *rest = x.shape
+        apart = (batch, groups, channels // groups, *rest)
+        order = [0, 2, 1, *range(3, len(apart))]
+        steps = _Rearrangement(x.shape, apart, order, y.shape)
+    elif name == "pixel_shuffle":
+        steps = _pixel_shuffle(x.shape, y.shape, node.bound["upscale_factor"])
     else:
-        factor = node.argument("upscale_factor", node.argument("downscale_factor"))
-        up = _on_channels(lambda t: torch.pixel_shuffle(t, factor), 1)
-        down = _on_channels(lambda t: torch.pixel_unshuffle(t, factor), factor)
-        forward, backward = (up, down) if name == "pixel_shuffle" else (down, up)
-
-    def checked(function: Callable[[Tensor], Tensor], value: Value) -> Callable[[Unit], Unit]:
-        def apply(unit: Unit) -> Unit:
-            if not unit.uniform_outside(len(value.shape) - 3 if name != "channel_shuffle" else 1):
-                trial.refuse(node, "the units vary among positions", scale=unit.scale is not None)
-            channels = value.shape[-3] if name != "channel_shuffle" else value.shape[1]
-            return unit.map(lambda tensor: function(_wide(tensor, channels, name)))
-
-        return apply
-
-    link(trial, x, y, checked(forward, x), checked(backward, y))
+        steps = _pixel_shuffle(y.shape, x.shape, node.bound["downscale_factor"]).reverse()
+    back = steps.reverse()
+    link(trial, x, y, lambda unit: unit.map(steps.apply), lambda unit: unit.map(back.apply))
 
 
-def _wide(tensor: Tensor, channels: int, name: str) -> Tensor:
-    axis = tensor.dim() - 3 if name != "channel_shuffle" else 1
-    shape = list(tensor.shape)
-    shape[axis] = channels
-    return tensor.expand(shape)
+@dataclass(frozen=True)
+class _Rearrangement:
+    """A reshape to ``apart``, a permutation of its axes, and a reshape to ``target``."""
+
+    source: Sequence[int]
+    apart: Sequence[int]
+    order: Sequence[int]
+    target: Sequence[int]
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        tensor = reshaped(tensor, self.source, self.apart).permute(list(self.order))
+        return reshaped(tensor, [self.apart[axis] for axis in self.order], self.target)
+
+    def reverse(self) -> _Rearrangement:
+        together = [self.apart[axis] for axis in self.order]
+        back = [list(self.order).index(axis) for axis in range(len(self.order))]
+        return _Rearrangement(self.target, together, back, self.source)
 
 
-def _on_channels(function: Callable[[Tensor], Tensor], block: int) -> Callable[[Tensor], Tensor]:
-    """A function of images, applied to per-channel numbers: each stands for a block of pixels."""
-
-    def apply(tensor: Tensor) -> Tensor:
-        if block > 1:
-            tensor = tensor.expand(*tensor.shape[:-2], block, block)
-        return shrink(function(tensor.contiguous()))
-
-    return apply
+def _pixel_shuffle(source: Sequence[int], target: Sequence[int], factor: int) -> _Rearrangement:
+    *batch, channels, height, width = source
+    apart = (*batch, channels // factor**2, factor, factor, height, width)
+    c = len(batch)
+    order = [*range(c), c, c + 3, c + 1, c + 4, c + 2]  # channel, height, row of block, width, column of block
+    return _Rearrangement(source, apart, order, target)
 
 
 def reshaped(tensor: Tensor, source: Sequence[int], target: Sequence[int]) -> Tensor:

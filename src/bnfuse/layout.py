@@ -1,0 +1,115 @@
+"""Whether the code after a norm gets on with the memory layout of what comes before it.
+
+A norm makes a dense tensor. What it reads may be a slice or a transposed view; once the norm is gone, the operators
+after it get that. Most do not mind, but ``view`` fails on some layouts, and ``reshape`` and ``flatten`` copy where they
+gave a view before, which counts if the result is written to. So where the layouts differ, the operators after the norm
+run once more on tensors without contents (device "meta") that have the other layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfuse.graph import Kind, Node, Storage, Value
+from bnfuse.norms import Site
+
+_VIEWS = (
+    "view",
+    "view_as",
+    "_unsafe_view",
+    "as_strided",
+    "reshape",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "contiguous",
+)
+
+
+class Layouts:
+    """The layouts of the values that changed because norms went."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self._nodes = nodes
+        self._tensors: dict[Value, Tensor] = {}
+
+    def obstacle(self, sites: Iterable[Site]) -> Node | None:
+        """An operator that does not get on with the layout if the norm at the sites goes; None if all do."""
+        changed = dict(self._tensors)
+        for site in sites:
+            tensor = changed.get(site.x)
+            if tensor is None:
+                if site.x.strides == site.y.strides:
+                    continue
+                tensor = _without_contents(site.x)
+            changed[site.y] = tensor
+            if _differs_at_other_sizes(site):
+                found = self._reaches_view(site)
+                if found is not None:
+                    return found
+            found = self._run(site, changed)
+            if found is not None:
+                return found
+        self._tensors = changed
+        return None
+
+    def _run(self, site: Site, changed: dict[Value, Tensor]) -> Node | None:
+        for node in self._nodes[site.nodes[-1].index + 1 :]:
+            if not any(value in changed for value in node.inputs):
+                continue
+            try:
+                result = node.overload(**{name: _argument(value, changed) for name, value in node.bound.items()})
+            except Exception:  # noqa: BLE001 (a layout that it refuses, or no implementation without contents)
+                return node
+            results = [result] if isinstance(result, Tensor) else list(result or ())
+            for value, tensor in zip(node.outputs, results, strict=False):
+                shared = [given for given in node.inputs if given in changed and given.storage is value.storage]
+                still = any(_same_storage(changed[given], tensor) for given in shared)
+                if shared and not still and _is_written(value.storage):
+                    return node
+                if tuple(tensor.stride()) != value.strides:
+                    changed[value] = tensor
+        return None
+
+    def _reaches_view(self, site: Site) -> Node | None:
+        reached = {site.y}
+        for node in self._nodes[site.nodes[-1].index + 1 :]:
+            if any(value in reached for value in node.inputs):
+                if node.operator in _VIEWS:
+                    return node
+                reached.update(node.outputs)
+        return None
+
+
+def _differs_at_other_sizes(site: Site) -> bool:
+    """True if the layouts differ only along axes of size 1, so that the run shows too little."""
+    x, y = site.x.strides or (), site.y.strides or ()
+    return not any(a != b and size > 1 for a, b, size in zip(x, y, site.x.shape, strict=True))
+
+
+def _argument(argument: Any, changed: dict[Value, Tensor]) -> Any:
+    if isinstance(argument, Value):
+        if argument in changed:
+            return changed[argument]
+        return None if argument.kind is Kind.ABSENT else _without_contents(argument)
+    if isinstance(argument, (tuple, list)):
+        return [_argument(item, changed) for item in argument]
+    return argument
+
+
+def _without_contents(value: Value) -> Tensor:
+    if value.strides is None:
+        raise ValueError("it has no layout")
+    return torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device="meta")
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+def _is_written(storage: Storage) -> bool:
+    return any(value in node.written for value in storage.values for node in value.consumers)
