@@ -113,7 +113,7 @@ def layer_on(g: Builder, x: str, out: int | None = None, keep_size: bool = False
 # Blocks -------------------------------------------------------------------------------------------------------------
 
 
-@block(12)
+@block(8)
 def layer_and_norm(g: Builder) -> None:
     y = norm(g, layer_on(g, g.pick(2, 3, 4, 4, 5)))
     if g.chance(0.6):
@@ -152,7 +152,7 @@ def norm_and_layer(g: Builder) -> None:
         layer_on(g, activate(g, y, 1.0))
 
 
-@block(14)
+@block(22)
 def norm_between(g: Builder) -> None:
     """A layer, something that passes units, a norm: the norm may fold backward."""
     x = source(g, g.pick(2, 3, 4, 4, 5))
@@ -164,7 +164,7 @@ def norm_between(g: Builder) -> None:
         activate(g, y)
 
 
-@block(9)
+@block(16)
 def norm_before(g: Builder) -> None:
     """Something that pins, a norm, something that passes units, a layer: the norm may fold forward."""
     x = g.pick(2, 3, 4, 4, 5)

@@ -285,9 +285,9 @@ def _drawn(builder: Builder) -> Program | None:
     from fuzz import blocks
 
     blocks.begin(builder)
-    budget = builder.random.choice((4, 6, 8, 12, 16, 24))
+    budget = builder.random.choice((4, 5, 6, 8, 10, 14, 20))
     for _ in range(budget):
-        builder.take(BLOCKS if builder.chance(0.55) else OPERATORS)
+        builder.take(BLOCKS if builder.chance(0.65) else OPERATORS)
         if len(builder.steps) >= budget:
             break
     if not any(layer.dressing for layer in builder.layers.values()):

@@ -7,6 +7,8 @@ from fuzz.generate import Builder, Unfit
 
 def pass_through(g: Builder, x: str) -> str:
     """One operator, or a few, that pass some units of x, drawn evenly from the families."""
+    if len(g.shape(x)) < 2:
+        raise Unfit
     family = g.one_of(
         _reshaped, _reshaped, _turned, _joined, _taken, _pooled, _resized, _padded, _numbers, _parameters, _copied,
         _positive, _averaged, _summed, _made_from_shape, _mixed,
@@ -20,8 +22,6 @@ def pass_through(g: Builder, x: str) -> str:
 def _sides(g: Builder, x: str) -> tuple[int, int, int]:
     """Rank, channels, number of spatial axes."""
     shape = g.shape(x)
-    if len(shape) < 2:
-        raise Unfit
     return len(shape), shape[1], len(shape) - 2
 
 

@@ -190,10 +190,17 @@ def test_overflow_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).half().eval()
     model[1].weight.data.fill_(6e4)
     model[1].running_var.fill_(0.001)
-    before = snapshot(model)
-    with pytest.raises(bnfuse.FusionError, match=r"would leave the range of torch\.float16"):
-        bnfuse.fuse(model, torch.randn(1, 1, 2, 2).half(), inplace=True)
-    assert_untouched(model, before)
+    plan = bnfuse.plan(model, torch.randn(1, 1, 2, 2).half())
+    assert "would leave the range of torch.float16" in str(plan.kept[0].reasons[0])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(number: float) -> None:
+    model = prepared(nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)))
+    model[1].running_mean[0] = number
+    plan = bnfuse.plan(model)
+    assert "not finite" in str(plan.kept[0].reasons[0])
+    assert [decision.norm for decision in plan.fused] == ["3"]
 
 
 def test_plan_is_data(model: nn.Module, x: Tensor) -> None:

@@ -21,9 +21,9 @@ from torch import nn
 
 import bnfuse
 from bnfuse import zoo
-from bnfuse.api import _captured
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.inputs import random_inputs, token_bound
+from bnfuse.planning import captured
 from bnfuse.report.tables import plan_table
 from bnfuse.report.terminal import show
 
@@ -186,7 +186,7 @@ def _model(options: argparse.Namespace) -> nn.Module:
 def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
     if not options.input:
         try:
-            _, args, kwargs = _captured(model, None)
+            _, args, kwargs = captured(model, None)
         except InputError as error:
             raise InputError(f"{error}\nOn the command line: --input 1x3x224x224") from error
         return args or kwargs

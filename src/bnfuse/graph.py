@@ -17,6 +17,7 @@ class Kind(Enum):
     INPUT = "input"
     PARAMETER = "parameter"  # a parameter or persistent buffer, which an edit may rewrite
     ABSENT = "absent"  # a bias or gain that a layer was made without and that can be created
+    LAYER = "layer"  # a layer that a handler of the caller's looks after
     CONSTANT = "constant"  # any other tensor that was there before the run
     COMPUTED = "computed"
 
@@ -38,6 +39,7 @@ class Value:
         pinned: why its units cannot change, None if they can.
         independent: True if it does not depend on the model's inputs.
         strides: of the tensor in memory, in elements, None for one that has none.
+        handler: for a handled layer, the function that folds units into it.
         tensor: the tensor itself for parameters and constants, never written to.
     """
 
@@ -54,6 +56,7 @@ class Value:
     independent: bool = False
     strides: tuple[int, ...] | None = None
     tensor: Tensor | None = None
+    handler: Any = None
 
     def pin(self, reason: str) -> None:
         """Keep this value's units as they are. The first reason stands."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fnmatch
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,8 +60,12 @@ class Norm:
         return max((site.y.elements for site in self.sites), default=0)
 
 
-def find_norms(model: nn.Module, graph: Graph) -> list[Norm]:
-    """Every batch norm that the model holds or that ran, in the order of the model."""
+def find_norms(model: nn.Module, graph: Graph, also: Sequence[str] = ()) -> list[Norm]:
+    """Every batch norm that the model holds or that ran, in the order of the model.
+
+    Args:
+        also: patterns for the names of further classes, whatever their case.
+    """
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -70,7 +75,7 @@ def find_norms(model: nn.Module, graph: Graph) -> list[Norm]:
     referenced = _referenced_elsewhere(model)
     norms = []
     for module in model.modules():
-        if is_norm(module):
+        if is_norm(module) or _matches(module, also):
             norms.append(_module_norm(module, names[id(module)], calls.get(id(module), []), referenced))
     norms += [
         _functional_norm(node)
@@ -78,6 +83,11 @@ def find_norms(model: nn.Module, graph: Graph) -> list[Norm]:
         if node.operator == "batch_norm" and not (is_norm(node.call.module) and id(node.call.module) in names)
     ]
     return norms
+
+
+def _matches(module: nn.Module, patterns: Sequence[str]) -> bool:
+    name = type(module).__name__.lower()
+    return any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -106,7 +116,8 @@ def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], r
         parts = [_parts(call) for call in calls]
         found = [part for part in parts if part is not None]
         if len(found) < len(parts) or len({children for _, children in found}) != 1:
-            obstacle = f"{type(module).__name__}.forward does more than normalise"
+            what = "normalise" if is_norm(module) else "multiply and add per channel"
+            obstacle = f"{type(module).__name__}.forward does more than {what}"
         else:
             sites, keep = [site for site, _ in found], found[0][1]
     statistics = getattr(module, "running_mean", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from bnfuse.units import Unit
 
 if TYPE_CHECKING:
     from torch import nn
+
+Handler = Callable[["nn.Module", torch.Tensor, torch.Tensor], None]
+"""``handler(layer, scale, shift)``: changes the layer so that it gives ``scale*y + shift`` where it gave y."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ class Edit:
         names: every name of the parameter.
         shape: its shape.
         created: True for a bias or gain that the layer does not have yet (old is 0 for a bias, 1 for a gain).
+        handler: for a layer that a handler looks after (then the names are the layer's), that handler.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     factors: tuple[Unit, ...]
     created: bool = False
+    handler: Handler | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.errors import FusionError
-from bnfuse.plan import Edit, Plan, Replacement
+from bnfuse.plan import Edit, Handler, Plan, Replacement
 from bnfuse.units import Unit
 
 _CHUNK = 1 << 20
@@ -50,6 +50,9 @@ def rewrite(plan: Plan, model: nn.Module) -> Callable[[], None]:
 
 
 def _apply_edit(model: nn.Module, edit: Edit, undo: list[Callable[[], None]]) -> None:
+    if edit.handler is not None:
+        _handle(model, edit, edit.handler, undo)
+        return
     owners = [_owner(model, name) for name in edit.names]
     if edit.created:
         _create(owners, edit, undo)
@@ -101,6 +104,35 @@ def _chunks(tensor: Tensor, factors: tuple[Unit, ...]) -> Any:
             return part.narrow(0, start, size) if part.shape[0] > 1 else part
 
         yield tensor.narrow(0, start, size), tuple(unit.map(cut) for unit in factors)
+
+
+def _handle(model: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[[], None]]) -> None:
+    """Let the caller's handler fold units into its layer."""
+    layer = model.get_submodule(edit.names[0])
+    undo.extend(_restorer(module) for module in layer.modules())
+    for unit in edit.factors:
+        scale = torch.ones(edit.shape, dtype=torch.float64) if unit.scale is None else unit.scale
+        shift = torch.zeros(edit.shape, dtype=torch.float64) if unit.shift is None else unit.shift
+        try:
+            with torch.no_grad():
+                handler(layer, scale.clone(), shift.clone())
+        except Exception as error:
+            raise FusionError(f"The handler of {edit.names[0]} failed: {type(error).__name__}: {error}") from error
+
+
+def _restorer(module: nn.Module) -> Callable[[], None]:
+    """A function that puts back the module's attributes, registries and the contents of its tensors."""
+    state = {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+    held = [*module._parameters.values(), *module._buffers.values()]
+    contents = [(tensor, tensor.detach().clone()) for tensor in held if tensor is not None]
+
+    def restore() -> None:
+        module.__dict__.clear()
+        module.__dict__.update(state)
+        for tensor, before in contents:
+            tensor.data.copy_(before)
+
+    return restore
 
 
 def _create(owners: list[tuple[nn.Module, str]], edit: Edit, undo: list[Callable[[], None]]) -> None:

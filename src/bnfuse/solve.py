@@ -316,14 +316,21 @@ class Trial:
         """An edited parameter must be editable, and every use of it must ask for the same edit."""
         for value, requests in self.edits.items():
             label = " = ".join(value.names) or "a weight"
-            if value.pinned is not None or value.kind not in (Kind.PARAMETER, Kind.ABSENT):
+            if value.pinned is not None or value.kind not in (Kind.PARAMETER, Kind.ABSENT, Kind.LAYER):
                 raise Refusal(Reason(f"{label} cannot change: {value.pinned or 'it is no parameter'}"), False)
-            units = iter(requests.items())
-            node, unit = next(units)
+            node, unit = next(iter(requests.items()))
             for other in value.consumers:
                 if other not in requests or not _agree(unit, requests[other]):
                     text = f"{label} is used more than once, and not every use asks for the same edit: see {other}"
                     raise Refusal(Reason(text, node.operator, node.call.label), False)
+            if value.dtype is torch.float16 and not self._in_range(value, unit):
+                text = f"{label} would leave the range of {value.dtype}"
+                raise Refusal(Reason(text, node.operator, node.call.label), True)
+
+    def _in_range(self, value: Value, unit: Unit) -> bool:
+        if value.kind is Kind.LAYER:
+            return True
+        return float(edited(self.content(value), unit).abs().amax()) <= torch.finfo(value.dtype).max
 
     def _refuse_value(self, value: Value, text: str, unit: Unit) -> NoReturn:
         if value.producer is not None:
@@ -374,7 +381,7 @@ def solve(
         if decision.fused:
             replacements.append(Replacement(norm.names, norm.keep))
     edits = tuple(
-        Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT)
+        Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT, value.handler)
         for value, factors in network.edits.items()
     )
     switched = tuple(network.memory.switched)
@@ -419,9 +426,14 @@ def _attempt(network: Network, norm: Norm) -> Decision:
             reasons.append(replace(refusal.reason, direction=direction))
             continue
         network.accept(trial)
-        into = dict.fromkeys(name.rpartition(".")[0] or name for value in trial.edits for name in value.names[:1])
+        into = dict.fromkeys(_layer_name(value) for value in trial.edits)
         return Decision(norm.label, norm.kind, norm.channels, True, direction, tuple(into))
     return _stay(norm, tuple(reasons))
+
+
+def _layer_name(value: Value) -> str:
+    name = value.names[0]
+    return name if value.kind is Kind.LAYER else name.rpartition(".")[0] or name
 
 
 def _check_memory(network: Network, norm: Norm) -> None:

@@ -1,0 +1,66 @@
+"""A budget of precision: which norms to keep where folding costs more than it may.
+
+In float16, or with tiny variances, folding a norm can cost precision. The cost of each norm is measured by folding it
+alone; then the most expensive ones are kept, as few as bring the whole below the budget, and each of these is tried
+once more to see whether it has to stay.
+"""
+
+from __future__ import annotations
+
+import math
+
+from bnfuse.errors import InputError
+from bnfuse.norms import Norm
+from bnfuse.plan import Plan, Reason
+from bnfuse.planning import Draft
+from bnfuse.rewrite import rewrite
+from bnfuse.verify import compare_outputs, run
+from bnfuse.wrappers import copy_model
+
+
+def within_budget(draft: Draft, budget: float) -> Plan:
+    """The plan that removes the norms whose folding together costs at most ``budget``.
+
+    Args:
+        budget: relative L2 error of the outputs, against the original's in its own precision.
+
+    Raises:
+        InputError: the budget is negative or not a number.
+    """
+    if not budget >= 0:
+        raise InputError(f"The budget must be a relative error of at least 0; got {budget}.")
+    plan = draft.plan()
+    if _error(draft, plan) <= budget:
+        return plan
+    fused = [norm for norm, decision in zip(draft.norms, plan.decisions, strict=True) if decision.fused]
+
+    def keeping(norms: list[Norm]) -> Plan:
+        reason = Reason(f"folding it would cost more precision than the budget of {budget:g}")
+        return draft.plan(dict.fromkeys(norms, reason))
+
+    def fits(norms: list[Norm]) -> bool:
+        return _error(draft, keeping(norms)) <= budget
+
+    alone = {norm: _error(draft, keeping([other for other in fused if other is not norm])) for norm in fused}
+    order = sorted(fused, key=lambda norm: -alone[norm])
+    low, high = 1, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(order[:middle]) else (middle + 1, high)
+    kept = order[:low]
+    for norm in reversed(order[:low]):
+        fewer = [other for other in kept if other is not norm]
+        if fits(fewer):
+            kept = fewer
+    return keeping(kept)
+
+
+def _error(draft: Draft, plan: Plan) -> float:
+    """Relative L2 error of the worst output."""
+    if not plan.fused:
+        return 0.0
+    fused = copy_model(draft.model)
+    rewrite(plan, fused)
+    args, kwargs = draft.inputs
+    comparison = compare_outputs(draft.output, run(fused, args, kwargs))
+    return max((math.inf if output.problem else output.relative_l2 for output in comparison.outputs), default=0.0)

@@ -1,0 +1,159 @@
+"""From a model and its inputs to a plan: capture, look at the modules, solve, rehearse."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from bnfuse.absent import add_absent
+from bnfuse.capture import Capture, capture
+from bnfuse.errors import InputError, NoNormError
+from bnfuse.handled import add_handled
+from bnfuse.inputs import candidates, normalise
+from bnfuse.norms import Norm, find_norms
+from bnfuse.plan import Handler, Plan, Reason, total
+from bnfuse.rehearse import needed_in_place, varying
+from bnfuse.solve import solve
+
+log = logging.getLogger("bnfuse")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller asks for; see :func:`bnfuse.fuse`."""
+
+    keep: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    layers: tuple[type[nn.Module], ...] | None = None
+    handlers: Mapping[type[nn.Module], Handler] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        keep: str | Sequence[str] = (),
+        also: str | Sequence[str] = (),
+        layers: Sequence[type[nn.Module]] | None = None,
+        handlers: Mapping[type[nn.Module], Handler] | None = None,
+    ) -> Options:
+        return Options(_strings(keep), _strings(also), None if layers is None else tuple(layers), dict(handlers or {}))
+
+
+def _strings(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+class Draft:
+    """One run of a model, from which plans are made.
+
+    Attributes:
+        inputs: (args, kwargs) that the model ran on.
+        output: what it returned.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, options: Options) -> None:
+        self.model = model
+        record, args, kwargs = captured(model, example_inputs)
+        self.inputs = (args, kwargs)
+        self.output, self.graph = record.output, record.graph
+        add_handled(model, self.graph, options.handlers)
+        self.norms = find_norms(model, self.graph, options.also)
+        if not self.norms:
+            raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
+        _check_also(model, options.also)
+        self.kept = _kept(self.norms, options.keep)
+        add_absent(model, self.graph)
+        if options.layers is not None:
+            _pin_others(model, self.graph.leaves.values(), options.layers)
+
+    def plan(self, kept: Mapping[Norm, Reason] | None = None) -> Plan:
+        """Solve, look at what the plan takes for granted, and solve again without what does not hold.
+
+        Args:
+            kept: further norms to keep, with the reason.
+        """
+        name, kept = type(self.model).__name__, {**self.kept, **(kept or {})}
+        made, assumed = solve(name, self.graph, self.norms, kept)
+        different = varying(self.model, self.graph, assumed.numbers, *self.inputs) if assumed.numbers else set()
+        forbidden = needed_in_place(self.model, self.graph, assumed.out_of_place, *self.inputs)
+        if different or forbidden:
+            made, assumed = solve(name, self.graph, self.norms, kept, different, forbidden)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return replace(made, out_of_place=tuple(names[id(module)] for module in assumed.out_of_place))
+
+    def witness(self, plan: Plan) -> dict[str, float]:
+        """A number for every tensor that the plan was made from, by name."""
+        nodes = [node for norm in self.norms for site in norm.sites for node in site.nodes]
+        read = {name for node in nodes for value in node.inputs for name in value.names[:1]}
+        read |= {edit.names[0] for edit in plan.edits if not edit.created and edit.handler is None}
+        tensors = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
+        }
+        return {name: total(tensors[name]) for name in sorted(read)}
+
+
+def report(plan: Plan) -> None:
+    """One line of the log for each norm."""
+    for decision in plan.decisions:
+        if decision.fused:
+            log.info("%s: fused %s into %s", decision.norm, decision.direction, ", ".join(decision.into))
+        else:
+            log.info("%s: kept, %s", decision.norm, "; ".join(map(str, decision.reasons)))
+
+
+def captured(model: nn.Module, example_inputs: Any) -> tuple[Capture, tuple[Any, ...], dict[str, Any]]:
+    """Run the model on the inputs, or on the first of the inferred ones that it takes."""
+    if example_inputs is not None:
+        args, kwargs = normalise(example_inputs)
+        return capture(model, args, kwargs), args, kwargs
+    tried = []
+    for candidate in candidates(model):
+        try:
+            return capture(model, candidate.args, candidate.kwargs), candidate.args, candidate.kwargs
+        except InputError as error:
+            cause = error.__cause__
+            what = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
+            tried.append(f"  {candidate.description}: {what}")
+    name = type(model).__name__
+    listing = "\n".join(["Tried:", *tried]) if tried else "Nothing in the model tells what it takes."
+    raise InputError(
+        f"No inputs for {name} could be inferred. {listing}\n"
+        f"Pass inputs that it accepts: bnfuse.fuse(model, torch.randn(1, 3, 224, 224)), "
+        f"a tuple for several arguments, a dict for keyword arguments."
+    )
+
+
+def _kept(norms: list[Norm], keep: str | Sequence[str]) -> dict[Norm, Reason]:
+    patterns = [keep] if isinstance(keep, str) else list(keep)
+    kept: dict[Norm, Reason] = {}
+    names = [name for norm in norms for name in norm.names]
+    for pattern in patterns:
+        matching = [norm for norm in norms if any(fnmatch.fnmatchcase(name, pattern) for name in norm.names)]
+        if not matching:
+            near = difflib.get_close_matches(pattern, names, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" They are named like {names[0]!r}." if names else ""
+            raise InputError(f"keep={pattern!r} matches no batch norm of the model.{hint}")
+        kept.update(dict.fromkeys(matching, Reason(f"the caller asked to keep {pattern!r}")))
+    return kept
+
+
+def _check_also(model: nn.Module, patterns: Sequence[str]) -> None:
+    kinds = {type(module).__name__ for module in model.modules()}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(kind.lower(), pattern.lower()) for kind in kinds):
+            near = difflib.get_close_matches(pattern.lower(), {kind.lower(): kind for kind in kinds}, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"also={pattern!r} matches the class of no module of the model.{hint}")
+
+
+def _pin_others(model: nn.Module, values: Iterable[Any], layers: tuple[type[nn.Module], ...]) -> None:
+    for value in values:
+        for name in value.names:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if not isinstance(owner, layers):
+                value.pin(f"layers= does not name {type(owner).__name__}")

@@ -1,0 +1,202 @@
+"""What a caller may ask for beyond the defaults: other modules, kinds of layers, own layers and operators, a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import assert_untouched, fused_and_checked, prepared, reason, snapshot
+from torch import Tensor, nn
+
+import bnfuse
+from bnfuse.graph import Node
+from bnfuse.rules.registry import ABSORBERS, RULES, Trial, link, rule
+from bnfuse.units import Unit
+
+
+class LayerScale(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(5, 7), nn.Linear(7, 5)
+        self.norm, self.scale = nn.BatchNorm1d(7), LayerScale(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale(self.fc2(F.silu(self.norm(self.fc1(x)))))
+
+
+X = torch.randn(3, 5, dtype=torch.float64)
+
+
+def test_layer_scale_goes_when_asked() -> None:
+    model = prepared(Mlp())
+    plan, fused = fused_and_checked(model, X)
+    assert [decision.norm for decision in plan.decisions] == ["norm"]
+    plan, fused = fused_and_checked(model, X, also="layerscale")
+    assert [decision.norm for decision in plan.fused] == ["norm", "scale"]
+    assert type(fused.scale) is nn.Identity
+
+
+def test_also_with_a_typo() -> None:
+    with pytest.raises(bnfuse.InputError, match=r"matches the class of no module.*layerscale"):
+        bnfuse.fuse(Mlp(), X.float(), also="layerscal")
+
+
+def test_layers_may_be_restricted() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.n1, self.fc, self.n2 = (
+                nn.Conv1d(3, 4, 1),
+                nn.BatchNorm1d(4),
+                nn.Linear(4, 2),
+                nn.BatchNorm1d(2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.n2(self.fc(F.silu(self.n1(self.conv(x))).mean(-1)))
+
+    model = prepared(Two())
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    plan, _ = fused_and_checked(model, x, layers=(nn.Conv1d,))
+    assert [decision.norm for decision in plan.fused] == ["n1"]
+    assert "layers= does not name Linear" in reason(plan, "n2")
+    plan, _ = fused_and_checked(model, x, layers=(nn.Linear, nn.Conv1d))
+    assert not plan.kept
+
+
+class Periodic(nn.Module):
+    """A layer of the caller's own: what it does to its weight no rule knows."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.angles = nn.Parameter(torch.randn(outputs, inputs))
+        self.gain = nn.Parameter(torch.ones(outputs))
+        self.offset = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x @ self.angles.cos().T) * self.gain.exp() + self.offset
+
+
+def fold(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    if bool((scale <= 0).any()):
+        raise ValueError("only a positive gain has a logarithm")
+    layer.gain.add_(scale.log())
+    layer.offset.mul_(scale).add_(shift)
+
+
+def own_layers(gamma: float = 2.0) -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), Periodic(4, 6), nn.BatchNorm1d(6), nn.Tanh())
+    prepared(model)
+    model[3].weight.data.fill_(gamma)
+    return model
+
+
+def test_handler() -> None:
+    model = own_layers()
+    plan, fused = fused_and_checked(model, X, handlers={Periodic: fold})
+    assert plan.fused[0].into == ("2",)
+    assert type(fused[3]) is nn.Identity
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_failing_handler_changes_nothing(inplace: bool) -> None:
+    model = own_layers(-1.0)
+    before = snapshot(model)
+    with pytest.raises(bnfuse.FusionError, match="handler of 2 failed: ValueError: only a positive gain"):
+        bnfuse.fuse(model, X, handlers={Periodic: fold}, inplace=inplace)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_wrong_handler_is_caught(inplace: bool) -> None:
+    def half(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+        layer.gain.add_(scale.log())
+        layer.note = "changed"
+
+    model = own_layers()
+    before = snapshot(model)
+    with pytest.raises(bnfuse.VerificationError):
+        bnfuse.fuse(model, X, handlers={Periodic: half}, inplace=inplace)
+    assert_untouched(model, before)
+
+
+@pytest.fixture
+def own_rule() -> Iterator[None]:
+    library = torch.library.Library("bnfuse_tests", "DEF")
+    library.define("halve(Tensor x) -> Tensor")
+    library.impl("halve", lambda x: x / 2, "CompositeExplicitAutograd")
+
+    @rule("bnfuse_tests::halve")
+    def halve(node: Node, trial: Trial) -> None:
+        def by(factor: float) -> object:
+            return lambda unit: Unit(unit.scale, None if unit.shift is None else unit.shift * factor, unit.inverse)
+
+        link(trial, node.inputs[0], node.outputs[0], by(0.5), by(2.0))
+
+    yield
+    del RULES["bnfuse_tests::halve"]
+    library._destroy()
+
+
+@pytest.mark.usefixtures("own_rule")
+def test_own_operator() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(torch.ops.bnfuse_tests.halve(self.fc(x)))
+
+    model = prepared(Net())
+    plan, _ = fused_and_checked(model, X)
+    assert not plan.kept
+    saved = RULES.pop("bnfuse_tests::halve")
+    plan, _ = fused_and_checked(model, X)
+    RULES["bnfuse_tests::halve"] = saved
+    assert "bnfuse_tests::halve in Net: it passes no change of units" in reason(plan, "norm")
+    assert "bnfuse_tests::halve" not in ABSORBERS
+
+
+def imprecise() -> nn.Module:
+    """Of three norms in float16, the second costs precision: a large mean over a tiny variance."""
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh())))
+    prepared(model)
+    for i in range(3):
+        model[3 * i].weight.data.mul_(0.5)
+        model[3 * i + 1].weight.data.fill_(1.0)
+    model[4].running_mean.fill_(300.0)
+    model[3].bias.data.fill_(300.0)
+    model[4].running_var.fill_(0.01)
+    return model.half()
+
+
+def test_budget_keeps_what_costs_most() -> None:
+    model, x = imprecise(), torch.randn(64, 6).half()
+    full = bnfuse.plan(model, x)
+    assert not full.kept
+    plan = bnfuse.plan(model, x, budget=1e-2)
+    assert [decision.norm for decision in plan.kept] == ["4"]
+    assert "more precision than the budget of 0.01" in reason(plan, "4")
+    fused = bnfuse.fuse(model, x, budget=1e-2)
+    assert bnfuse.compare(model, fused, x).outputs[0].relative_l2 <= 1e-2
+    assert bnfuse.compare(model, full.apply(model), x).outputs[0].relative_l2 > 1e-2
+
+
+def test_budget_of_zero_and_nonsense() -> None:
+    model, x = imprecise(), torch.randn(64, 6).half()
+    fused = bnfuse.fuse(model, x, budget=0.0)
+    assert torch.equal(model(x), fused(x))
+    with pytest.raises(bnfuse.InputError, match="at least 0"):
+        bnfuse.fuse(model, x, budget=float("nan"))
