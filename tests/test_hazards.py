@@ -232,6 +232,11 @@ CASES: dict[str, Case] = {
     "write through the flattened output": Case(lambda: Net(flattened_and_written, a=conv(), n=norm(3)), {"n": "layout"}),
     "pixel shuffle": Case(lambda: Net(lambda m, x: m.n(F.pixel_shuffle(m.a(x), 2)), a=conv(3, 12), n=norm(3)), {"n": None}),
     "pixel unshuffle, forward": Case(lambda: Net(lambda m, x: m.c(F.pixel_unshuffle(m.n(F.silu(x)), 2)), c=conv(12, 4, 1), n=norm(3)), {"n": None}),
+    "zeros padded to the channels": Case(lambda: Net(lambda m, x: m.c(F.pad(m.n(F.silu(x)), (0, 0, 0, 0, 1, 2))), c=conv(6, 2, 1), n=norm(3)), {"n": None}),
+    "channels cropped by padding": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (0, 0, 0, 0, -1, -2))), a=conv(3, 6), n=norm(3)), {"n": None}),
+    "padded and cropped": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (0, 0, 0, 0, 1, -1))), a=conv(3, 6), n=norm(6)), {"n": "would not be shifted"}),
+    "zeros padded around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1))), a=conv(3, 6), n=norm(6)), {"n": "would not be shifted"}),
+    "reflected around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1), mode="reflect")), a=conv(3, 6), n=norm(6)), {"n": None}),
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),
