@@ -39,6 +39,9 @@ def begin(g: Builder) -> None:
 
 
 def dressing(g: Builder) -> str:
+    hint, g.hint = g.hint, ""
+    if hint and g.chance(0.7):
+        return hint
     weights = {
         "positive": 55,
         "mixed": 22,
@@ -171,6 +174,7 @@ def norm_before(g: Builder) -> None:
     if not x.startswith("x"):
         x = g.emit(g.one_of("F.silu($0)", "torch.tanh($0)", "F.gelu($0)", "$0.abs().sqrt()"), x)
     rank = len(g.shape(x))
+    g.hint = "scale" if g.chance(0.4) else ""
     x = norm_of_tokens(g, x) if rank == 3 and g.chance(0.5) else norm(g, x)
     for _ in range(g.one_of(0, 1, 1, 1, 2)):
         x = branch_out(g, x) if g.chance(0.2) else pass_through(g, x)
@@ -620,7 +624,7 @@ HOOKS = (
 def disturb(g: Builder) -> None:
     """Hooks and the like, on layers that are there; seldom, since they keep norms where they are."""
     modules = [layer for layer, _ in g.applied]
-    if modules and g.chance(0.08):
+    if modules and g.chance(0.15):
         g.setup.append(f"{g.random.choice(modules)}.{g.one_of(*HOOKS)}")
     norms = [layer for layer in modules if layer.startswith("m.n")]
     convolutions = [layer for layer in modules if layer.startswith("m.c")]

@@ -81,6 +81,7 @@ class Builder:
         self.order: list[str] = []
         self.applied: list[tuple[str, Tensor]] = []
         self.numbers = 0
+        self.hint = ""  # how the numbers of the next norm had better be drawn
 
     # Drawing ----------------------------------------------------------------------------------------------------
 

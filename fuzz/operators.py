@@ -890,7 +890,7 @@ def fill_by_parts(g: Builder) -> None:
         g.emit(f"$0[:, {middle}:] = $1[:, {middle}:]", whole, y, outputs=0)
 
 
-@operator(1)
+@operator(2)
 def view_then_write(g: Builder) -> None:
     """A view of a tensor, then a write to the tensor or to the view; both are read later."""
     x = g.pick(where=lambda tensor: tensor.is_contiguous() and tensor.dim() > 1)

@@ -16,6 +16,8 @@ def pass_through(g: Builder, x: str) -> str:
     codes = family(g, x)
     if not codes:
         raise Unfit
+    if family in (_padded, _positive, _mixed):
+        g.hint = "scale"  # these pass no shift, so let a norm without one meet them
     return str(g.emit(g.one_of(*codes), x))
 
 

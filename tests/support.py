@@ -17,10 +17,10 @@ EXACT = 1e-9
 """Relative error allowed in float64."""
 
 
-def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model in float64 and evaluation mode, its norms far from the identity."""
+def prepared(model: nn.Module, seed: int = 0, dead: float = 0.02) -> nn.Module:
+    """The model in float64 and evaluation mode, its norms far from the identity, a share of their channels dead."""
     torch.manual_seed(seed)
-    randomise_(model.double(), seed)
+    randomise_(model.double(), seed, dead)
     return model.eval()
 
 
@@ -71,7 +71,7 @@ def fused_and_checked(model: nn.Module, inputs: Any, batch: int = 1, **options: 
     assert type(fused) is type(model)
     assert not any(module.training for module in fused.modules())
     original = copy_model(model)
-    for more in (0, batch):
+    for more in {0, batch}:
         new_args, new_kwargs = fresh((args, kwargs), more)
         comparison = compare_outputs(run(original, new_args, new_kwargs), run(fused, new_args, new_kwargs))
         assert comparison.outputs, "the model returns no tensors"

@@ -48,7 +48,7 @@ class Layouts:
                 tensor = _without_contents(site.x)
             changed[site.y] = tensor
             if _differs_at_other_sizes(site):
-                found = self._reaches_view(site)
+                found = _minds(site.y.storage)
                 if found is not None:
                     return found
             found = self._run(site, changed)
@@ -75,14 +75,12 @@ class Layouts:
                     changed[value] = tensor
         return None
 
-    def _reaches_view(self, site: Site) -> Node | None:
-        reached = {site.y}
-        for node in self._nodes[site.nodes[-1].index + 1 :]:
-            if any(value in reached for value in node.inputs):
-                if node.operator in _VIEWS:
-                    return node
-                reached.update(node.outputs)
-        return None
+
+def _minds(storage: Storage) -> Node | None:
+    """An operator that may mind another layout of a dense tensor. What makes a new tensor makes a dense one."""
+    strict = (*_STRICT, *_LENIENT) if _is_written(storage) else _STRICT
+    readers = (node for value in storage.values for node in value.consumers)
+    return next((node for node in readers if node.operator in strict), None)
 
 
 def _differs_at_other_sizes(site: Site) -> bool:

@@ -27,7 +27,6 @@ from bnfuse.errors import SpecError
 
 _FORMS = "torchvision:NAME, timm:NAME, pytorchcv:NAME, package.module:factory or path/to/file.py:factory"
 _LISTED = 3
-_ZERO_SHARE = 0.02
 
 
 def build(spec: str, weights: str | Path | None = None) -> nn.Module:
@@ -110,12 +109,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise SpecError(f"the weights in {path} do not fit the model: {'; '.join(found)}")
 
 
-def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomise_(model: nn.Module, seed: int = 0, dead: float = 0.02) -> nn.Module:
     """Randomise the statistics and affine parameters of every batch norm, in place.
 
     A fresh batch norm is nearly the identity, so that a wrong fold goes unnoticed. Afterwards means and
     biases are normal with a standard deviation of 0.3, the variances lie between 0.5 and 2, and the weights
-    between 0.5 and 1.5 in magnitude with a random sign, about one in fifty exactly zero.
+    between 0.5 and 1.5 in magnitude with a random sign, a few exactly zero.
 
     >>> norm = randomise_(torch.nn.BatchNorm2d(4))
     >>> bool(((norm.running_var > 0.5) & (norm.running_var < 2)).all())
@@ -124,6 +123,7 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
     Args:
         model: any module; norms are known by their running statistics, or by PyTorch's own classes.
         seed: of a generator of its own; the global random state is left alone.
+        dead: the share of weights that are exactly zero, 0 to 1.
 
     Returns:
         The same model.
@@ -139,7 +139,7 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
     def signed_weight(like: Tensor) -> Tensor:
         magnitude = 0.5 + torch.rand(like.shape, generator=generator)
         sign = torch.rand(like.shape, generator=generator).sub_(0.5).sign_()
-        alive = torch.rand(like.shape, generator=generator) >= _ZERO_SHARE
+        alive = torch.rand(like.shape, generator=generator) >= dead
         return magnitude * sign * alive
 
     values = {
