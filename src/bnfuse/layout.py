@@ -17,17 +17,10 @@ from torch import Tensor
 from bnfuse.graph import Kind, Node, Storage, Value
 from bnfuse.norms import Site
 
-_VIEWS = (
-    "view",
-    "view_as",
-    "_unsafe_view",
-    "as_strided",
-    "reshape",
-    "reshape_as",
-    "flatten",
-    "unflatten",
-    "contiguous",
-)
+_STRICT = ("view", "view_as", "_unsafe_view", "as_strided")
+"""Operators that fail, or give something else, on some layouts."""
+_LENIENT = ("reshape", "reshape_as", "flatten", "unflatten", "contiguous")
+"""Operators that copy where they cannot give a view."""
 
 
 class Layouts:
