@@ -65,6 +65,15 @@ class BiasAwareConv(nn.Conv2d):
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
+class SizePaddedConv(nn.Conv2d):
+    """Pads to even sizes, as "same" padding of other frameworks does: nothing at the size of the example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 2:
+            x = F.pad(x, (0, 1))
+        return super().forward(x)
+
+
 class DoublingNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
@@ -237,6 +246,12 @@ CASES: dict[str, Case] = {
     "padded and cropped": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (0, 0, 0, 0, 1, -1))), a=conv(3, 6), n=norm(6)), {"n": "would not be shifted"}),
     "zeros padded around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1))), a=conv(3, 6), n=norm(6)), {"n": "would not be shifted"}),
     "reflected around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1), mode="reflect")), a=conv(3, 6), n=norm(6)), {"n": None}),
+    "padding by the size": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (0, x.shape[-1] % 2))), a=conv(3, 6), n=norm(6)), {"n": "depends on the size"}),
+    "convolution that pads by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=SizePaddedConv(3, 6, 2), n=norm(3)), {"n": "depends on the size"}),
+    "half of what comes": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / 2), c=conv(size=1), n=norm(3)), {"n": None}),
+    "divided by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / x.shape[-1]), c=conv(size=1), n=norm(3)), {"n": "depends on the size"}),
+    "sum over positions": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)).sum((2, 3))), c=nn.Linear(3, 2), n=norm(3)), {"n": "depends on the size"}),
+    "sum over branches": Case(lambda: Net(lambda m, x: m.c(torch.stack([m.n(F.silu(x)), F.silu(x)], 1).sum(1)), c=conv(size=1), n=norm(3)), {"n": "different scales"}),
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),

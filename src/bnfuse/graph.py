@@ -124,6 +124,12 @@ class ModuleCall:
     plain: bool = False
 
     @property
+    def is_standard(self) -> bool:
+        """True if the module runs the forward of a class of PyTorch's."""
+        forward = type(self.module).forward
+        return "forward" not in self.module.__dict__ and forward.__module__.startswith("torch.nn.modules.")
+
+    @property
     def label(self) -> str:
         """A name for messages."""
         kind = type(self.module).__name__

@@ -71,18 +71,19 @@ def _steps(graph: Graph) -> list[tuple[str, list[int]]]:
 
 
 def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The inputs, larger along one axis at a time: all tensors that have the axis."""
+    """The inputs, larger along one axis at a time, by one and by a round number: all tensors that have the axis."""
     rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
     for axis in range(rank):
+        for aligned in (False,) if axis == 0 else (False, True):
 
-        def grow(tensor: Tensor, axis: int = axis) -> Tensor:
-            if tensor.dim() <= axis:
-                return tensor
-            size = tensor.shape[axis]
-            more = 1 if axis == 0 else _ALIGNMENT if size % _ALIGNMENT == 0 else size
-            return torch.cat([tensor, tensor.narrow(axis, 0, min(more, size))], axis)
+            def grow(tensor: Tensor, axis: int = axis, aligned: bool = aligned) -> Tensor:
+                if tensor.dim() <= axis:
+                    return tensor
+                size = tensor.shape[axis]
+                more = 1 if not aligned else _ALIGNMENT if size % _ALIGNMENT == 0 else size
+                return torch.cat([tensor, tensor.narrow(axis, 0, min(more, size))], axis)
 
-        yield tree.map_tensors((args, kwargs), grow)
+            yield tree.map_tensors((args, kwargs), grow)
 
 
 def _same_numbers(node: Node, other: Node) -> bool:

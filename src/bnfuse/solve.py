@@ -202,9 +202,9 @@ class Trial:
     def content(self, value: Value) -> Tensor:
         return self.network.content(value)
 
-    def assume(self, node: Node, number: float) -> None:
+    def assume(self, node: Node) -> None:
         if node in self.network.varying:
-            self.refuse(node, "its number depends on the size of the input", scale=True)
+            self.refuse(node, "it depends on the size of the input", scale=True)
         self.assumed.add(node)
 
     def is_edited(self, value: Value) -> bool:

@@ -125,6 +125,8 @@ def check(node: Node, trial: Trial) -> None:
             if layer.transposed:
                 what = "not every output has the same taps"
             trial.refuse(node, f"it takes no shift of its input: {what}")
+        if not node.call.is_standard:
+            trial.assume(node)  # that its own code pads nothing at another size either
         if layer.b is None:
             _pass_on(node, trial, layer, of_x)
 

@@ -74,6 +74,8 @@ def _check(node: Node, trial: Trial, unit: Unit, margins: _Margins, constant: bo
         trial.refuse(node, f"it pads with {number}, which cannot be rescaled", scale=True)
     elif unit.shift is not None and padded - _axes(unit.shift):
         trial.refuse(node, "it pads with a number, which would not be shifted")
+    elif unit.shift is not None:
+        trial.assume(node)  # that it pads no other axis at another size
 
 
 def _axes(tensor: Tensor) -> set[int]:

@@ -104,7 +104,7 @@ def total(node: Node, trial: Trial) -> None:
         if unit.scale is not None and any(unit.scale.shape[axis] != 1 for axis in axes):
             trial.refuse(node, "it adds elements with different scales", scale=True)
         if unit.shift is not None:
-            trial.assume(node, count)
+            trial.assume(node)
             for axis in axes:
                 if unit.shift.shape[axis] == 1:
                     unit = Unit(unit.scale, unit.shift * x.shape[axis], unit.inverse)
@@ -118,7 +118,7 @@ def total(node: Node, trial: Trial) -> None:
 
     def backward(unit: Unit) -> Unit:
         if unit.shift is not None:
-            trial.assume(node, count)
+            trial.assume(node)
 
         def widen(tensor: Tensor) -> Tensor:
             for axis in () if keep else axes:

@@ -104,7 +104,7 @@ def _times_number(node: Node, trial: Trial, x: Value, number: float, z: Value) -
         if number == 0:
             trial.refuse(node, "it multiplies by 0")
         if number != -1:
-            trial.assume(node, number)
+            trial.assume(node)
         return Unit(unit.scale, unit.shift * factor, unit.inverse)
 
     link(trial, x, z, lambda unit: by(number), lambda unit: by(1 / number if number else 0.0))

@@ -34,8 +34,8 @@ class Trial(Protocol):
         ``scale`` says that they place a scale differently, not only a shift.
         """
 
-    def assume(self, node: Node, number: float) -> None:
-        """Rely on a number in the code being the same for inputs of any size; refuses if it is known not to be."""
+    def assume(self, node: Node) -> None:
+        """Rely on the numbers given to an operator being the same for inputs of any size; refuses if they are not."""
 
     def refuse(self, node: Node, text: str, scale: bool = False) -> NoReturn:
         """Give up. ``scale`` says that it was the scale that cannot pass, so that moving shifts does not help."""

@@ -52,12 +52,12 @@ def _add_number(node: Node, trial: Trial, x: Value, z: Value) -> None:
         unit = _times(unit, sign)
         if unit.scale is None or added == 0:
             return unit
-        trial.assume(node, added)
+        trial.assume(node)
         return Unit(unit.scale, add(unit.shift, added * (1 - unit.scale)), unit.inverse)
 
     def backward(unit: Unit) -> Unit:
         if unit.scale is not None and added != 0:
-            trial.assume(node, added)
+            trial.assume(node)
             unit = Unit(unit.scale, add(unit.shift, -added * (1 - unit.scale)), unit.inverse)
         return _times(unit, 1 / sign)
 
