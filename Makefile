@@ -33,3 +33,8 @@ $(BIN)/python:
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# make fuzz ARGS="--count 20000 --jobs 2" or ARGS="--seconds 3600"
+.PHONY: fuzz
+fuzz: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m fuzz $(or $(ARGS),--count 20000 --jobs 2)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fuzz.generate import Builder, Unfit, block
-from fuzz.passing import pass_through
 from fuzz.operators import SPATIAL, activate, convolution, divisors, linear, transposed, width
+from fuzz.passing import pass_through
 
 
 def begin(g: Builder) -> None:
@@ -202,7 +202,9 @@ def target(g: Builder, x: str) -> str:
         kind = g.one_of("LSTM", "GRU", "RNN", "RNN")
         options = g.one_of("", ", bidirectional=True", ", num_layers=2", ", bias=False")
         options += ", nonlinearity='relu'" if kind == "RNN" and g.chance(0.5) else ""
-        return str(g.emit(f"{g.layer('r', f'nn.{kind}({g.shape(x)[2]}, {width(g)}, batch_first=True{options})')}($0)[0]", x))
+        return str(
+            g.emit(f"{g.layer('r', f'nn.{kind}({g.shape(x)[2]}, {width(g)}, batch_first=True{options})')}($0)[0]", x)
+        )
     if rank in SPATIAL and g.chance(0.6):
         n, channels = rank - 2, g.shape(x)[1]
         out = width(g)
@@ -210,7 +212,9 @@ def target(g: Builder, x: str) -> str:
         size = g.one_of(1, 2, 3)
         if g.chance(0.2):
             return g.apply(g.layer("d", f"nn.ConvTranspose{n}d({channels}, {out}, 1, groups={groups})"), x)
-        return g.apply(g.layer("c", f"nn.Conv{n}d({channels}, {out}, {size}, groups={groups}, bias={g.chance(0.5)})"), x)
+        return g.apply(
+            g.layer("c", f"nn.Conv{n}d({channels}, {out}, {size}, groups={groups}, bias={g.chance(0.5)})"), x
+        )
     return linear(g, x)
 
 
@@ -226,7 +230,20 @@ def branch_out(g: Builder, x: str) -> str:
         fitting = g.random.choice(g.order)
         y = source(g, fitting) if len(g.shape(fitting)) > 1 and g.variables[fitting].is_floating_point() else x
     if g.shape(y) == shape:
-        codes = ["$0 + $1", "$0 - $1", "torch.add($0, $1, alpha=0.5)", "torch.cat([$0, $1], 1)", "torch.stack([$0, $1], 1).flatten(1, 2)", "torch.maximum($0, $1)", "$0 * torch.sigmoid($1)", "torch.cat([$0, $1], 0)", "0.5 * ($0 + $1)", "torch.lerp($0, $1, 0.3)", "$0 * $1", "torch.sub($1, $0, alpha=2)"]
+        codes = [
+            "$0 + $1",
+            "$0 - $1",
+            "torch.add($0, $1, alpha=0.5)",
+            "torch.cat([$0, $1], 1)",
+            "torch.stack([$0, $1], 1).flatten(1, 2)",
+            "torch.maximum($0, $1)",
+            "$0 * torch.sigmoid($1)",
+            "torch.cat([$0, $1], 0)",
+            "0.5 * ($0 + $1)",
+            "torch.lerp($0, $1, 0.3)",
+            "$0 * $1",
+            "torch.sub($1, $0, alpha=2)",
+        ]
         return str(g.emit(g.one_of(*codes), x, y))
     if len(g.shape(y)) == len(shape):
         return str(g.emit(g.one_of("torch.cat([$0, $1], 1)", "$0 + $1", "$0 * $1"), x, y))

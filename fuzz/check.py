@@ -341,7 +341,7 @@ class _Noise(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor) or not result.dtype == torch.float64 or _view(func):
+        if not isinstance(result, Tensor) or result.dtype != torch.float64 or _view(func):
             return result
         noise = 1 + NOISE * torch.randn(result.shape, generator=self.generator, dtype=torch.float64)
         if any(result is argument for argument in args):

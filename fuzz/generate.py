@@ -6,6 +6,7 @@ or whose result is not finite or far from 1, is not taken. What it leaves is a :
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import warnings
@@ -174,7 +175,15 @@ class Builder:
         try:
             with torch.no_grad():
                 exec(str(step), _GLOBALS, self.variables)
-        except (LookupError, RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError) as error:
+        except (
+            LookupError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+        ) as error:
             raise Unfit(f"{step}: {error}") from error
         for name in names or operands[:1]:
             if not _sane(self.variables[name]):
@@ -199,10 +208,8 @@ class Builder:
 
     def take(self, choices: list[Choice]) -> None:
         choice = self.random.choices(choices, [choice.weight for choice in choices])[0]
-        try:
+        with contextlib.suppress(Unfit):
             choice.action(self)
-        except Unfit:
-            pass
 
     # Finishing --------------------------------------------------------------------------------------------------
 

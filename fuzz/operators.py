@@ -101,10 +101,10 @@ def computed_weight(g: Builder, w: str, shape: tuple[int, ...]) -> str:
     if way == "standardised":
         return f"({w} - {w}.mean({tuple(range(1, len(shape)))}, keepdim=True)) * {g.parameter(shape[0], 1, *[1] * n, gain=True)}"
     if way == "halves" and shape[0] > 1:
-        other = g.layer("w", f"nn.Parameter(torch.empty({tuple([1, *shape[1:]])}))")
+        other = g.layer("w", f"nn.Parameter(torch.empty({(1, *shape[1:])}))")
         return f"torch.cat([{w}[:-1], {other}])"
     if way == "transposed":
-        turned = g.layer("w", f"nn.Parameter(torch.empty({tuple([shape[1], shape[0], *shape[2:]])}))")
+        turned = g.layer("w", f"nn.Parameter(torch.empty({(shape[1], shape[0], *shape[2:])}))")
         return f"{turned}.transpose(0, 1)"
     if way == "masked":
         mask = g.layer("k", f"nn.Buffer((torch.arange({shape[0]}) % 3 > 0).reshape(-1, 1{ones}))")
@@ -836,9 +836,8 @@ def write(g: Builder) -> None:
     )  # fmt: skip
     if (".zero_()" in code and g.chance(0.8)) or (len(shape) < 2 and ":" in code):
         raise Unfit
-    if "squeeze_" in code or "transpose_" in code or "set_" in code or ".data" in code:
-        if g.chance(0.7):
-            raise Unfit
+    if ("squeeze_" in code or "transpose_" in code or "set_" in code or ".data" in code) and g.chance(0.7):
+        raise Unfit
     g.emit(code, x, outputs=0)
 
 

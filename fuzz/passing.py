@@ -39,9 +39,19 @@ def _reshaped(g: Builder, x: str) -> list[str]:
         "$0.unsqueeze(0).squeeze(0)", "$0.view($0.shape[0], $0.shape[1], -1)", "$0.unsqueeze(0).flatten(0, 1)",
     ]  # fmt: skip
     if channels % 2 == 0:
-        codes += ["$0.unflatten(1, (2, -1)).flatten(1, 2)", "$0.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)", "$0.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 1)", "$0.reshape(-1, $0.shape[1] // 2, *$0.shape[2:])"]
+        codes += [
+            "$0.unflatten(1, (2, -1)).flatten(1, 2)",
+            "$0.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)",
+            "$0.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 1)",
+            "$0.reshape(-1, $0.shape[1] // 2, *$0.shape[2:])",
+        ]
     if rank == 4:
-        codes += ["$0.flatten(2)", "$0.flatten(2).transpose(1, 2).transpose(1, 2).reshape($0.shape)", "$0.flatten(2).mT", "$0.permute(0, 2, 3, 1).flatten(1, 2).flatten(0, 1)"]
+        codes += [
+            "$0.flatten(2)",
+            "$0.flatten(2).transpose(1, 2).transpose(1, 2).reshape($0.shape)",
+            "$0.flatten(2).mT",
+            "$0.permute(0, 2, 3, 1).flatten(1, 2).flatten(0, 1)",
+        ]
         codes += ["F.channel_shuffle($0, 2)", "nn.ChannelShuffle(2)($0)"] * (channels % 2 == 0)
         codes += ["F.pixel_shuffle($0, 2)"] * 2 * (channels % 4 == 0)
         codes += ["F.pixel_unshuffle($0, 2)"] * (shape[2] % 2 == 0 and shape[3] % 2 == 0)
@@ -52,14 +62,29 @@ def _turned(g: Builder, x: str) -> list[str]:
     rank, _, _ = _sides(g, x)
     if rank == 2:
         return ["$0.t().t()", "$0.mT.mT", "$0.T.T", "$0.transpose(0, 1).t()", "$0[:, None].swapdims(1, 2).squeeze(2)"]
-    codes = ["$0.transpose(1, 2)", "$0.movedim(1, -1).movedim(-1, 1)", "$0.swapaxes(1, -1)", "$0.swapdims(1, 2)", "$0.moveaxis(1, 2)", "$0.mT", "$0.adjoint()", "$0.transpose(0, 1).transpose(0, 1)"]
+    codes = [
+        "$0.transpose(1, 2)",
+        "$0.movedim(1, -1).movedim(-1, 1)",
+        "$0.swapaxes(1, -1)",
+        "$0.swapdims(1, 2)",
+        "$0.moveaxis(1, 2)",
+        "$0.mT",
+        "$0.adjoint()",
+        "$0.transpose(0, 1).transpose(0, 1)",
+    ]
     if rank == 4:
-        codes += ["$0.permute(0, 2, 3, 1)", "$0.permute(0, 3, 1, 2)", "$0.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)", "$0.to(memory_format=torch.channels_last)", "$0.contiguous(memory_format=torch.channels_last)"]
+        codes += [
+            "$0.permute(0, 2, 3, 1)",
+            "$0.permute(0, 3, 1, 2)",
+            "$0.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)",
+            "$0.to(memory_format=torch.channels_last)",
+            "$0.contiguous(memory_format=torch.channels_last)",
+        ]
     return codes
 
 
 def _joined(g: Builder, x: str) -> list[str]:
-    rank, channels, _ = _sides(g, x)
+    _rank, channels, _ = _sides(g, x)
     codes = [
         "torch.cat([$0, $0], 1)", "torch.concat([$0, $0.flip(1)], dim=1)", "torch.stack([$0, $0], 1).flatten(1, 2)", "torch.stack([$0, $0], 2).mean(2)",
         "torch.cat([$0, torch.zeros_like($0)], 1)", "torch.cat([$0, $0], 0)", "torch.cat([$0, $0.flip(0)]).chunk(2)[0]", "torch.concatenate([$0, $0], -1)",
@@ -67,9 +92,22 @@ def _joined(g: Builder, x: str) -> list[str]:
         "torch.hstack([$0, $0])",
     ]  # fmt: skip
     if channels > 1:
-        codes += ["torch.cat($0.chunk(2, 1)[::-1], 1)", "torch.cat(torch.tensor_split($0, 2, 1), 1)", "torch.cat([$0[:, 1:], $0[:, :1]], 1)", "torch.cat([F.relu($0[:, :1]), $0[:, 1:]], 1)", "torch.cat([$0.split(1, 1)[0], torch.tanh($0[:, 1:])], 1)"]
+        codes += [
+            "torch.cat($0.chunk(2, 1)[::-1], 1)",
+            "torch.cat(torch.tensor_split($0, 2, 1), 1)",
+            "torch.cat([$0[:, 1:], $0[:, :1]], 1)",
+            "torch.cat([F.relu($0[:, :1]), $0[:, 1:]], 1)",
+            "torch.cat([$0.split(1, 1)[0], torch.tanh($0[:, 1:])], 1)",
+        ]
     if channels % 2 == 0:
-        codes += ["sum($0.chunk(2, 1))", "$0.chunk(2, 1)[0] - $0.chunk(2, 1)[1]", "F.glu($0, 1)", "torch.maximum(*$0.chunk(2, 1))", "(lambda a, b: a * b.sigmoid())(*$0.chunk(2, 1))", "(lambda a, b: torch.cat([F.relu(a), b], 1))(*$0.chunk(2, 1))"]
+        codes += [
+            "sum($0.chunk(2, 1))",
+            "$0.chunk(2, 1)[0] - $0.chunk(2, 1)[1]",
+            "F.glu($0, 1)",
+            "torch.maximum(*$0.chunk(2, 1))",
+            "(lambda a, b: a * b.sigmoid())(*$0.chunk(2, 1))",
+            "(lambda a, b: torch.cat([F.relu(a), b], 1))(*$0.chunk(2, 1))",
+        ]
     return codes
 
 
@@ -83,7 +121,15 @@ def _taken(g: Builder, x: str) -> list[str]:
         "$0[:, ::2]", "$0[:, 1::2]", "$0[:1]", "$0[:, None]", "$0[..., None].squeeze(-1)", f"$0.index_select(1, torch.tensor({order[:1]}))", "torch.index_select($0, 0, torch.arange($0.shape[0]))", "$0[0]", "$0.fliplr()", "$0.take_along_dim(torch.zeros_like($0, dtype=torch.int64), 1)", "torch.gather($0, -1, torch.zeros_like($0, dtype=torch.int64))",
     ]  # fmt: skip
     if rank == 4:
-        codes += ["torch.cat([$0[..., ::2, ::2], $0[..., 1::2, 1::2]], 1)" if min(g.shape(x)[2:]) % 2 == 0 else "$0[..., 1:, :]", "$0.unfold(3, 2, 2).mean(-1)", "$0[:, :, 0]", "$0.unfold(2, 2, 1)", "F.unfold($0, 2)"]
+        codes += [
+            "torch.cat([$0[..., ::2, ::2], $0[..., 1::2, 1::2]], 1)"
+            if min(g.shape(x)[2:]) % 2 == 0
+            else "$0[..., 1:, :]",
+            "$0.unfold(3, 2, 2).mean(-1)",
+            "$0[:, :, 0]",
+            "$0.unfold(2, 2, 1)",
+            "F.unfold($0, 2)",
+        ]
     return codes
 
 
@@ -104,9 +150,20 @@ def _resized(g: Builder, x: str) -> list[str]:
     if n not in (1, 2, 3):
         return []
     smooth = {1: "linear", 2: "bilinear", 3: "trilinear"}[n]
-    codes = ["F.interpolate($0, scale_factor=2)", f"F.interpolate($0, scale_factor=1.5, mode='{smooth}')", f"F.interpolate($0, size={[3] * n}, mode='{smooth}', align_corners=True)", "F.interpolate($0, scale_factor=0.5, mode='area')", "F.interpolate($0, scale_factor=2, mode='nearest-exact')"]
+    codes = [
+        "F.interpolate($0, scale_factor=2)",
+        f"F.interpolate($0, scale_factor=1.5, mode='{smooth}')",
+        f"F.interpolate($0, size={[3] * n}, mode='{smooth}', align_corners=True)",
+        "F.interpolate($0, scale_factor=0.5, mode='area')",
+        "F.interpolate($0, scale_factor=2, mode='nearest-exact')",
+    ]
     if n == 2:
-        codes += ["F.interpolate($0, size=(5, 5), mode='bicubic')", "F.interpolate($0, size=(3, 3), mode='bilinear', antialias=True)", "F.interpolate($0, size=(3, 3), mode='bicubic', antialias=True)", "F.interpolate($0, size=$0.shape[2:], mode='bilinear')"]
+        codes += [
+            "F.interpolate($0, size=(5, 5), mode='bicubic')",
+            "F.interpolate($0, size=(3, 3), mode='bilinear', antialias=True)",
+            "F.interpolate($0, size=(3, 3), mode='bicubic', antialias=True)",
+            "F.interpolate($0, size=$0.shape[2:], mode='bilinear')",
+        ]
     return codes
 
 
@@ -115,58 +172,194 @@ def _padded(g: Builder, x: str) -> list[str]:
     if n not in (1, 2, 3):
         return ["F.pad($0, (0, 2))", "F.pad($0, (1, 0), value=0.5)"]
     ones = ", ".join(["1"] * (2 * n))
-    codes = [f"F.pad($0, ({ones}))", f"F.pad($0, ({ones}), mode='replicate')", f"F.pad($0, ({ones}), mode='circular')", f"F.pad($0, ({ones}), mode='reflect')", f"F.pad($0, ({ones}), value=0.5)", "F.pad($0, (0, 1))", "F.pad($0, (-1, 0))"]
-    codes += [f"F.pad($0, ({'0, ' * (2 * n)}1, 2))", f"F.pad($0, ({'0, ' * (2 * n)}0, -1))", "F.pad($0, (0, $0.shape[-1] % 2))", f"nn.ZeroPad{n}d(1)($0)", f"nn.ReflectionPad{n}d(1)($0)", f"nn.ReplicationPad{n}d(1)($0)", f"nn.ConstantPad{n}d(1, 0.25)($0)"]
+    codes = [
+        f"F.pad($0, ({ones}))",
+        f"F.pad($0, ({ones}), mode='replicate')",
+        f"F.pad($0, ({ones}), mode='circular')",
+        f"F.pad($0, ({ones}), mode='reflect')",
+        f"F.pad($0, ({ones}), value=0.5)",
+        "F.pad($0, (0, 1))",
+        "F.pad($0, (-1, 0))",
+    ]
+    codes += [
+        f"F.pad($0, ({'0, ' * (2 * n)}1, 2))",
+        f"F.pad($0, ({'0, ' * (2 * n)}0, -1))",
+        "F.pad($0, (0, $0.shape[-1] % 2))",
+        f"nn.ZeroPad{n}d(1)($0)",
+        f"nn.ReflectionPad{n}d(1)($0)",
+        f"nn.ReplicationPad{n}d(1)($0)",
+        f"nn.ConstantPad{n}d(1, 0.25)($0)",
+    ]
     return codes
 
 
 def _numbers(g: Builder, x: str) -> list[str]:
     return [
-        "$0 * 2", "$0 / 3", "0.5 * $0", "-$0", "$0.neg()", "$0 + 1", "$0 - 0.5", "1 - $0", "2 + $0", "$0 * -0.5", "torch.add($0, 1, alpha=0.5)", "torch.sub($0, 2, alpha=0.5)", "torch.rsub($0, 1, alpha=2)",
-        "torch.true_divide($0, 2)", "torch.multiply($0, 3)", "torch.divide($0, 4)", "$0 + $0", "$0 - 3 * $0", "torch.add($0, $0, alpha=2)", "torch.sub($0, $0, alpha=3)", "torch.negative($0)", "$0 * torch.tensor(0.5)",
+        "$0 * 2", "$0 / 3", "0.5 * $0", "-$0", "$0.neg()", "$0 + 1", "$0 - 0.5", "1 - $0", "0.5 - $0", "2 - $0", "2 + $0", "$0 * -0.5", "torch.add($0, 1, alpha=0.5)", "torch.sub($0, 2, alpha=0.5)", "torch.rsub($0, 1, alpha=2)",
+        "torch.true_divide($0, 2)", "torch.multiply($0, 3)", "torch.divide($0, 4)", "$0 + $0", "$0 + $0", "$0 - 3 * $0", "torch.add($0, $0, alpha=2)", "torch.sub($0, $0, alpha=3)", "torch.negative($0)", "$0 * torch.tensor(0.5)",
         "$0 / $0.shape[-1]", "$0 * $0.shape[0]", "$0 + $0.shape[-1]", "$0 - len($0)", "$0 / $0.shape[-1] ** 0.5", "$0 / torch.tensor(float($0.shape[-1]))", "$0 + torch.full((1,), $0.shape[0], dtype=torch.float64)", "$0 * $0.numel() / 100", "torch.add($0, 1, alpha=$0.shape[0])", "$0 / $0.shape[1]",
     ]  # fmt: skip
 
 
 def _parameters(g: Builder, x: str) -> list[str]:
-    rank, channels, n = _sides(g, x)
+    _rank, channels, n = _sides(g, x)
     size = g.one_of((channels, *[1] * n), (1, channels, *[1] * n), (g.shape(x)[-1],), (1,), ())
     gain, shift = g.parameter(*size, gain=True), g.parameter(*size)
-    codes = [f"$0 * {gain}", f"{gain} * $0", f"$0 / ({gain} + 3)", f"$0 * {gain}.abs()", f"$0 * ({gain} * 2)", f"$0 * -{gain}", f"$0 / {gain}"]
-    codes += [f"$0 + {shift}", f"$0 - {shift}", f"{shift} - $0", f"{shift} + $0", f"torch.add($0, {shift}, alpha=0.5)", f"$0 + 2 * {shift}", f"$0 * {gain} + {shift}", f"torch.addcmul({shift}, $0, {gain})", f"torch.addcmul($0, {gain}, {shift})", f"torch.lerp($0, {shift}.expand_as($0), 0.5)"]
+    codes = [
+        f"$0 * {gain}",
+        f"{gain} * $0",
+        f"$0 / ({gain} + 3)",
+        f"$0 * {gain}.abs()",
+        f"$0 * ({gain} * 2)",
+        f"$0 * -{gain}",
+        f"$0 / {gain}",
+    ]
+    codes += [
+        f"$0 + {shift}",
+        f"$0 - {shift}",
+        f"{shift} - $0",
+        f"{shift} + $0",
+        f"torch.add($0, {shift}, alpha=0.5)",
+        f"$0 + 2 * {shift}",
+        f"$0 * {gain} + {shift}",
+        f"torch.addcmul({shift}, $0, {gain})",
+        f"torch.addcmul($0, {gain}, {shift})",
+        f"torch.lerp($0, {shift}.expand_as($0), 0.5)",
+    ]
     return codes
 
 
 def _copied(g: Builder, x: str) -> list[str]:
-    return ["$0.clone()", "$0.contiguous()", "$0.to(torch.float64)", "$0.to(torch.float64, copy=True)", "$0.type_as($0)", "$0.detach()", "F.dropout($0, 0.3, False)", "nn.Dropout(0.2).eval()($0)", "nn.Identity()($0)", "$0.double()", "$0.view($0.shape).clone()", "torch.asarray($0)", "$0 + 0", "F.dropout2d($0[..., None, None], 0.5, False)[..., 0, 0]" if len(g.shape(x)) == 2 else "$0.clone()", "torch.ops.aten.alias($0)", "F.alpha_dropout($0, 0.5, False)", "$0[:]", "$0[...]", "$0.positive()", "torch.nn.functional.feature_alpha_dropout($0, 0.5, False)", "$0.clone(memory_format=torch.contiguous_format)"]
+    return [
+        "$0.clone()",
+        "$0.contiguous()",
+        "$0.to(torch.float64)",
+        "$0.to(torch.float64, copy=True)",
+        "$0.type_as($0)",
+        "$0.detach()",
+        "F.dropout($0, 0.3, False)",
+        "nn.Dropout(0.2).eval()($0)",
+        "nn.Identity()($0)",
+        "$0.double()",
+        "$0.view($0.shape).clone()",
+        "torch.asarray($0)",
+        "$0 + 0",
+        "F.dropout2d($0[..., None, None], 0.5, False)[..., 0, 0]" if len(g.shape(x)) == 2 else "$0.clone()",
+        "torch.ops.aten.alias($0)",
+        "F.alpha_dropout($0, 0.5, False)",
+        "$0[:]",
+        "$0[...]",
+        "$0.positive()",
+        "torch.nn.functional.feature_alpha_dropout($0, 0.5, False)",
+        "$0.clone(memory_format=torch.contiguous_format)",
+    ]
 
 
 def _positive(g: Builder, x: str) -> list[str]:
-    codes = ["F.relu($0)", "F.leaky_relu($0, 0.2)", "$0.abs()", "$0.clamp(min=0)", "torch.clamp_min($0, 0)", "F.threshold($0, 0, 0)", "F.rrelu($0)", "$0.clamp(max=0)", "torch.maximum($0, 0.5 * $0)", "torch.minimum($0, -$0)", "torch.max($0, $0.flip(-1))", "F.relu($0) - F.relu(-$0)", "F.hardtanh($0, 0, 6)", "$0.clip(0)", "$0.clamp_max(0)", "torch.where($0 > 0, $0, 0)"]
-    codes += [f"F.prelu($0, {g.parameter(g.shape(x)[1])})", f"nn.PReLU({g.shape(x)[1]}).double()($0)", f"F.prelu($0, {g.parameter(1)})"]
+    codes = [
+        "F.relu($0)",
+        "F.leaky_relu($0, 0.2)",
+        "$0.abs()",
+        "$0.clamp(min=0)",
+        "torch.clamp_min($0, 0)",
+        "F.threshold($0, 0, 0)",
+        "F.rrelu($0)",
+        "$0.clamp(max=0)",
+        "torch.maximum($0, 0.5 * $0)",
+        "torch.minimum($0, -$0)",
+        "torch.max($0, $0.flip(-1))",
+        "F.relu($0) - F.relu(-$0)",
+        "F.hardtanh($0, 0, 6)",
+        "$0.clip(0)",
+        "$0.clamp_max(0)",
+        "torch.where($0 > 0, $0, 0)",
+    ]
+    codes += [
+        f"F.prelu($0, {g.parameter(g.shape(x)[1])})",
+        f"nn.PReLU({g.shape(x)[1]}).double()($0)",
+        f"F.prelu($0, {g.parameter(1)})",
+    ]
     return codes
 
 
 def _averaged(g: Builder, x: str) -> list[str]:
     rank, _, n = _sides(g, x)
     rest = tuple(range(2, rank)) or (0,)
-    return [f"$0.mean({rest})" if n else "$0.mean(1, keepdim=True)", f"$0.mean({rest}, keepdim=True)", "$0.mean(-1)", "$0.mean(1)", "$0.mean(1, keepdim=True)", "$0.amax(-1)", f"$0.amax({rest}, keepdim=True)", "$0.amax(1, keepdim=True)", "$0.max(-1)[0]", "$0.amin(-1)", "$0 - $0.mean(-1, keepdim=True)", "$0 + $0.mean(1, keepdim=True)", "$0 - $0.mean(0)", "$0.mean(0, keepdim=True).expand_as($0)", "$0.mean().expand(1, 1) + $0.flatten(1)", "$0.std(-1)", "$0.mean(-1, keepdim=True) * torch.ones_like($0)"]
+    return [
+        f"$0.mean({rest})" if n else "$0.mean(1, keepdim=True)",
+        f"$0.mean({rest}, keepdim=True)",
+        "$0.mean(-1)",
+        "$0.mean(1)",
+        "$0.mean(1, keepdim=True)",
+        "$0.amax(-1)",
+        f"$0.amax({rest}, keepdim=True)",
+        "$0.amax(1, keepdim=True)",
+        "$0.max(-1)[0]",
+        "$0.amin(-1)",
+        "$0 - $0.mean(-1, keepdim=True)",
+        "$0 + $0.mean(1, keepdim=True)",
+        "$0 - $0.mean(0)",
+        "$0.mean(0, keepdim=True).expand_as($0)",
+        "$0.mean().expand(1, 1) + $0.flatten(1)",
+        "$0.std(-1)",
+        "$0.mean(-1, keepdim=True) * torch.ones_like($0)",
+    ]
 
 
 def _summed(g: Builder, x: str) -> list[str]:
-    return ["$0.sum(-1)", "$0.sum(1)", "$0.sum(1, keepdim=True)", "$0.sum(-1) / $0.shape[-1]", "$0.sum(0, keepdim=True)", "$0.sum((1, -1))", "torch.stack([$0, $0.flip(-1)]).sum(0)", "$0.sum(0) / $0.shape[0]", "$0.sum(-1, keepdim=True) + $0"]
+    return [
+        "$0.sum(-1)",
+        "$0.sum(1)",
+        "$0.sum(1, keepdim=True)",
+        "$0.sum(-1) / $0.shape[-1]",
+        "$0.sum(0, keepdim=True)",
+        "$0.sum((1, -1))",
+        "torch.stack([$0, $0.flip(-1)]).sum(0)",
+        "$0.sum(0) / $0.shape[0]",
+        "$0.sum(-1, keepdim=True) + $0",
+    ]
 
 
 def _made_from_shape(g: Builder, x: str) -> list[str]:
-    return ["$0 + torch.zeros_like($0)", "$0 * torch.ones_like($0)", "$0 + torch.full_like($0, 0.5)", "$0 + $0.new_zeros($0.shape[1:])", "$0 * $0.new_full((1,), 2.0)", "$0 + torch.linspace(0, 1, $0.shape[-1], dtype=torch.float64)", "$0 + torch.arange($0.shape[0]).double().reshape(-1, *[1] * ($0.dim() - 1))", "torch.cat([$0, $0.new_zeros($0.shape)], 1)", "$0 * torch.eye($0.shape[-1], dtype=torch.float64)[0]", "torch.where(torch.ones_like($0, dtype=torch.bool), $0, 0)", "$0.masked_fill(torch.zeros_like($0, dtype=torch.bool), 0)"]
+    return [
+        "$0 + torch.zeros_like($0)",
+        "$0 * torch.ones_like($0)",
+        "$0 + torch.full_like($0, 0.5)",
+        "$0 + $0.new_zeros($0.shape[1:])",
+        "$0 * $0.new_full((1,), 2.0)",
+        "$0 + torch.linspace(0, 1, $0.shape[-1], dtype=torch.float64)",
+        "$0 + torch.arange($0.shape[0]).double().reshape(-1, *[1] * ($0.dim() - 1))",
+        "torch.cat([$0, $0.new_zeros($0.shape)], 1)",
+        "$0 * torch.eye($0.shape[-1], dtype=torch.float64)[0]",
+        "torch.where(torch.ones_like($0, dtype=torch.bool), $0, 0)",
+        "$0.masked_fill(torch.zeros_like($0, dtype=torch.bool), 0)",
+    ]
 
 
 def _mixed(g: Builder, x: str) -> list[str]:
     """Sums over positions with weights from elsewhere, and gates."""
-    rank, channels, n = _sides(g, x)
-    codes = ["$0 * torch.sigmoid($0.mean(-1, keepdim=True))", "$0 * torch.sigmoid($0.mean())", "$0 * $0.std().exp()", "$0 / ($0.abs().mean() + 1)"]
+    rank, channels, _n = _sides(g, x)
+    codes = [
+        "$0 * torch.sigmoid($0.mean(-1, keepdim=True))",
+        "$0 * torch.sigmoid($0.mean())",
+        "$0 * $0.std().exp()",
+        "$0 / ($0.abs().mean() + 1)",
+    ]
     if rank == 3:
-        codes += ["torch.softmax($0 @ $0.mT, -1) @ $0", "torch.bmm(torch.softmax(torch.bmm($0, $0.mT), 2), $0)", "F.scaled_dot_product_attention($0.detach() * 0.1, $0 * 0.1, $0)", "torch.einsum('nts,nsc->ntc', torch.softmax($0 @ $0.mT, -1), $0)", "torch.matmul($0, torch.softmax($0.mT @ $0, 1))", f"{g.parameter(g.shape(x)[1], g.shape(x)[1])} @ $0"]
+        codes += [
+            "torch.softmax($0 @ $0.mT, -1) @ $0",
+            "torch.bmm(torch.softmax(torch.bmm($0, $0.mT), 2), $0)",
+            "F.scaled_dot_product_attention($0.detach() * 0.1, $0 * 0.1, $0)",
+            "torch.einsum('nts,nsc->ntc', torch.softmax($0 @ $0.mT, -1), $0)",
+            "torch.matmul($0, torch.softmax($0.mT @ $0, 1))",
+            f"{g.parameter(g.shape(x)[1], g.shape(x)[1])} @ $0",
+        ]
     if rank == 4:
-        codes += ["$0 * torch.sigmoid($0.mean((2, 3), keepdim=True))", "$0 * $0.mean(1, keepdim=True).sigmoid()", "($0.flatten(2) @ torch.softmax($0.mean(1).flatten(1), -1).unsqueeze(-1))", f"torch.einsum('nchw,oc->nohw', $0, {g.parameter(channels, channels)})", "F.grid_sample($0, torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 2, 2, 2).expand($0.shape[0], -1, -1, -1), padding_mode='border', align_corners=False)"]
+        codes += [
+            "$0 * torch.sigmoid($0.mean((2, 3), keepdim=True))",
+            "$0 * $0.mean(1, keepdim=True).sigmoid()",
+            "($0.flatten(2) @ torch.softmax($0.mean(1).flatten(1), -1).unsqueeze(-1))",
+            f"torch.einsum('nchw,oc->nohw', $0, {g.parameter(channels, channels)})",
+            "F.grid_sample($0, torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 2, 2, 2).expand($0.shape[0], -1, -1, -1), padding_mode='border', align_corners=False)",
+        ]
     return codes

@@ -106,6 +106,7 @@ class Program:
     def build(self) -> nn.Module:
         """The network, with its contents, in evaluation mode and float64."""
         names: dict[str, Any] = {name: getattr(vocabulary, name) for name in vocabulary.__all__}
+        names["__name__"] = "network"
         name = "<network>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
         exec(compile(self.source, name, "exec"), names)

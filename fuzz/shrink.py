@@ -71,7 +71,7 @@ def _candidates(program: Program) -> Iterator[Program]:
 
 
 def _replaced(items: tuple, index: int, item: object) -> tuple:  # type: ignore[type-arg]
-    return items[:index] + (item,) + items[index + 1 :]
+    return (*items[:index], item, *items[index + 1 :])
 
 
 def _returning(program: Program, operands: tuple[str, ...]) -> Program:

@@ -58,10 +58,11 @@ class Layouts:
                 result = node.overload(**{name: _argument(value, changed) for name, value in node.bound.items()})
             except Exception:  # noqa: BLE001 (a layout that it refuses, or no implementation without contents)
                 return node
-            results = [result] if isinstance(result, Tensor) else list(result or ())
+            given = result if isinstance(result, (tuple, list)) else [result]
+            results = [tensor for tensor in given if isinstance(tensor, Tensor)]
             for value, tensor in zip(node.outputs, results, strict=False):
-                shared = [given for given in node.inputs if given in changed and given.storage is value.storage]
-                still = any(_same_storage(changed[given], tensor) for given in shared)
+                shared = [x for x in node.inputs if x in changed and x.storage is value.storage]
+                still = any(_same_storage(changed[x], tensor) for x in shared)
                 if shared and not still and _is_written(value.storage):
                     return node
                 if tuple(tensor.stride()) != value.strides:

@@ -63,10 +63,18 @@ def needed_in_place(
     return () if _steps(graph) == _steps(other) else modules
 
 
-def _steps(graph: Graph) -> list[tuple[str, list[int]]]:
-    """Every operator with the values that it reads, which are numbered in the order of their making."""
+def _steps(graph: Graph) -> list[tuple[str, list[int], list[bool]]]:
+    """Every operator, the values that it reads, numbered in the order of their making, and what else sees its results.
+
+    A value that is pinned is returned, stored, or seen by a hook.
+    """
     return [
-        (node.operator, [value.index for value in node.inputs if value.kind is not Kind.ABSENT]) for node in graph.nodes
+        (
+            node.operator,
+            [value.index for value in node.inputs if value.kind is not Kind.ABSENT],
+            [value.pinned is None for value in node.outputs],
+        )
+        for node in graph.nodes
     ]
 
 
