@@ -239,7 +239,7 @@ CASES: dict[str, Case] = {
     "built-in activation in place on the stream": Case(lambda: Net(lambda m, x: m.e((s := m.a(x)) + m.b(m.n(s))), a=conv(), b=conv(6, 6), e=conv(6), n=NormWithActivation(6)), {"n": None}),
     "function in place on the stream": Case(lambda: Net(lambda m, x: m.e((s := m.a(x)) + m.b(m.n(s).relu_())), a=conv(), b=conv(6, 6), e=conv(6), n=norm()), {"n": "overwrite in place"}),
     "caller counts on work in place": Case(lambda: Net(in_place_by_side_effect, a=conv(), b=conv(6, 6), e=conv(6), r=nn.ReLU(inplace=True), n=norm()), {"n": "overwrite in place"}),
-    "caller counts on work in place, and returns it": Case(lambda: Net(in_place_and_returned, a=conv(), e=conv(6), r=nn.ReLU(inplace=True), n=norm()), {"n": "overwrite in place"}),
+    "caller counts on work in place, and returns it": Case(lambda: Net(in_place_and_returned, a=conv(), e=conv(6, size=1), r=nn.ReLU(inplace=True), n=norm()), {"n": "overwrite in place"}),
     "input overwritten after the norm": Case(lambda: Net(input_overwritten, a=conv(), b=conv(6, 6), n=norm()), {"n": "overwrite in place"}),
     "in place on the input of the model": Case(lambda: Net(lambda m, x: (m.c(m.n(x).neg_()), x), c=conv(size=1), n=norm(3)), {"n": "overwrite in place"}),
     "in place on one of two outputs of the same norm": Case(lambda: Net(lambda m, x: m.e(m.r(m.n(s := m.a(x)))) + m.e(m.n(s)), a=conv(), e=conv(6), r=nn.ReLU(inplace=True), n=norm()), {"n": None}),
