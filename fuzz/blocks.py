@@ -116,7 +116,7 @@ def layer_on(g: Builder, x: str, out: int | None = None, keep_size: bool = False
 # Blocks -------------------------------------------------------------------------------------------------------------
 
 
-@block(8)
+@block(15)
 def layer_and_norm(g: Builder) -> None:
     y = norm(g, layer_on(g, g.pick(2, 3, 4, 4, 5)))
     if g.chance(0.6):
@@ -179,6 +179,23 @@ def norm_before(g: Builder) -> None:
     for _ in range(g.one_of(0, 1, 1, 1, 2)):
         x = branch_out(g, x) if g.chance(0.2) else pass_through(g, x)
     target(g, x)
+
+
+@block(3)
+def write_between(g: Builder) -> None:
+    """A layer, a write to its output or to a part of it, a norm."""
+    x = source(g, g.pick(2, 3, 4, 4))
+    view = ""
+    if g.chance(0.4):
+        view = g.emit(g.one_of("$0.view($0.shape[0], -1)", "$0[:, :1]", "$0.unsqueeze(1)", "$0.flatten(1)"), x)
+    way = g.one_of(
+        "$0[:, :1].mul_(2)", "$0[..., 0].add_(1)", "$0.view($0.shape[0], -1).mul_(0.5)", "$0[:, 0] = 0", "$0.mul_(2)",
+        "$0[:, 0] = $0[:, -1]", "$0.add_(1)", "$0.relu_()", "$0.copy_($0.flip(1))", "$0.neg_()", "$0[:, 1:] += 1",
+    )  # fmt: skip
+    g.emit(way, x, outputs=0)
+    norm(g, x)
+    if view and g.chance(0.7):
+        g.emit("torch.sigmoid($0)", view)
 
 
 def source(g: Builder, x: str) -> str:
@@ -641,7 +658,7 @@ HOOKS = (
 def disturb(g: Builder) -> None:
     """Hooks and the like, on layers that are there; seldom, since they keep norms where they are."""
     modules = [layer for layer, _ in g.applied]
-    if modules and g.chance(0.15):
+    if modules and g.chance(0.1):
         g.setup.append(f"{g.random.choice(modules)}.{g.one_of(*HOOKS)}")
     norms = [layer for layer in modules if layer.startswith("m.n")]
     convolutions = [layer for layer in modules if layer.startswith("m.c")]

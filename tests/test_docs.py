@@ -45,8 +45,8 @@ class Net(nn.Module):
 def names_of(page: Path) -> dict[str, Any]:
     """What the examples of a page take for given."""
     if page.name == "README.md":
-        return {"bnfuse": bnfuse, "model": randomise_(Net()).eval()}
-    return {}
+        return {"__name__": "__main__", "bnfuse": bnfuse, "model": randomise_(Net()).eval()}
+    return {"__name__": "__main__"}
 
 
 def examples(text: str, name: str, names: dict[str, Any]) -> doctest.DocTest:
@@ -63,7 +63,8 @@ def examples(text: str, name: str, names: dict[str, Any]) -> doctest.DocTest:
 def failures(text: str, name: str, names: dict[str, Any]) -> str:
     """What is wrong with the examples, empty if nothing is."""
     report: list[str] = []
-    doctest.DocTestRunner(verbose=False, optionflags=FLAGS).run(examples(text, name, names), out=report.append)
+    runner = doctest.DocTestRunner(verbose=False, optionflags=FLAGS)
+    runner.run(examples(text, name, names), out=report.append, clear_globs=False)
     return "".join(report)
 
 

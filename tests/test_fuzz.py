@@ -48,7 +48,7 @@ def test_random_networks(part: int) -> None:
         outcome = check(program, thorough=seed % 6 == 0)
         assert not outcome.failure, f"seed {seed}: {outcome.failure}\n{program}\n{outcome.detail}"
         met, removed = met + outcome.norms, removed + outcome.removed
-    assert removed > 0.4 * met, "an adversary whose norms all stay tests nothing"
+    assert removed > 0.35 * met, "an adversary whose norms all stay tests nothing"
 
 
 def test_a_seed_gives_the_same_network() -> None:

@@ -143,6 +143,7 @@ class Trial:
         self.units: dict[Value, Unit] = {}
         self.edits: dict[Value, dict[Node, Unit]] = {}
         self._queue: deque[Node] = deque()
+        self._queued: set[Node] = set()
         self._pending: dict[Node, None] = {}
         self._touched: dict[Node, None] = {}
         self._trail: list[Value] = []
@@ -178,15 +179,20 @@ class Trial:
                 self._refuse_value(value, f"it holds {value.dtype}", unit)
             self.units[value] = unit
         self._trail.append(value)
-        if value.producer is not None:
-            self._queue.append(value.producer)
-        self._queue.extend(value.consumers)
+        for node in value.consumers if value.producer is None else (value.producer, *value.consumers):
+            if node not in self._queued:
+                self._queued.add(node)
+                self._queue.append(node)
+
+    def postpone(self, node: Node) -> bool:
+        if node is self._choosing:
+            return False
+        self._pending[node] = None
+        return True
 
     def choose(self, node: Node, alternatives: Sequence[Mapping[Value, Unit]], scale: bool = False) -> None:
-        if node is self._choosing:
+        if not self.postpone(node):
             self._chosen, self._chosen_scale = alternatives, scale
-        else:
-            self._pending[node] = None
 
     def refuse(self, node: Node, text: str, scale: bool = False) -> NoReturn:
         raise Refusal(Reason(text, node.operator, node.call.label), scale)
@@ -247,6 +253,7 @@ class Trial:
     def _drain(self) -> None:
         while self._queue:
             node = self._queue.popleft()
+            self._queued.discard(node)
             if node in self.targets:
                 continue
             if node in self.network.removed:
@@ -281,6 +288,7 @@ class Trial:
             choice = self._choices[-1]
             length = choice.settled
             self._queue.clear()
+            self._queued.clear()
             self._choosing = None
             for value in self._trail[length:]:
                 del self.units[value]

@@ -128,7 +128,7 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
                 trial.demand(piece.value, part)
         return
     units = [(piece, unit) for piece in pieces if (unit := trial.unit(piece.value))]
-    if any(not unit.is_identity for _, unit in units):
+    if any(not unit.is_identity for _, unit in units) and not trial.postpone(node):
         try:
             trial.choose(node, [{whole: _joined(units, whole, axis)}])
         except NotInvertibleError:

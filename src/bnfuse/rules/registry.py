@@ -28,6 +28,9 @@ class Trial(Protocol):
     def demand(self, value: Value, unit: Unit) -> None:
         """Ask for a unit; refuses if the value has another one already or cannot change."""
 
+    def postpone(self, node: Node) -> bool:
+        """Put a choice off until everything that is certain is settled; False if that is now."""
+
     def choose(self, node: Node, alternatives: Sequence[Mapping[Value, Unit]], scale: bool = False) -> None:
         """Several ways to go on, to be tried in turn once everything that is certain is settled.
 

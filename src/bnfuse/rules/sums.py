@@ -112,7 +112,7 @@ class _Sum:
         elif len(open_terms) == 1:
             value, factor = open_terms[0]
             self._demand(value, Unit(scale, -rest / factor, inverse))
-        else:
+        elif not self.trial.postpone(self.node):
             self._offer(open_terms, scale, rest, inverse)
 
     def _offer(self, open_terms: list[tuple[Value, float]], scale: Tensor | None, rest: Tensor, inverse: bool) -> None:
