@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import random
+import warnings
 from typing import Any
 
 import pytest
@@ -332,6 +334,30 @@ def test_activation_takes_the_place_of_its_norm() -> None:
     fused = bnfuse.fuse(model)
     assert type(fused[1]) is nn.ReLU
     assert type(fused[3]) is nn.Identity
+
+
+def test_scripted_models_are_refused(model: nn.Module, x: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, x)
+    with pytest.raises(bnfuse.InputError, match="fuse the original, then compile it"):
+        bnfuse.fuse(traced, x)
+    part = nn.Sequential(traced, nn.Linear(5, 5).double(), nn.BatchNorm1d(5).double()).eval()
+    plan = bnfuse.plan(part, x)
+    assert [decision.norm for decision in plan.fused] == ["2"]
+
+
+def test_models_without_numbers_are_refused(model: nn.Module, x: Tensor) -> None:
+    with pytest.raises(bnfuse.InputError, match="meta device"):
+        bnfuse.fuse(model.to("meta"), x)
+
+
+def test_result_can_be_pickled_scripted_and_exported(model: nn.Module, x: Tensor) -> None:
+    expected, fused = model(x), bnfuse.fuse(model, x)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(fused))(x), expected)
+    torch.testing.assert_close(torch.export.export(fused, (x,)).module()(x), expected)
+    with pytest.raises(bnfuse.NoNormError):
+        bnfuse.fuse(fused, x)
 
 
 def test_lazy_layers_are_refused() -> None:

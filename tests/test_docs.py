@@ -173,14 +173,14 @@ def test_every_explained_reason_can_be_given(given: set[str], explained: list[st
 
 
 def test_parts_of_reasons() -> None:
-    source = '''
+    source = """
 class Rule:
     def method(self, trial, node, value):
         what = "it is a tensor" if value else "it is a number"
         text = f"no {node} passes: {what or 'nothing at all'}"
         trial.refuse(node, text, scale=True)
         raise ValueError("not a reason")
-'''
+"""
     assert parts_of_reasons(source) == {"it is a tensor", "it is a number", "nothing at all"}
     assert parts_of_reasons('def f():\n    Reason(f"the {x} of an {y} stays put")') == {"of an", "stays put"}
 
@@ -193,5 +193,8 @@ def test_every_operator_is_in_the_table() -> None:
 
 def test_links_within_the_page() -> None:
     text = re.sub("^```.*?^```", "", DERIVATION.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall("^#+ (.*)$", text, re.MULTILINE)}
+    headings = {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall("^#+ (.*)$", text, re.MULTILINE)
+    }
     assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= headings

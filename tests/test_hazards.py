@@ -94,8 +94,8 @@ class NormWithActivation(nn.BatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
-def tied() -> nn.Module:
-    net = Net(lambda m, x: m.b(m.n(m.a(x))), a=conv(3, 3), n=norm(3), b=conv(3, 3))
+def tied(forward: Callable[..., Any] = lambda m, x: m.b(m.n(m.a(x)))) -> nn.Module:
+    net = Net(forward, a=conv(3, 3), n=norm(3), b=conv(3, 3))
     net.b.weight = net.a.weight
     return net
 
@@ -269,6 +269,7 @@ CASES: dict[str, Case] = {
     "norm shared between sites": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + m.n(F.silu(m.d(x))), c=conv(), d=conv(), n=norm()), {"n": "silu"}),
     "tied weights": Case(tied, {"n": TWICE}),
     "tied by memory": Case(tied_by_memory, {"n": TWICE}),
+    "tied to a module that did not run": Case(lambda: tied(lambda m, x: m.n(m.a(x))), {"n": "did not run"}),
     "overlapping memory": Case(overlapping_memory, {"n": "shares memory"}),
     "relu between": Case(lambda: Net(lambda m, x: m.n(F.relu(m.c(x))), c=conv(), n=norm()), {"n": "relu"}),
     "weight standardisation": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=StandardisedConv(3, 6, 3), n=norm()), {"n": "std"}),

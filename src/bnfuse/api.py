@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from bnfuse.budget import within_budget
@@ -153,7 +154,11 @@ def _unwrapped(model: object) -> tuple[nn.Module, Any]:
         if isinstance(model, dict):
             hint = " A state dict holds weights only: build the model, load_state_dict into it, and pass the model."
         raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("No module of a scripted or traced model can be replaced: fuse the original, then compile it.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise InputError(f"{name} is on the meta device and holds no numbers: load the weights, then fuse.")
         if nn.parameter.is_lazy(tensor):
             raise InputError(f"{name} is not initialised yet: run the model once on real inputs, then fuse it.")
     return unwrap(model)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -94,7 +95,7 @@ def is_norm(module: nn.Module) -> bool:
     """True for PyTorch's batch norms and for every class that keeps running statistics under the same names."""
     if isinstance(module, _BatchNorm):
         return True
-    own = module._buffers.keys() | module._parameters.keys()
+    own = {*module._buffers.keys(), *module._parameters.keys()}
     return not isinstance(module, _InstanceNorm) and {"running_mean", "running_var"} <= own
 
 
@@ -106,6 +107,8 @@ def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], r
         obstacle = "it did not run, so nothing is known of where it belongs"
     elif any(node.operator == "batch_norm" and node.argument("training") for call in calls for node in call.nodes):
         obstacle = "it uses the statistics of the batch, since it tracks none of its own"
+    elif isinstance(module, torch.jit.ScriptModule):
+        obstacle = "it is compiled by TorchScript, in which no module can be replaced"
     elif has_hooks(module):
         obstacle = "it has a forward hook, which would be lost"
     elif id(module) in referenced:

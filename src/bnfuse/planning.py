@@ -14,6 +14,7 @@ from torch import nn
 from bnfuse.absent import add_absent
 from bnfuse.capture import Capture, capture
 from bnfuse.errors import InputError, NoNormError
+from bnfuse.graph import Graph
 from bnfuse.handled import add_handled
 from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
@@ -67,6 +68,7 @@ class Draft:
         _check_also(model, options.also)
         self.kept = _kept(self.norms, options.keep)
         add_absent(model, self.graph)
+        _pin_shared_with_idle(model, self.graph)
         if options.layers is not None:
             _pin_others(model, self.graph.leaves.values(), options.layers)
 
@@ -149,6 +151,17 @@ def _check_also(model: nn.Module, patterns: Sequence[str]) -> None:
             near = difflib.get_close_matches(pattern.lower(), {kind.lower(): kind for kind in kinds}, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise InputError(f"also={pattern!r} matches the class of no module of the model.{hint}")
+
+
+def _pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
+    """A parameter that also belongs to a module that did not run may be read there another time."""
+    ran = {id(call.module) for call in graph.calls}
+    for value in dict.fromkeys(graph.leaves.values()):
+        owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in value.names}
+        if len({id(owner) for owner in owners.values()}) > 1:
+            idle = [name for name, owner in owners.items() if id(owner) not in ran]
+            if idle:
+                value.pin(f"it is also {idle[0]}, whose module did not run")
 
 
 def _pin_others(model: nn.Module, values: Iterable[Any], layers: tuple[type[nn.Module], ...]) -> None:
