@@ -201,6 +201,17 @@ def _numbers(g: Builder, x: str) -> list[str]:
     ]  # fmt: skip
 
 
+def _turned_around(g: Builder, x: str) -> list[str]:
+    return [
+        "1 - $0",
+        "$0 + $0",
+        "torch.add($0, $0, alpha=2)",
+        "torch.sub($0, $0, alpha=3)",
+        "2 - $0",
+        "torch.rsub($0, 1, alpha=2)",
+    ]
+
+
 def _parameters(g: Builder, x: str) -> list[str]:
     _rank, channels, n = _sides(g, x)
     size = g.one_of((channels, *[1] * n), (1, channels, *[1] * n), (g.shape(x)[-1],), (1,), ())

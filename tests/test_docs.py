@@ -188,7 +188,8 @@ class Rule:
 def test_every_operator_is_in_the_table() -> None:
     named = {code for code in first_column("The operators") if len(code) > 1}
     named |= {code for code in first_column("The operators") if code in RULES}
-    assert named == set(RULES), f"missing: {sorted(set(RULES) - named)}, gone: {sorted(named - set(RULES))}"
+    rules = {name for name in RULES if not name.startswith("example::")}  # which another page registers
+    assert named == rules, f"missing: {sorted(rules - named)}, gone: {sorted(named - rules)}"
 
 
 def test_links_within_the_page() -> None:

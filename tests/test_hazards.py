@@ -260,6 +260,14 @@ CASES: dict[str, Case] = {
     "divided by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / x.shape[-1]), c=conv(size=1), n=norm(3)), {"n": "depends on the size"}),
     "sum over positions": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)).sum((2, 3))), c=nn.Linear(3, 2), n=norm(3)), {"n": "depends on the size"}),
     "sum over branches": Case(lambda: Net(lambda m, x: m.c(torch.stack([m.n(F.silu(x)), F.silu(x)], 1).sum(1)), c=conv(size=1), n=norm(3)), {"n": "different scales"}),
+    "einsum": Case(lambda: Net(lambda m, x: m.n(torch.einsum("bchw,oc->bohw", m.a(x), m.t.weight)), a=conv(3, 6), t=nn.Linear(6, 4), n=norm(4, affine=False)), {"n": "no bias"}),
+    "einsum and a bias": Case(lambda: Net(lambda m, x: m.n(torch.einsum("oc,bchw->bohw", m.t.weight, F.silu(m.a(x))) + m.t.bias.view(1, 4, 1, 1)), a=conv(3, 6), t=nn.Linear(6, 4), n=norm(4)), {"n": None}),
+    "einsum, forward": Case(lambda: Net(lambda m, x: torch.einsum("bchw,co->bhwo", m.n(F.silu(m.a(x))), m.t.weight) + m.t.bias[:4], a=conv(3, 6), t=nn.Linear(4, 6), n=norm(6)), {"n": None}),
+    "literal tensor": Case(lambda: Net(lambda m, x: m.n(m.a(x) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)), a=conv(3, 3), n=norm(3)), {"n": None}),
+    "random tensor": Case(lambda: Net(lambda m, x: m.n(m.a(x) * 0 + torch.rand(3, 1, 1)), a=conv(3, 3), n=norm(3)), {"n": "rand in"}),
+    "positions of maxima": Case(lambda: dead(Net(lambda m, x: F.max_pool2d(m.n(m.a(x)), 2, return_indices=True)[1], a=conv(3, 3), n=norm(3))), {"n": None}),
+    "division by 0": Case(lambda: Net(lambda m, x: torch.nan_to_num(m.n(m.a(x) / 0.0), 0.0, 0.0, 0.0) + x, a=conv(3, 3), n=norm(3)), {"n": "divides by 0"}),
+    "nothing of it": Case(lambda: Net(lambda m, x: m.n(torch.rsub(m.a(x), 1, alpha=0)), a=conv(3, 3), n=norm(3)), {"n": "multiplies by 0"}),
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),
@@ -300,6 +308,12 @@ CASES: dict[str, Case] = {
     "nothing but the norm": Case(lambda: norm(3), {"BatchNorm2d": "whole model"}),
     "norm on the input": Case(lambda: Net(lambda m, x: m.c(m.n(x)), c=conv(), n=norm(3)), {"n": "input of the model"}),
 }  # fmt: skip
+
+
+def dead(net: nn.Module) -> nn.Module:
+    """With a channel that is multiplied by 0, of which every position is a maximum."""
+    net.n.weight.data[0] = 0.0
+    return net
 
 
 def _old_weight_norm(layer: nn.Module) -> nn.Module:

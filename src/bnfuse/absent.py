@@ -31,8 +31,8 @@ _KNOWN_FORWARDS = {
 }  # fmt: skip
 
 
-def add_absent(model: nn.Module, graph: Graph) -> None:
-    """Give every operator whose layer has an empty place for a bias (or gain) a value for it."""
+def add_absent(model: nn.Module, graph: Graph) -> list[Value]:
+    """Give every operator whose layer has an empty place for a bias (or gain) a value for it; returns these values."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -53,6 +53,7 @@ def add_absent(model: nn.Module, graph: Graph) -> None:
                 created[key] = value
             node.bound[place] = created[key]
             created[key].consumers.append(node)
+    return list(created.values())
 
 
 def _channel_axis(node: Node) -> int:

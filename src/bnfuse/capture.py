@@ -501,9 +501,11 @@ def _operator(func: Any) -> _Operator:
     written = tuple(
         argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write
     )
+    if schema.name == "aten::detach_":
+        written = ()  # it changes what is known of the tensor's history, and no element
     if namespace != "aten":
         name = schema.name
-    elif name.endswith("_") and written and not name.startswith("_"):
+    elif name.endswith("_") and (written or name == "detach_") and not name.startswith("_"):
         name = name[:-1]
     elif written:
         name = schema.name  # out= variants and silent writers: known to no rule

@@ -127,7 +127,7 @@ class ModuleCall:
     def is_standard(self) -> bool:
         """True if the module runs the forward of a class of PyTorch's."""
         forward = type(self.module).forward
-        return "forward" not in self.module.__dict__ and forward.__module__.startswith("torch.nn.modules.")
+        return "forward" not in self.module.__dict__ and (forward.__module__ or "").startswith("torch.nn.modules.")
 
     @property
     def label(self) -> str:

@@ -123,8 +123,8 @@ def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], r
             obstacle = f"{type(module).__name__}.forward does more than {what}"
         else:
             sites, keep = [site for site, _ in found], found[0][1]
-    statistics = getattr(module, "running_mean", None)
-    channels = getattr(module, "num_features", None) or (0 if statistics is None else statistics.numel())
+    own = [*module._parameters.values(), *module._buffers.values()]
+    channels = getattr(module, "num_features", None) or max((t.numel() for t in own if t is not None), default=0)
     kind = type(module).__name__
     reason = None if obstacle is None else Reason(obstacle)
     return Norm(tuple(names), names[0] or kind, kind, channels, tuple(sites), keep, reason)

@@ -14,7 +14,7 @@ from torch import nn
 from bnfuse.absent import add_absent
 from bnfuse.capture import Capture, capture
 from bnfuse.errors import InputError, NoNormError
-from bnfuse.graph import Graph
+from bnfuse.graph import Graph, Value
 from bnfuse.handled import add_handled
 from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
@@ -67,10 +67,10 @@ class Draft:
             raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
         _check_also(model, options.also)
         self.kept = _kept(self.norms, options.keep)
-        add_absent(model, self.graph)
+        absent = add_absent(model, self.graph)
         _pin_shared_with_idle(model, self.graph)
         if options.layers is not None:
-            _pin_others(model, self.graph.leaves.values(), options.layers)
+            _pin_others(model, [*self.graph.leaves.values(), *absent], options.layers)
 
     def plan(self, kept: Mapping[Norm, Reason] | None = None) -> Plan:
         """Solve, look at what the plan takes for granted, and solve again without what does not hold.
@@ -164,7 +164,7 @@ def _pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
                 value.pin(f"it is also {idle[0]}, whose module did not run")
 
 
-def _pin_others(model: nn.Module, values: Iterable[Any], layers: tuple[type[nn.Module], ...]) -> None:
+def _pin_others(model: nn.Module, values: Iterable[Value], layers: tuple[type[nn.Module], ...]) -> None:
     for value in values:
         for name in value.names:
             owner = model.get_submodule(name.rpartition(".")[0])

@@ -84,7 +84,9 @@ class Network:
 
         if node.operator in ("to", "_to_copy", "type_as") and node.outputs[0].dtype.is_floating_point:
             return self.content(node.inputs[0])
-        if node.overload._schema.is_mutable:
+        if torch.Tag.nondeterministic_seeded in node.overload.tags:
+            raise Refusal(Reason("its contents are random", node.operator, node.call.label), scale=False)
+        if node.overload._schema.is_mutable and node.operator != "detach":
             raise Refusal(Reason("its contents are written in place", node.operator, node.call.label), scale=False)
         result = node.overload(**{name: contents(argument) for name, argument in node.bound.items()})
         results = [result] if isinstance(result, Tensor) else list(result)

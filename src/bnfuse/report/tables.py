@@ -40,7 +40,9 @@ def plan_table(plan: Plan) -> Table:
         (decision.norm, decision.kind, str(decision.channels), _verdict(decision)) for decision in plan.decisions
     )
     columns = (Column("norm"), Column("kind"), Column("channels", number=True), Column("decision"))
-    title = f"{plan.model}: {len(plan.decisions)} batch norms, {len(plan.fused)} fused, {len(plan.kept)} kept"
+    count = len(plan.decisions)
+    norms = "batch norm" if count == 1 else "batch norms"
+    title = f"{plan.model}: {count} {norms}, {len(plan.fused)} fused, {len(plan.kept)} kept"
     return Table(title, columns, rows)
 
 

@@ -3,6 +3,7 @@
 from bnfuse.rules import (
     activation,
     attention,
+    einsum,
     joining,
     layers,
     norms,
@@ -21,6 +22,7 @@ __all__ = [
     "RULES",
     "activation",
     "attention",
+    "einsum",
     "joining",
     "layers",
     "norms",

@@ -62,6 +62,12 @@ def pool(node: Node, trial: Trial) -> None:
         padded = padded if isinstance(padded, int) else any(padded)
         divides = not (padded and node.argument("count_include_pad", True))
         divides = divides and node.argument("divisor_override") is None
+    if len(node.outputs) > 1 and (node.outputs[1].consumers or node.outputs[1].pinned):
+        unit = trial.unit(node.outputs[0]) or trial.unit(node.inputs[0])
+        if unit is not None and unit.scale is not None and bool((unit.scale <= 0).any()):
+            trial.refuse(
+                node, "the positions of the maxima, which are used, stay under a positive scale only", scale=True
+            )
     _pool(node, trial, axes, node.outputs[0], keep=True, maximum="max" in name, shift=divides)
 
 

@@ -31,6 +31,8 @@ def product(node: Node, trial: Trial) -> None:
             trial.refuse(node, "it divides a number by its input", scale=True)
         x, y = y, x
     if not isinstance(y, Value):
+        if power < 0 and y == 0:
+            trial.refuse(node, "it divides by 0", scale=True)
         _times_number(node, trial, x, float(y) ** power, z)
     elif x is y:
         trial.refuse(node, "it multiplies a tensor by itself", scale=True)

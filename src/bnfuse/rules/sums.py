@@ -48,6 +48,9 @@ def _add_number(node: Node, trial: Trial, x: Value, z: Value) -> None:
     sign = -alpha if node.operator == "rsub" else 1.0 if first else alpha
     added = float(number) * {"add": alpha if first else 1.0, "sub": -alpha, "rsub": 1.0}[node.operator]
 
+    if sign == 0:
+        trial.refuse(node, "it multiplies by 0", scale=True)
+
     def forward(unit: Unit) -> Unit:
         unit = _times(unit, sign)
         if unit.scale is None or added == 0:
