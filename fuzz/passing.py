@@ -10,7 +10,7 @@ def pass_through(g: Builder, x: str) -> str:
     if len(g.shape(x)) < 2:
         raise Unfit
     family = g.one_of(
-        _reshaped, _reshaped, _turned, _joined, _taken, _pooled, _resized, _padded, _numbers, _parameters, _copied,
+        _reshaped, _reshaped, _turned, _joined, _taken, _pooled, _resized, _padded, _numbers, _turned_around, _parameters, _copied,
         _positive, _averaged, _summed, _made_from_shape, _mixed,
     )  # fmt: skip
     codes = family(g, x)

@@ -137,7 +137,7 @@ def hooks_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def numbers_of_the_shape_trusted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(solve.Trial, "assume", lambda self, node, number: None)
+    patch.setattr(solve.Trial, "assume", lambda self, node: None)
 
 
 def memory_not_watched(patch: pytest.MonkeyPatch) -> None:

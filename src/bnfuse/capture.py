@@ -38,10 +38,19 @@ _ESCAPES: dict[Any, str] = {
     torch.Tensor.__deepcopy__: "copy.deepcopy",
     torch.Tensor.__reduce_ex__: "pickling",
     torch.Tensor.data_ptr: ".data_ptr()",
+    torch.Tensor.storage: ".storage()",
+    torch.Tensor.new_tensor: ".new_tensor()",
+    torch.tensor: "torch.tensor",
+    torch.as_tensor: "torch.as_tensor",
+    torch.asarray: "torch.asarray",
+    torch.utils.dlpack.to_dlpack: "to_dlpack",  # type: ignore[attr-defined]
     torch.Tensor.untyped_storage: ".untyped_storage()",
     torch.Tensor.data.__get__: ".data",  # type: ignore[attr-defined]
     torch.Tensor.data.__set__: ".data",  # type: ignore[attr-defined]
 }
+
+# Ways for numbers in the code to become a tensor.
+_LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 
 # Operators that write running statistics without saying so in their schema, with the flag that makes them do it.
 _SILENT_WRITERS = {
@@ -49,6 +58,10 @@ _SILENT_WRITERS = {
     "instance_norm": "use_input_stats",
     "native_batch_norm": "training",
 }
+
+
+_OWN_HOOKS: set[int] = set()
+"""The global hooks that the recorder has registered; all others are the caller's."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +164,8 @@ class _Watch:
                 container.clear()
                 container.extend(copy) if isinstance(container, list) else container.update(copy)
         for tensor, contents in self.saved.values():
-            tensor.data.copy_(contents)
+            if tensor.shape == contents.shape:
+                tensor.data.copy_(contents)
 
 
 def _differs(container: Any, before: Any) -> bool:
@@ -301,7 +315,9 @@ class _Recorder(TorchDispatchMode):
         value = self.known(tensor)
         if value is None:
             # Not made by any operator that was seen, and no parameter or buffer: a constant.
-            return self._register_leaf(tensor, Kind.CONSTANT)
+            value = self._register_leaf(tensor, Kind.CONSTANT)
+            value.independent = value.independent and not tensor.is_inference()  # made during the run, unseen
+            return value
         if value.version != value.storage.version:
             return self._stale(tensor, value)
         return value
@@ -340,7 +356,7 @@ class _Recorder(TorchDispatchMode):
             bound[name] = self._bind(argument, tensors, inputs)
         for name, argument in kwargs.items():
             bound[name] = self._bind(argument, tensors, inputs)
-        written = [bound[name] for name in operator.written if isinstance(bound.get(name), Value)]
+        written = [value for name in operator.written for value in _values(bound.get(name))]
         writers = _SILENT_WRITERS.get(operator.name)
         if writers and bound.get(writers):
             written += [bound[name] for name in ("running_mean", "running_var") if isinstance(bound.get(name), Value)]
@@ -411,6 +427,11 @@ class _Recorder(TorchDispatchMode):
         self.nodes.append(node)
         self.call.nodes.append(node)
 
+    def literal(self, tensor: Tensor) -> None:
+        """A tensor that the code makes of numbers."""
+        if self.known(tensor) is None:
+            self._register_leaf(tensor, Kind.CONSTANT)
+
     def escape(self, tensor: Tensor, how: str) -> None:
         value = self.known(tensor)
         if value is not None:
@@ -438,7 +459,11 @@ class _Recorder(TorchDispatchMode):
                 return
             if has_hooks(module):
                 self._pin_all((args, kwargs, output), f"a hook on {call.label} reads it")
-            call.plain = len(args) == 1 and not kwargs
+            given = [*args, *(value for name, value in kwargs.items() if name == "input")]
+            call.plain = len(given) == len(args) + len(kwargs) == 1 and isinstance(given[0], Tensor)
+            call.plain = call.plain and isinstance(output, Tensor)
+            if kwargs:
+                call.inputs += [self.value(tensor) for _, tensor in tree.tensors(kwargs)]
             call.outputs = [self.value(tensor) for _, tensor in tree.tensors(output)]
             self.calls.append(call)
             call.parent.children.append(call)
@@ -448,11 +473,13 @@ class _Recorder(TorchDispatchMode):
             module_hooks.register_module_forward_pre_hook(before),
             module_hooks.register_module_forward_hook(after, with_kwargs=True),
         ]
+        _OWN_HOOKS.update(handle.id for handle in handles)
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+                _OWN_HOOKS.discard(handle.id)
                 # RemovableHandle forgets this registry, which would leave every later call on the slow path.
                 module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
@@ -480,10 +507,12 @@ class _EscapeWatch(TorchFunctionMode):
     ) -> Any:
         how = _ESCAPES.get(func)
         if how is not None:
-            for argument in args:
-                if isinstance(argument, Tensor):
-                    self.recorder.escape(argument, how)
-        return func(*args, **(kwargs or {}))
+            for _, tensor in tree.tensors(args):
+                self.recorder.escape(tensor, how)
+        result = func(*args, **(kwargs or {}))
+        if func in _LITERALS and isinstance(result, Tensor) and not tree.tensors(args):
+            self.recorder.literal(result)
+        return result
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -492,7 +521,14 @@ def has_hooks(module: nn.Module) -> bool:
     PyTorch's own hooks that recompute a weight (weight_norm, spectral_norm, pruning) read no activations.
     """
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if _has_global_hooks():
+        return True
     return any(not type(getattr(hook, "__self__", hook)).__module__.startswith("torch.nn.utils.") for hook in hooks)
+
+
+def _has_global_hooks() -> bool:
+    registries = (module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks)
+    return any(id not in _OWN_HOOKS for registry in registries for id in registry)
 
 
 def _operator(func: Any) -> _Operator:
@@ -501,6 +537,8 @@ def _operator(func: Any) -> _Operator:
     written = tuple(
         argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write
     )
+    if schema.name == "aten::view" and schema.overload_name == "dtype":
+        name = "view.dtype"
     if schema.name == "aten::detach_":
         written = ()  # it changes what is known of the tensor's history, and no element
     if namespace != "aten":
@@ -510,6 +548,12 @@ def _operator(func: Any) -> _Operator:
     elif written:
         name = schema.name  # out= variants and silent writers: known to no rule
     return _Operator(name, tuple(argument.name for argument in schema.arguments), written)
+
+
+def _values(argument: Any) -> list[Value]:
+    if isinstance(argument, Value):
+        return [argument]
+    return [value for item in argument for value in _values(item)] if isinstance(argument, tuple) else []
 
 
 def _flat(result: Any) -> list[Tensor]:

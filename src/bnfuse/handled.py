@@ -56,6 +56,9 @@ def _collapse(call: ModuleCall, inside: list[Node], layer: Value) -> None:
                 value.consumers.remove(node)
             if value.names:
                 value.pin("a handler looks after the layer that reads it")
+        for value in node.outputs:
+            if value not in call.outputs:
+                value.pin("a handler looks after the layer that makes it")
     for node in rest:
         node.operator, node.bound, node.inputs, node.outputs, node.written = "inside", {}, [], [], []
     last.operator, last.call = "handled", call

@@ -40,6 +40,10 @@ class Layouts:
                     continue
                 tensor = _without_contents(site.x)
             changed[site.y] = tensor
+            if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+                writer = _writer(site.y.storage)
+                if writer is not None:
+                    return writer
             if _differs_at_other_sizes(site):
                 found = _minds(site.y.storage)
                 if found is not None:
@@ -104,4 +108,9 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_written(storage: Storage) -> bool:
-    return any(value in node.written for value in storage.values for node in value.consumers)
+    return _writer(storage) is not None
+
+
+def _writer(storage: Storage) -> Node | None:
+    readers = (node for value in storage.values for node in value.consumers)
+    return next((node for node in readers if any(value.storage is storage for value in node.written)), None)

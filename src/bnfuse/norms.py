@@ -162,7 +162,7 @@ def _parts(call: ModuleCall) -> tuple[Site, tuple[str, ...]] | None:
     names = {id(module): name for name, module in call.module.named_children()}
     keep = []
     for child in call.children:
-        if child.inputs != [value] or len(child.outputs) != 1 or id(child.module) not in names:
+        if not child.plain or child.inputs != [value] or len(child.outputs) != 1 or id(child.module) not in names:
             return None
         value = child.outputs[0]
         if not isinstance(child.module, nn.Identity):

@@ -73,7 +73,7 @@ def _apply_edit(model: nn.Module, edit: Edit, undo: list[Callable[[], None]]) ->
         for unit in factors:
             new = _edited(new, unit)
         rounded = new.to(data.dtype)
-        if not bool(torch.isfinite(rounded).all()):
+        if not bool((torch.isfinite(rounded) | ~torch.isfinite(part.cpu())).all()):
             raise FusionError(
                 f"{edit.names[0]} would leave the range of {data.dtype}. Convert the model to float32 first "
                 f"(model.float()), or keep the norm that it takes up (keep=...)."

@@ -74,8 +74,7 @@ class Network:
         if node is None or not value.independent or value.pinned is not None:
             raise Refusal(Reason("its contents depend on the run"), scale=False)
 
-        if not node.inputs:
-            self._assume([node])
+        self._assume([node])
 
         def contents(argument: Any) -> Any:
             if isinstance(argument, Value):
@@ -202,10 +201,16 @@ class Trial:
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
         if unit.is_identity:
             return
+        for part in (unit.scale, unit.shift):
+            if part is not None and not bool(torch.isfinite(part).all()):
+                self.refuse(node, "the edit of a parameter would not be finite", scale=True)
         if value.kind is Kind.COMPUTED:
             self.demand(value, unit)
-        else:
-            self.edits.setdefault(value, {})[node] = unit
+            return
+        requests = self.edits.setdefault(value, {})
+        if node in requests and not _agree(requests[node], unit):
+            self.refuse(node, "it reads one parameter in two places that ask for different edits")
+        requests[node] = unit
 
     def content(self, value: Value) -> Tensor:
         return self.network.content(value)
@@ -262,12 +267,14 @@ class Trial:
                 assert node.data is not None
                 link(self, node.data, node.outputs[0], same, same)
                 continue
+            if all(self.units.get(value, IDENTITY).is_identity for value in (*node.inputs, *node.outputs)):
+                continue
             if node.operator in ABSORBERS:
                 self._touched[node] = None
             rule = RULES.get(node.operator)
             if rule is not None:
                 rule(node, self)
-            elif any(not self.units.get(value, IDENTITY).is_identity for value in (*node.inputs, *node.outputs)):
+            else:
                 self.refuse(node, "it passes no change of units", scale=True)
 
     def _decide(self, node: Node) -> None:

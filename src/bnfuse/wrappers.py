@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfuse import tree
+from bnfuse.errors import InputError
+
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
     """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers.
@@ -56,11 +59,25 @@ def copy_model(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    with torch.no_grad():
-        copied = copy.deepcopy(model, memo)
+        for name, attribute in module.__dict__.items():
+            if name not in ("_modules", "_parameters", "_buffers"):
+                for _, value in tree.tensors(attribute):
+                    if not value.is_leaf:
+                        memo[id(value)] = value.detach().clone()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
+            f"Fuse it in place: bnfuse.fuse(model, inputs, inplace=True)."
+        ) from error
+    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    if any(id(tensor) in held for tensor in (*copied.parameters(), *copied.buffers())):
+        raise InputError(
+            f"A copy of {type(model).__name__} shares parameters with it (a __deepcopy__ of its own), so it would "
+            f"change with the copy. Fuse it in place: bnfuse.fuse(model, inputs, inplace=True)."
+        )
     _share_memory(model, copied)
     return copied
 

@@ -81,7 +81,7 @@ def select(node: Node, trial: Trial) -> None:
     if not isinstance(index, int):
         trial.refuse(node, "its index is a tensor", scale=True)
     piece = _Piece(node.outputs[0], index % whole.shape[axis], 1, dropped=True)
-    _settle(node, trial, whole, [piece], axis)
+    _settle(node, trial, whole, [piece], axis, chosen=True)
 
 
 @rule("slice", "narrow")
@@ -92,8 +92,9 @@ def take_slice(node: Node, trial: Trial) -> None:
     if not isinstance(start, int):
         trial.refuse(node, "its start is a tensor", scale=True)
     size = whole.shape[axis]
-    start = min(start + size if start < 0 else start, size)
-    _settle(node, trial, whole, [_Piece(part, start, part.shape[axis], node.argument("step", 1))], axis)
+    start = min(max(start + size, 0) if start < 0 else start, size)
+    piece = _Piece(part, start, part.shape[axis], node.argument("step", 1))
+    _settle(node, trial, whole, [piece], axis, chosen=True)
 
 
 @rule("index_select", "index")
@@ -116,12 +117,15 @@ def take_index(node: Node, trial: Trial) -> None:
         if not of_part.same_as(_part(unit, _Piece(part, 0, part.shape[axis], index=numbers), axis)):
             trial.refuse(node, "it takes an element more than once", scale=True)
         return
-    _settle(node, trial, whole, [_Piece(part, 0, part.shape[axis], index=numbers)], axis)
+    _settle(node, trial, whole, [_Piece(part, 0, part.shape[axis], index=numbers)], axis, chosen=True)
 
 
-def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: int) -> None:
+def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: int, chosen: bool = False) -> None:
+    """Tie the whole to its pieces. ``chosen``: by numbers in the code, and pieces may leave something over."""
     unit = trial.unit(whole)
     if unit is not None:
+        if chosen and axis in unit.axes():
+            trial.assume(node)
         for piece in pieces:
             part = _part(unit, piece, axis)
             if not (part.is_identity and trial.unit(piece.value) is None):
@@ -130,9 +134,21 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
     units = [(piece, unit) for piece in pieces if (unit := trial.unit(piece.value))]
     if any(not unit.is_identity for _, unit in units) and not trial.postpone(node):
         try:
-            trial.choose(node, [{whole: _joined(units, whole, axis)}])
+            joined = {whole: _joined(units, whole, axis)}
+            spread = _spread(units, axis) if chosen else None
+            if chosen and spread is None:
+                trial.assume(node)
+            trial.choose(node, [joined] if spread is None else [{whole: spread}, joined])
         except NotInvertibleError:
             trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+
+
+def _spread(units: list[tuple[_Piece, Unit]], axis: int) -> Unit | None:
+    """The unit of a single piece for the whole axis, if it is uniform along it, so that it holds for any piece."""
+    (piece, unit), *others = units
+    if others or (not piece.dropped and axis in unit.axes()):
+        return None
+    return unit.map(lambda tensor: tensor.unsqueeze(axis)) if piece.dropped else unit
 
 
 def _part(unit: Unit, piece: _Piece, axis: int) -> Unit:

@@ -66,6 +66,8 @@ def _layer(node: Node) -> _Layer | None:
         return _matrix_layer(node, y)
     x, w, b = node.bound["input"], node.bound["weight"], node.argument("bias")
     if node.operator == "linear":
+        if len(w.shape) != 2:
+            return None
         return _Layer(x, y, w, b, len(x.shape) - 1, 1, False, True)
     if node.operator == _DEFORMED:  # samples zeros outside of the image
         return _Layer(x, y, w, b, 1, x.shape[1] // w.shape[1], False, False)

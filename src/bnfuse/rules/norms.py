@@ -39,10 +39,11 @@ def affine(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
         a, c = weight / sigma, bias - mean * (weight / sigma)
         shape = [1, -1] + [1] * (rank - 2)
         return a.reshape(shape), c.reshape(shape)
+    trial.assume(node)
     left, right = node.bound["self"], node.bound["other"]
     swapped = not isinstance(left, Value) or left.independent
     other = left if swapped else right
-    k = trial.content(other) if isinstance(other, Value) else torch.tensor(float(other), dtype=torch.float64)
+    k = trial.content(other).double() if isinstance(other, Value) else torch.tensor(float(other)).double()
     k = k.reshape([1] * (rank - k.dim()) + list(k.shape))
     one, zero = torch.ones_like(k), torch.zeros_like(k)
     alpha = node.argument("alpha", 1)
@@ -61,7 +62,8 @@ def is_step(node: Node) -> bool:
         return False
     left, right = node.bound["self"], node.bound["other"]
     depends = [isinstance(value, Value) and not value.independent for value in (left, right)]
-    return sum(depends) == 1 and not (node.operator == "div" and depends[1])
+    numbers = all(isinstance(value, (Value, int, float)) for value in (left, right))
+    return numbers and sum(depends) == 1 and not (node.operator == "div" and depends[1])
 
 
 def _parts(node: Node, trial: Trial) -> tuple[Tensor, Tensor, Tensor, Tensor]:

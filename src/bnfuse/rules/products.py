@@ -23,6 +23,8 @@ from bnfuse.units import NotInvertibleError, Unit, multiply
 @rule("mul", "div", "true_divide", "multiply", "divide")
 def product(node: Node, trial: Trial) -> None:
     x, y, z = node.bound["self"], node.bound["other"], node.outputs[0]
+    if isinstance(x, complex) or isinstance(y, complex):
+        trial.refuse(node, "its number is complex", scale=True)
     power = 1 if node.operator.startswith("mul") else -1
     if node.argument("rounding_mode") is not None:
         trial.refuse(node, "it rounds", scale=True)
@@ -173,7 +175,7 @@ class _Gain:
         return scale if scale is None or self.power > 0 else 1 / scale
 
     def _contents(self) -> Tensor:
-        contents = self.trial.content(self.p)
+        contents = self.trial.content(self.p).double()
         contents = contents.reshape([1] * (len(self.z.shape) - contents.dim()) + list(contents.shape))
         return contents if self.power > 0 else 1 / contents
 

@@ -103,7 +103,9 @@ def reorder(node: Node, trial: Trial) -> None:
         shifts = [shifts] if isinstance(shifts, int) else shifts
         if not dims:
             trial.refuse(node, "it rolls the flattened tensor", scale=True)
-        steps = {axis % len(x.shape): shift for axis, shift in zip(dims, shifts, strict=True)}
+        steps = {}
+        for axis, shift in zip(dims, shifts, strict=True):
+            steps[axis % len(x.shape)] = (steps.get(axis % len(x.shape)) or 0) + shift
 
     def moved(sign: int) -> Callable[[Tensor], Tensor]:
         def move(tensor: Tensor) -> Tensor:

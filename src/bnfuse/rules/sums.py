@@ -22,8 +22,8 @@ def add_tensors(node: Node, trial: Trial) -> None:
     z = node.outputs[0]
     x, y = node.bound["self"], node.bound["other"]
     alpha = node.argument("alpha", 1)
-    if isinstance(alpha, Value):
-        trial.refuse(node, "its factor is a tensor", scale=True)
+    if any(isinstance(number, complex) for number in (x, y, alpha)):
+        trial.refuse(node, "its number is complex", scale=True)
     if not isinstance(x, Value) or not isinstance(y, Value):
         _add_number(node, trial, x if isinstance(x, Value) else y, z)
         return
