@@ -42,7 +42,7 @@ STEPS = 8
 OPERATORS = (
     "conv2d (1x1, 3x3, padded or not, groups)", "linear", "batch_norm", "relu", "leaky_relu", "silu", "add", "sub",
     "cat", "chunk", "slice", "flip of channels", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d + flatten",
-    "multiplication by and addition of a number", "product with a gate", "a layer called twice",
+    "multiplication by and addition of a number", "product with a gate", "a convolution called twice",
 )  # fmt: skip
 
 
@@ -105,9 +105,10 @@ def _split(g: Builder) -> None:
 
 
 def _again(g: Builder) -> None:
-    if not g.applied:
+    convolutions = [(layer, x) for layer, x in g.applied if layer.startswith("m.c")]
+    if not convolutions:
         raise Unfit
-    layer, before = g.random.choice(g.applied)
+    layer, before = g.random.choice(convolutions)
     g.apply(layer, g.pick(4, where=lambda tensor: tensor.shape[1] == before.shape[1]))
 
 

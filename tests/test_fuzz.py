@@ -153,8 +153,13 @@ def padded_zeros_counted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pooling, "_pool", lambda *args, **options: original(*args, **{**options, "shift": True}))
 
 
-def alpha_of_a_sum_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(sums, "_times", lambda unit, factor: unit)
+def sign_of_a_sum_forgotten(patch: pytest.MonkeyPatch) -> None:
+    original = sums._Sum.__init__
+
+    def positive(self: Any, node: Any, trial: Any, operands: Any, factors: Any, z: Any) -> None:
+        original(self, node, trial, operands, tuple(map(abs, factors)), z)
+
+    patch.setattr(sums._Sum, "__init__", positive)
 
 
 def shift_through_a_number_unscaled(patch: pytest.MonkeyPatch) -> None:
@@ -179,7 +184,7 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     transposed_weight_taken_for_a_plain_one: "ConvTranspose", shared_parameters_ignored: "", outputs_not_pinned: "",
     views_not_pinned: r"[a-z]_\(|\+= |\] = ", hooks_ignored: "hook", numbers_of_the_shape_trusted: "shape|len|numel",
     memory_not_watched: r"inplace|Act|[a-z]_\(", run_leaves_traces: "", padded_zeros_counted: "avg_pool|AvgPool",
-    alpha_of_a_sum_forgotten: r"alpha|1 - |(v\d+) \+ \1", shift_through_a_number_unscaled: "", unequal_units_taken_for_equal: "",
+    sign_of_a_sum_forgotten: "sub| - ", shift_through_a_number_unscaled: "", unequal_units_taken_for_equal: "",
 }  # fmt: skip
 """Mutants, with what a program must mention to be worth a try (which only saves time)."""
 

@@ -161,6 +161,55 @@ def in_place_by_side_effect(m: Any, x: Tensor) -> Tensor:
     return m.e(s + m.b(y))
 
 
+class TupleNorm(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Any:
+        return (super().forward(x),)
+
+
+def channel_by_data(m: Any, x: Tensor) -> Tensor:
+    k = int(x.mean((0, 2, 3)).argmax())
+    return m.c(m.n(F.silu(x))[:, k : k + 1])
+
+
+def square_only(m: Any, x: Tensor) -> Tensor:
+    assert x.shape[2] == x.shape[3]
+    return m.c(m.n(F.silu(x)) / x.shape[-1])
+
+
+def padded_if_odd(m: Any, x: Tensor) -> Tensor:
+    y = m.n(F.silu(x))
+    if x.shape[3] % 2:
+        y = F.pad(y, (0, 1, 0, 1))
+    return m.c(y)
+
+
+def counter(m: Any, x: Tensor) -> Tensor:
+    m.calls = getattr(m, "calls", 0) + 1
+    return m.n(m.c(x) * m.calls)
+
+
+def stateful(net: nn.Module) -> nn.Module:
+    net.register_buffer("state", torch.zeros(1, 6, 1, 1))
+    return net
+
+
+def last_call(m: Any, x: Tensor) -> Tensor:
+    z = m.c(x) + m.state
+    m.state = x.mean((0, 2, 3), keepdim=True)[:, :1].expand(1, 6, 1, 1).clone()
+    return m.n(z)
+
+
+BEHIND = (
+    lambda y: y.clamp(0, 6),
+    lambda y: y * y,
+    lambda y: y.max(),
+    lambda y: y[y > 0].sum(),
+    lambda y: y.roll(1),
+    lambda y: y.div(2, rounding_mode="floor"),
+    lambda y: y * 1j,
+)
+
+
 def in_place_and_returned(m: Any, x: Tensor) -> Any:
     s = m.a(x)
     y = m.n(s)
@@ -254,11 +303,11 @@ CASES: dict[str, Case] = {
     "padded and cropped": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (0, 0, 0, 0, 1, -1))), a=conv(3, 6), n=norm(6)), {"n": "would not be shifted"}),
     "zeros padded around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1))), a=conv(3, 6), n=norm(6)), {"n": "would not be shifted"}),
     "reflected around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1), mode="reflect")), a=conv(3, 6), n=norm(6)), {"n": None}),
-    "padding by the size": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (0, x.shape[-1] % 2))), a=conv(3, 6), n=norm(6)), {"n": "depends on the size"}),
-    "convolution that pads by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=SizePaddedConv(3, 6, 2), n=norm(3)), {"n": "depends on the size"}),
+    "padding by the size": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (0, x.shape[-1] % 2))), a=conv(3, 6), n=norm(6)), {"n": "depend on the size"}),
+    "convolution that pads by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=SizePaddedConv(3, 6, 2), n=norm(3)), {"n": "depend on the size"}),
     "half of what comes": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / 2), c=conv(size=1), n=norm(3)), {"n": None}),
-    "divided by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / x.shape[-1]), c=conv(size=1), n=norm(3)), {"n": "depends on the size"}),
-    "sum over positions": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)).sum((2, 3))), c=nn.Linear(3, 2), n=norm(3)), {"n": "depends on the size"}),
+    "divided by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / x.shape[-1]), c=conv(size=1), n=norm(3)), {"n": "depend on the size"}),
+    "sum over positions": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)).sum((2, 3))), c=nn.Linear(3, 2), n=norm(3)), {"n": "depend on the size"}),
     "sum over branches": Case(lambda: Net(lambda m, x: m.c(torch.stack([m.n(F.silu(x)), F.silu(x)], 1).sum(1)), c=conv(size=1), n=norm(3)), {"n": "different scales"}),
     "einsum": Case(lambda: Net(lambda m, x: m.n(torch.einsum("bchw,oc->bohw", m.a(x), m.t.weight)), a=conv(3, 6), t=nn.Linear(6, 4), n=norm(4, affine=False)), {"n": "no bias"}),
     "einsum and a bias": Case(lambda: Net(lambda m, x: m.n(torch.einsum("oc,bchw->bohw", m.t.weight, F.silu(m.a(x))) + m.t.bias.view(1, 4, 1, 1)), a=conv(3, 6), t=nn.Linear(6, 4), n=norm(4)), {"n": None}),
@@ -268,6 +317,24 @@ CASES: dict[str, Case] = {
     "positions of maxima": Case(lambda: dead(Net(lambda m, x: F.max_pool2d(m.n(m.a(x)), 2, return_indices=True)[1], a=conv(3, 3), n=norm(3))), {"n": None}),
     "division by 0": Case(lambda: Net(lambda m, x: torch.nan_to_num(m.n(m.a(x) / 0.0), 0.0, 0.0, 0.0) + x, a=conv(3, 3), n=norm(3)), {"n": "divides by 0"}),
     "nothing of it": Case(lambda: Net(lambda m, x: m.n(torch.rsub(m.a(x), 1, alpha=0)), a=conv(3, 3), n=norm(3)), {"n": "multiplies by 0"}),
+    # For other inputs, other sizes, another call.
+    "slice of a table": Case(lambda: Net(lambda m, x: m.n((m.a(x) + m.t.weight[: x.shape[1]]).transpose(1, 2)), a=nn.Linear(6, 4), t=nn.Embedding(16, 4), n=nn.BatchNorm1d(4)), {"n": None}, ((2, 5, 6),)),
+    "crop": Case(lambda: Net(lambda m, x: m.n(m.a(x)[:, :, 1:-1]), a=conv(), n=norm()), {"n": None}),
+    "number from the data": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) * x.abs().max().item()), c=conv(size=1), n=norm(3)), {"n": "depend on the size"}),
+    "channel by the data": Case(lambda: Net(channel_by_data, c=conv(1, 4, 1), n=norm(3)), {"n": "depend on the size"}),
+    "table times the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) * (m.t.weight.view(1, 3, 1, 1) * x.shape[-1])), c=conv(size=1), t=nn.Embedding(3, 1), n=norm(3)), {"n": "on the size"}),
+    "both ways by the size": Case(lambda: Net(lambda m, x: m.d(m.n(m.c(x) / x.shape[2]) / x.shape[3]), c=conv(), d=conv(6, 2, 1), n=norm()), {"n": "depend on the size"}, ((2, 3, 6, 8),)),
+    "square images only": Case(lambda: Net(square_only, c=conv(size=1), n=norm(3)), {"n": "depend on the size"}),
+    "padded at odd sizes": Case(lambda: Net(padded_if_odd, c=conv(size=2, padding=0), n=norm(3)), {"n": "other inputs"}),
+    "counter": Case(lambda: Net(counter, c=conv(), n=norm()), {"n": "other inputs"}),
+    "state of the last call": Case(lambda: stateful(Net(last_call, c=conv(), n=norm())), {"n": "in its place"}),
+    # The norm is not only called.
+    "parameters of the norm read": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + m.n.weight.abs().sum(), c=conv(), n=norm()), {"n": "also read"}),
+    "norm called by its forward": Case(lambda: Net(lambda m, x: m.n.forward(m.d(m.n(m.c(x)))), c=conv(), d=conv(6), n=norm()), {"n": "also read", "batch_norm in Net": "function call"}),
+    "norm that returns a tuple": Case(lambda: Net(lambda m, x: m.n(m.c(x))[0], c=conv(), n=TupleNorm(6)), {"n": "more than normalise"}),
+    "keyword": Case(lambda: Net(lambda m, x: m.n(input=m.c(x)), c=conv(), n=norm()), {"n": None}),
+    # Not touched by any unit.
+    "operators behind": Case(lambda: Net(lambda m, x: [f(m.n(m.c(x))) for f in BEHIND], c=conv(), n=norm()), {"n": None}),
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),

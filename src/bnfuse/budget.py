@@ -34,9 +34,10 @@ def within_budget(draft: Draft, budget: float) -> Plan:
         return plan
     fused = [norm for norm, decision in zip(draft.norms, plan.decisions, strict=True) if decision.fused]
 
+    reason = Reason(f"folding it would cost more precision than the budget of {budget:g}")
+
     def keeping(norms: list[Norm]) -> Plan:
-        reason = Reason(f"folding it would cost more precision than the budget of {budget:g}")
-        return draft.plan(dict.fromkeys(norms, reason))
+        return draft.plan(dict.fromkeys(norms, reason), rehearsed=False)
 
     def fits(norms: list[Norm]) -> bool:
         return _error(draft, keeping(norms)) <= budget
@@ -52,7 +53,7 @@ def within_budget(draft: Draft, budget: float) -> Plan:
         fewer = [other for other in kept if other is not norm]
         if fits(fewer):
             kept = fewer
-    return keeping(kept)
+    return draft.plan(dict.fromkeys(kept, reason))
 
 
 def _error(draft: Draft, plan: Plan) -> float:

@@ -49,6 +49,23 @@ _ESCAPES: dict[Any, str] = {
     torch.Tensor.data.__set__: ".data",  # type: ignore[attr-defined]
 }
 
+# Ways for the code to learn of a size or an element, on which it may then depend.
+_LOOKS = {
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.size,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.__len__,
+    torch.Tensor.item,
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__index__,
+    torch.Tensor.__contains__,
+}
+
 # Ways for numbers in the code to become a tensor.
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 
@@ -66,10 +83,17 @@ _OWN_HOOKS: set[int] = set()
 
 @dataclass(frozen=True)
 class Capture:
-    """The record of a run, and what the run returned."""
+    """The record of a run, and what the run returned.
+
+    Attributes:
+        looks: True if the code looked at a size or an element of a tensor that depends on the input.
+        stateful: True if the run left something behind in the model that depends on the input, or a number.
+    """
 
     graph: Graph
     output: Any
+    looks: bool
+    stateful: bool
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
@@ -91,7 +115,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             except Exception as error:
                 raise InputError(_does_not_run(model, args, kwargs, error)) from error
         recorder.leave(output)
-    return Capture(recorder.graph(), output)
+    return Capture(recorder.graph(), output, recorder.looks, recorder.stateful)
 
 
 @contextlib.contextmanager
@@ -153,6 +177,14 @@ class _Watch:
         for container, copy in self.containers:
             if _differs(container, copy):
                 yield f"a {type(container).__name__} of the model", container
+
+    def replaced(self) -> Iterator[Tensor]:
+        """Parameters and buffers in whose place the run put others."""
+        for container, copy in self.containers:
+            if isinstance(container, dict) and isinstance(copy, dict) and _differs(container, copy):
+                for name, value in copy.items():
+                    if isinstance(value, Tensor) and container.get(name) is not value:
+                        yield value
 
     def restore(self) -> None:
         for module, before in self.attributes:
@@ -224,6 +256,8 @@ class _Recorder(TorchDispatchMode):
         self.call = ModuleCall("", model, None)
         self.calls: list[ModuleCall] = []
         self.thread = threading.get_ident()
+        self.in_literal = False
+        self.looks = self.stateful = False
         self._register_leaves(model)
 
     # Values -----------------------------------------------------------------------------------------------------
@@ -293,10 +327,19 @@ class _Recorder(TorchDispatchMode):
         for _, tensor in tree.tensors(output):
             self.value(tensor).pin("it is an output of the model")
         for where, stored in self.watch.changed():
-            for _, tensor in tree.tensors(stored):
+            found = tree.tensors(stored)
+            self.stateful |= not found
+            for _, tensor in found:
                 value = self.known(tensor)
                 if value is not None and not value.independent:
                     value.pin(f"it is stored in {where}")
+                    self.stateful = True
+        for leaf in self.watch.replaced():
+            value = self.known(leaf)
+            if value is not None:
+                value.pin("the run puts another tensor in its place")
+                self.stateful = True
+        self.stateful |= bool(self.watch.saved)
         for reference in self.tagged:
             alive = reference()
             if alive is not None:
@@ -316,7 +359,8 @@ class _Recorder(TorchDispatchMode):
         if value is None:
             # Not made by any operator that was seen, and no parameter or buffer: a constant.
             value = self._register_leaf(tensor, Kind.CONSTANT)
-            value.independent = value.independent and not tensor.is_inference()  # made during the run, unseen
+            if tensor.is_inference() and tensor.is_floating_point() and not self.in_literal:
+                value.independent = False  # made during the run, by something that was not seen
             return value
         if value.version != value.storage.version:
             return self._stale(tensor, value)
@@ -427,11 +471,6 @@ class _Recorder(TorchDispatchMode):
         self.nodes.append(node)
         self.call.nodes.append(node)
 
-    def literal(self, tensor: Tensor) -> None:
-        """A tensor that the code makes of numbers."""
-        if self.known(tensor) is None:
-            self._register_leaf(tensor, Kind.CONSTANT)
-
     def escape(self, tensor: Tensor, how: str) -> None:
         value = self.known(tensor)
         if value is not None:
@@ -505,14 +544,18 @@ class _EscapeWatch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func in _LOOKS and not self.recorder.looks and args and isinstance(args[0], Tensor):
+            value = self.recorder.known(args[0])
+            self.recorder.looks = value is None or not value.independent
         how = _ESCAPES.get(func)
         if how is not None:
             for _, tensor in tree.tensors(args):
                 self.recorder.escape(tensor, how)
-        result = func(*args, **(kwargs or {}))
-        if func in _LITERALS and isinstance(result, Tensor) and not tree.tensors(args):
-            self.recorder.literal(result)
-        return result
+        self.recorder.in_literal = func in _LITERALS and not tree.tensors(args)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.recorder.in_literal = False
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -113,6 +113,8 @@ def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], r
         obstacle = "it has a forward hook, which would be lost"
     elif id(module) in referenced:
         obstacle = f"the model also refers to it from {referenced[id(module)]}, where it cannot be replaced"
+    elif (reader := _reader(calls)) is not None:
+        obstacle = f"its parameters are also read by {reader}"
     elif "" in names:
         obstacle = "it is the whole model"
     else:
@@ -128,6 +130,18 @@ def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], r
     kind = type(module).__name__
     reason = None if obstacle is None else Reason(obstacle)
     return Norm(tuple(names), names[0] or kind, kind, channels, tuple(sites), keep, reason)
+
+
+def _reader(calls: list[ModuleCall]) -> Node | None:
+    """An operator outside of the norm's own calls that reads its parameters or statistics."""
+    own = [node for call in calls for node in _all_nodes(call)]
+    inside = set(own)
+    leaves = {value for node in own for value in node.inputs if value.names}
+    return next((node for value in leaves for node in value.consumers if node not in inside), None)
+
+
+def _all_nodes(call: ModuleCall) -> list[Node]:
+    return [*call.nodes, *(node for child in call.children for node in _all_nodes(child))]
 
 
 def _functional_norm(node: Node) -> Norm:

@@ -14,12 +14,12 @@ from torch import nn
 from bnfuse.absent import add_absent
 from bnfuse.capture import Capture, capture
 from bnfuse.errors import InputError, NoNormError
-from bnfuse.graph import Graph, Value
+from bnfuse.graph import Graph, Node, Value
 from bnfuse.handled import add_handled
 from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Handler, Plan, Reason, total
-from bnfuse.rehearse import needed_in_place, varying
+from bnfuse.rehearse import holds, needed_in_place, varying
 from bnfuse.solve import solve
 
 log = logging.getLogger("bnfuse")
@@ -60,7 +60,7 @@ class Draft:
         self.model = model
         record, args, kwargs = captured(model, example_inputs)
         self.inputs = (args, kwargs)
-        self.output, self.graph = record.output, record.graph
+        self.record, self.output, self.graph = record, record.output, record.graph
         add_handled(model, self.graph, options.handlers)
         self.norms = find_norms(model, self.graph, options.also)
         if not self.norms:
@@ -72,18 +72,46 @@ class Draft:
         if options.layers is not None:
             _pin_others(model, [*self.graph.leaves.values(), *absent], options.layers)
 
-    def plan(self, kept: Mapping[Norm, Reason] | None = None) -> Plan:
+    def plan(self, kept: Mapping[Norm, Reason] | None = None, rehearsed: bool = True) -> Plan:
         """Solve, look at what the plan takes for granted, and solve again without what does not hold.
 
         Args:
             kept: further norms to keep, with the reason.
+            rehearsed: try the plan on other inputs too, where the code of the model gives reason to.
         """
-        name, kept = type(self.model).__name__, {**self.kept, **(kept or {})}
-        made, assumed = solve(name, self.graph, self.norms, kept)
-        different = varying(self.model, self.graph, assumed.numbers, *self.inputs) if assumed.numbers else set()
-        forbidden = needed_in_place(self.model, self.graph, assumed.out_of_place, *self.inputs)
-        if different or forbidden:
-            made, assumed = solve(name, self.graph, self.norms, kept, different, forbidden)
+        kept = {**self.kept, **(kept or {})}
+        plan = self._solved(kept)
+        if not rehearsed or not (self.record.looks or self.record.stateful) or self._holds(plan):
+            return plan
+        reason = Reason("without it the model would give something else for other inputs, which its code treats apart")
+        fused = [norm for norm, decision in zip(self.norms, plan.decisions, strict=True) if decision.fused]
+        bad = {}
+        for norm in fused:
+            others = {other: reason for other in fused if other is not norm}
+            if not self._holds(self._solved({**kept, **others})):
+                bad[norm] = reason
+        plan = self._solved({**kept, **bad})
+        return plan if bad and self._holds(plan) else self._solved({**kept, **dict.fromkeys(fused, reason)})
+
+    def _holds(self, plan: Plan) -> bool:
+        return not plan.fused or holds(self.model, plan, *self.inputs, self.record.stateful)
+
+    def _solved(self, kept: Mapping[Norm, Reason]) -> Plan:
+        name, graph = type(self.model).__name__, self.graph
+        checked: set[Node] = set()
+        different: set[Node] = set()
+        forbidden: list[nn.Module] = []
+        while True:
+            made, assumed = solve(name, graph, self.norms, kept, different, forbidden)
+            # A sum counts for itself; any other number can follow the size only if the code looks at it.
+            new = {node for node in assumed.numbers - checked if self.record.looks or node.operator == "sum"}
+            varied = varying(self.model, graph, new, *self.inputs) if new else set()
+            needed = needed_in_place(self.model, graph, assumed.out_of_place, *self.inputs)
+            if not varied and not needed:
+                break
+            checked |= new
+            different |= varied
+            forbidden += needed
         names = {id(module): name for name, module in self.model.named_modules()}
         return replace(made, out_of_place=tuple(names[id(module)] for module in assumed.out_of_place))
 

@@ -8,6 +8,9 @@ larger, as far as the model runs at such sizes.
 read, so it is to work out of place. That changes nothing where its caller uses what it returns, and everything where
 the caller counts on the tensor being changed. The run with the setting switched off tells: it must read the same
 values.
+
+*Other inputs.* Code that looks at a size or at an element may do something else for another input, and code that keeps
+something for the next call something else in the next call. Then the fused model is compared on such inputs too.
 """
 
 from __future__ import annotations
@@ -19,12 +22,21 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse import tree
-from bnfuse.capture import capture
+from bnfuse.capture import capture, evaluation_mode, forked_random_state
 from bnfuse.errors import InputError
 from bnfuse.graph import Graph, Kind, Node, Value
+from bnfuse.judge import judge
+from bnfuse.plan import Plan
+from bnfuse.rewrite import rewrite
+from bnfuse.verify import compare_outputs, run
+from bnfuse.wrappers import copy_model
 
 _ALIGNMENT = 32
 """Networks halve images up to five times, so a size that divides by 32 is enlarged by 32."""
+
+
+_SECOND_CALL = 1e-2
+"""Relative error of a second call that is still rounding, also of an ill-conditioned model in float32."""
 
 
 def varying(
@@ -78,20 +90,94 @@ def _steps(graph: Graph) -> list[tuple[str, list[int], list[bool]]]:
     ]
 
 
+def holds(
+    model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], stateful: bool, runs: int = 2
+) -> bool:
+    """True if the plan also holds for inputs with other values and of other sizes, and for a second call.
+
+    Args:
+        stateful: whether a second call may differ from the first.
+        runs: how many other inputs to try, of those that the model takes.
+    """
+    fused = copy_model(model)
+    rewrite(plan, fused)
+    if stateful:
+        first, second = (_second_output(copy_model(module), args, kwargs) for module in (model, fused))
+        if not _close(first, second):
+            return False
+    for other_args, other_kwargs in _larger(args, kwargs):
+        if runs == 0:
+            break
+        try:
+            expected = run(model, other_args, other_kwargs)
+        except Exception:  # noqa: BLE001 (a size that the model does not take)
+            continue
+        runs -= 1
+        try:
+            got = run(fused, other_args, other_kwargs)
+        except Exception:  # noqa: BLE001 (the fused model fails where the original does not)
+            return False
+        if not _agree(model, fused, plan, expected, got, other_args, other_kwargs):
+            return False
+    return True
+
+
+def _close(expected: Any, got: Any) -> bool:
+    outputs = compare_outputs(expected, got).outputs
+    return all(not output.problem and output.relative_l2 <= _SECOND_CALL for output in outputs)
+
+
+def _second_output(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with evaluation_mode(model), torch.inference_mode():
+        for _ in range(2):
+            given = tree.map_tensors((args, kwargs), lambda tensor: tensor.clone())
+            with forked_random_state():
+                output = model(*given[0], **given[1])
+    return output
+
+
+def _agree(
+    model: nn.Module,
+    fused: nn.Module,
+    plan: Plan,
+    expected: Any,
+    got: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> bool:
+    comparison = compare_outputs(expected, got)
+    if comparison.within_tolerance() or not comparison.outputs:
+        return True
+
+    def fuse_in_float64(wide: nn.Module) -> nn.Module:
+        rewrite(plan, wide)
+        return wide
+
+    return judge(comparison, model, fused, fuse_in_float64, args, kwargs).equal
+
+
 def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The inputs, larger along one axis at a time, by one and by a round number: all tensors that have the axis."""
+    """The inputs with other values, and larger: first in all axes, then in one at a time, by one and by a round number.
+
+    Every tensor that has the axis grows. The batch grows by one only.
+    """
     rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
-    for axis in range(rank):
-        for aligned in (False,) if axis == 0 else (False, True):
+    trailing = set(range(2, rank))
+    choices = [({0, *trailing}, False), ({0, *trailing}, True), ({0}, False)]
+    choices += [({axis}, aligned) for axis in range(1, rank) for aligned in (False, True)]
+    for axes, aligned in choices:
 
-            def grow(tensor: Tensor, axis: int = axis, aligned: bool = aligned) -> Tensor:
-                if tensor.dim() <= axis:
-                    return tensor
-                size = tensor.shape[axis]
-                more = 1 if not aligned else _ALIGNMENT if size % _ALIGNMENT == 0 else size
-                return torch.cat([tensor, tensor.narrow(axis, 0, min(more, size))], axis)
+        def grow(tensor: Tensor, axes: set[int] = axes, aligned: bool = aligned) -> Tensor:
+            for axis in axes:
+                if axis < tensor.dim():
+                    size = tensor.shape[axis]
+                    more = 1 if axis == 0 or not aligned else _ALIGNMENT if size % _ALIGNMENT == 0 else size
+                    tensor = torch.cat([tensor, tensor.narrow(axis, 0, min(more, size))], axis)
+            if tensor.is_floating_point() and tensor.dim():
+                tensor = (-0.75 if aligned else 0.75) * tensor.roll(1, min(1, tensor.dim() - 1))
+            return tensor
 
-            yield tree.map_tensors((args, kwargs), grow)
+        yield tree.map_tensors((args, kwargs), grow)
 
 
 def _same_numbers(node: Node, other: Node) -> bool:

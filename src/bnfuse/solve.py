@@ -217,7 +217,7 @@ class Trial:
 
     def assume(self, node: Node) -> None:
         if node in self.network.varying:
-            self.refuse(node, "it depends on the size of the input", scale=True)
+            self.refuse(node, "its numbers depend on the size or the contents of the input", scale=True)
         self.assumed.add(node)
 
     def is_edited(self, value: Value) -> bool:
