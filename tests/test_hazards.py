@@ -333,6 +333,7 @@ CASES: dict[str, Case] = {
     "norm called by its forward": Case(lambda: Net(lambda m, x: m.n.forward(m.d(m.n(m.c(x)))), c=conv(), d=conv(6), n=norm()), {"n": "also read", "batch_norm in Net": "function call"}),
     "norm that returns a tuple": Case(lambda: Net(lambda m, x: m.n(m.c(x))[0], c=conv(), n=TupleNorm(6)), {"n": "more than normalise"}),
     "keyword": Case(lambda: Net(lambda m, x: m.n(input=m.c(x)), c=conv(), n=norm()), {"n": None}),
+    "parameter made of an activation": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + nn.Parameter(y, requires_grad=False), c=conv(), n=norm()), {"n": "in another way"}),
     # Not touched by any unit.
     "operators behind": Case(lambda: Net(lambda m, x: [f(m.n(m.c(x))) for f in BEHIND], c=conv(), n=norm()), {"n": None}),
     # What must stay.

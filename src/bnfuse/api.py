@@ -82,10 +82,19 @@ def fuse(
         options = Options.of(keep, also, layers, handlers)
         draft = Draft(target, example_inputs, options)
         made = draft.plan() if budget is None else within_budget(draft, budget)
-        undo = rewrite(made, target)
-        if verify and made.fused:
+        while True:
+            undo = rewrite(made, target)
+            if not verify or not made.fused:
+                break
             try:
                 _verify(made, inner, target, draft, undo if inplace else None)
+                break
+            except VerificationError:
+                undo()
+                better = draft.without_misfits(made)
+                if better is None:
+                    raise
+                made = better
             except BaseException:
                 undo()
                 raise

@@ -250,6 +250,7 @@ class _Recorder(TorchDispatchMode):
         self.names: dict[str, Value] = {}
         self.memory: dict[int, list[Value]] = {}
         self.tagged: list[weakref.ref[Tensor]] = []
+        self.computed: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
         self.paths: dict[int, str] = {}
         for name, module in model.named_modules(remove_duplicate=True):
             self.paths[id(module)] = name
@@ -347,7 +348,11 @@ class _Recorder(TorchDispatchMode):
 
     def _tag(self, tensor: Tensor, value: Value) -> None:
         tensor.__dict__[_TAG] = value
-        self.tagged.append(weakref.ref(tensor))
+        reference = weakref.ref(tensor)
+        self.tagged.append(reference)
+        memory = _memory(tensor)
+        if memory is not None:
+            self.computed[memory] = (value, reference)
 
     def known(self, tensor: Tensor) -> Value | None:
         value = tensor.__dict__.get(_TAG)
@@ -357,23 +362,29 @@ class _Recorder(TorchDispatchMode):
         """The value that a tensor holds now."""
         value = self.known(tensor)
         if value is None:
+            memory = _memory(tensor)
+            other, alive = self.computed.get(memory, (None, None)) if memory is not None else (None, None)
+            if other is not None and alive is not None and alive() is not None:
+                fresh = self._fresh(tensor, other)
+                for shared in other.storage.values:
+                    shared.pin("its memory is read in another way")
+                return fresh
             # Not made by any operator that was seen, and no parameter or buffer: a constant.
             value = self._register_leaf(tensor, Kind.CONSTANT)
             if tensor.is_inference() and tensor.is_floating_point() and not self.in_literal:
                 value.independent = False  # made during the run, by something that was not seen
             return value
         if value.version != value.storage.version:
-            return self._stale(tensor, value)
+            fresh = self._fresh(tensor, value)
+            for shared in value.storage.values:
+                shared.pin("its memory is written through another view")
+            return fresh
         return value
 
-    def _stale(self, tensor: Tensor, value: Value) -> Value:
-        """The tensor was changed by a write through another view of its memory: nothing there may change units."""
-        reason = "its memory is written through another view"
-        for other in value.storage.values:
-            other.pin(reason)
+    def _fresh(self, tensor: Tensor, value: Value) -> Value:
+        """A new value for a tensor that has the memory of another, and not through an operator."""
         fresh = self._new_value(tensor, Kind.COMPUTED, value.storage)
         fresh.independent = all(other.independent for other in value.storage.values)
-        fresh.pin(reason)
         self._retag(tensor, fresh)
         return fresh
 

@@ -20,7 +20,9 @@ from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Handler, Plan, Reason, total
 from bnfuse.rehearse import holds, needed_in_place, varying
+from bnfuse.rewrite import rewrite
 from bnfuse.solve import solve
+from bnfuse.wrappers import copy_model
 
 log = logging.getLogger("bnfuse")
 
@@ -61,7 +63,8 @@ class Draft:
         record, args, kwargs = captured(model, example_inputs)
         self.inputs = (args, kwargs)
         self.record, self.output, self.graph = record, record.output, record.graph
-        add_handled(model, self.graph, options.handlers)
+        self.handlers = options.handlers
+        add_handled(model, self.graph, self.handlers)
         self.norms = find_norms(model, self.graph, options.also)
         if not self.norms:
             raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
@@ -95,6 +98,35 @@ class Draft:
 
     def _holds(self, plan: Plan) -> bool:
         return not plan.fused or holds(self.model, plan, *self.inputs, self.record.stateful)
+
+    def without_misfits(self, plan: Plan) -> Plan | None:
+        """A plan that keeps the norms without which the code around them does something else; None if there are none.
+
+        Code may look at the norm as an object: at its attributes or its class, or hold it in a place of its own.
+        """
+        fused = [norm for norm, decision in zip(self.norms, plan.decisions, strict=True) if decision.fused]
+        if self._fits(plan):
+            return None
+        reason = Reason("without it the code around it does something else: it looks at the module")
+        bad = {}
+        for norm in fused:
+            alone = self._solved({**self.kept, **{other: reason for other in fused if other is not norm}})
+            if not self._fits(alone):
+                bad[norm] = reason
+        return self._solved({**self.kept, **bad}) if bad else None
+
+    def _fits(self, plan: Plan) -> bool:
+        """True if the fused model runs the operators of the original but those of the norms that are gone."""
+        fused = copy_model(self.model)
+        rewrite(plan, fused)
+        gone = {id(self.model.get_submodule(replacement.names[0])) for replacement in plan.replacements}
+        expected = [node.operator for node in self.graph.nodes if id(node.call.module) not in gone]
+        try:
+            graph = capture(fused, *self.inputs).graph
+        except InputError:
+            return False
+        add_handled(fused, graph, self.handlers)
+        return [node.operator for node in graph.nodes] == expected
 
     def _solved(self, kept: Mapping[Norm, Reason]) -> Plan:
         name, graph = type(self.model).__name__, self.graph

@@ -163,18 +163,19 @@ def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tup
     """
     rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
     trailing = set(range(2, rank))
-    choices = [({0, *trailing}, False), ({0, *trailing}, True), ({0}, False)]
-    choices += [({axis}, aligned) for axis in range(1, rank) for aligned in (False, True)]
-    for axes, aligned in choices:
+    choices = [({0, *trailing}, "one"), ({0, *trailing}, "round"), (trailing, "double"), ({0}, "one")]
+    choices += [({axis}, step) for axis in range(1, rank) for step in ("one", "round")]
+    for axes, step in choices:
 
-        def grow(tensor: Tensor, axes: set[int] = axes, aligned: bool = aligned) -> Tensor:
+        def grow(tensor: Tensor, axes: set[int] = axes, step: str = step) -> Tensor:
             for axis in axes:
                 if axis < tensor.dim():
                     size = tensor.shape[axis]
-                    more = 1 if axis == 0 or not aligned else _ALIGNMENT if size % _ALIGNMENT == 0 else size
-                    tensor = torch.cat([tensor, tensor.narrow(axis, 0, min(more, size))], axis)
+                    round_size = _ALIGNMENT if size % _ALIGNMENT == 0 and step == "round" else size
+                    more = 1 if axis == 0 or step == "one" else min(round_size, size)
+                    tensor = torch.cat([tensor, tensor.narrow(axis, 0, more)], axis)
             if tensor.is_floating_point() and tensor.dim():
-                tensor = (-0.75 if aligned else 0.75) * tensor.roll(1, min(1, tensor.dim() - 1))
+                tensor = (0.75 if step == "one" else -0.75) * tensor.roll(1, min(1, tensor.dim() - 1))
             return tensor
 
         yield tree.map_tensors((args, kwargs), grow)

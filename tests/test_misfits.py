@@ -1,0 +1,57 @@
+"""Code that looks at a norm as an object: fuse keeps the norm instead of breaking the code."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import assert_untouched, prepared, snapshot
+from torch import Tensor, nn
+
+import bnfuse
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n, self.d, self.k = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def rest(self, x: Tensor) -> Tensor:
+        return self.k(self.d(F.silu(x)))
+
+
+class ReadsType(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.n(self.c(x.to(self.n.weight.dtype))))
+
+
+class BranchesOnClass(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n(self.c(x))
+        return self.rest(F.relu(y) if isinstance(self.n, nn.BatchNorm2d) else y)
+
+
+class HeldInAnObject(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = SimpleNamespace(norm=self.n)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.held.norm(self.c(x)))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [ReadsType, BranchesOnClass, HeldInAnObject])
+def test_misfit(kind: Any, inplace: bool) -> None:
+    model = prepared(kind())
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    expected, before = model(x), snapshot(model)
+    fused = bnfuse.fuse(model, x, inplace=inplace)
+    if not inplace:
+        assert_untouched(model, before)
+    assert type(fused.n) is nn.BatchNorm2d
+    assert type(fused.k) is nn.Identity
+    torch.testing.assert_close(fused(x), expected, rtol=1e-11, atol=1e-11)
