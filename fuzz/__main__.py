@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import multiprocessing
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fuzz.check import Outcome, check
+from fuzz.check import Outcome, bare_algebra, check
 from fuzz.generate import draw
 from fuzz.program import Program
 from fuzz.shrink import shrink
@@ -76,11 +77,12 @@ def _fails(candidate: Program, failure: str, thorough: bool) -> bool:
     return check(candidate, thorough).failure == failure
 
 
-def _job(seed: int, without: str | None = None) -> tuple[int, int, Outcome | None]:
+def _job(seed: int, without: str | None = None, bare: bool = False) -> tuple[int, int, Outcome | None]:
     program = draw(seed)
     if without and re.search(without, program.source):
         return seed, 0, None
-    return seed, len(program.steps), check(program, seed % THOROUGH_EVERY == 0)
+    with bare_algebra() if bare else contextlib.nullcontext():
+        return seed, len(program.steps), check(program, seed % THOROUGH_EVERY == 0)
 
 
 def _start() -> None:
@@ -88,9 +90,11 @@ def _start() -> None:
     warnings.simplefilter("ignore")
 
 
-def outcomes(seeds: range, jobs: int, without: str | None = None) -> Iterator[tuple[int, int, Outcome | None]]:
+def outcomes(
+    seeds: range, jobs: int, without: str | None = None, bare: bool = False
+) -> Iterator[tuple[int, int, Outcome | None]]:
     """Seed, number of steps and outcome of each network, None for one that is left out."""
-    job = functools.partial(_job, without=without)
+    job = functools.partial(_job, without=without, bare=bare)
     if jobs < 2:
         yield from map(job, seeds)
         return
@@ -108,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="print the network of --seed and its plan, and stop")
     parser.add_argument("--shrink", type=float, default=20.0, help="time for making a failure small (s)")
     parser.add_argument("--without", help="leave out networks whose program matches this expression")
+    parser.add_argument("--bare", action="store_true", help="do not let plans be tried on other inputs")
     parser.add_argument("--coverage", action="store_true", help="count what crossed which rule (one process)")
     parser.add_argument("--failures", type=int, default=3, help="how many failures of one class to print")
     options = parser.parse_args(arguments)
@@ -118,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _coverage(range(options.seed, options.seed + options.count))
     tally, begun, told = Tally(), time.monotonic(), time.monotonic()
     seeds = range(options.seed, options.seed + options.count)
-    for seed, steps, outcome in outcomes(seeds, options.jobs, options.without):
+    for seed, steps, outcome in outcomes(seeds, options.jobs, options.without, options.bare):
         now = time.monotonic()
         if now - begun > options.seconds:
             break
@@ -126,7 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         tally.add(seed, outcome, steps)
         if outcome.failure and tally.counts[outcome.failure] <= options.failures:
-            _report(seed, outcome, options.shrink)
+            with bare_algebra() if options.bare else contextlib.nullcontext():
+                _report(seed, outcome, options.shrink)
         if now - told > 10:
             told = now
             _say(f"... {tally} ({tally.networks / (now - begun):.0f}/s)", sys.stderr)

@@ -360,6 +360,56 @@ def test_result_can_be_pickled_scripted_and_exported(model: nn.Module, x: Tensor
         bnfuse.fuse(fused, x)
 
 
+def test_fused_in_inference_mode_is_trainable(model: nn.Module, x: Tensor) -> None:
+    with torch.inference_mode():
+        fused = bnfuse.fuse(model, x.clone())
+    fused(x).sum().backward()
+    assert fused.blocks[0].conv1.bias.grad is not None
+
+
+def test_training_goes_on_after_work_in_place() -> None:
+    """Without the norm the activation would overwrite what the other branch keeps for its gradient."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c0, self.c1, self.n = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.act, self.head = nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.c0(x)
+            branch = self.c1(x)
+            return self.head(branch + self.act(self.n(x)))
+
+    model = prepared(Branches(), dead=0.0)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    plan = bnfuse.plan(model, x)
+    assert plan.out_of_place == ("act",)
+    fused = plan.apply(model)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
+    fused(x).sum().backward()
+
+
+def test_a_mean_far_from_zero_is_not_folded_forward() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 4)).eval()
+    model[0].running_mean.fill_(1e5)
+    plan = bnfuse.plan(model, 1e5 + torch.randn(4, 8))
+    assert "100000 standard deviations" in "; ".join(map(str, plan.kept[0].reasons))
+    assert bnfuse.plan(model.double(), 1e5 + torch.randn(4, 8).double()).fused
+
+
+def test_assigned_data_is_put_back(model: nn.Module, x: Tensor) -> None:
+    class Renormed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.01)
+            return super().forward(x)
+
+    net = prepared(nn.Sequential(model, Renormed(5, 5), nn.BatchNorm1d(5)))
+    before = snapshot(net)
+    bnfuse.plan(net, x)
+    assert_untouched(net, before)
+
+
 def test_lazy_layers_are_refused() -> None:
     with pytest.raises(bnfuse.InputError, match="not initialised yet"):
         bnfuse.fuse(nn.Sequential(nn.LazyConv2d(3, 1), nn.LazyBatchNorm2d()), torch.randn(1, 2, 3, 3))

@@ -35,14 +35,31 @@ class Memory:
                         found += self._overwritten(first, second) + self._overwritten(second, first)
         return found
 
-    def _overwritten(self, written: Storage, read: Storage) -> list[tuple[Node, Value]]:
-        writers = [
+    def training_conflicts(self, sites: Iterable[Site]) -> list[Node]:
+        """Writers that would overwrite what training keeps for its backward pass: inputs that others have read, and
+        results of functions whose gradient is made of them."""
+        found = []
+        groups = dict(self._groups)
+        for site in sites:
+            ours, theirs = _merge(groups, site)
+            if ours is not theirs:
+                values = [value for storage in ours for value in storage.values]
+                if any(_is_kept_for_training(value, site) for value in values):
+                    found += [writer for storage in theirs for writer in self._writers(storage)]
+        return found
+
+    def _writers(self, storage: Storage) -> list[Node]:
+        return [
             node
-            for value in written.values
+            for value in storage.values
             for node in value.consumers
             if value in node.written and node.call.module not in self.switched
         ]
-        return [(writer, value) for writer in writers for value in read.values if _read_across(value, writer)]
+
+    def _overwritten(self, written: Storage, read: Storage) -> list[tuple[Node, Value]]:
+        return [
+            (writer, value) for writer in self._writers(written) for value in read.values if _read_across(value, writer)
+        ]
 
     def can_switch(self, writer: Node) -> bool:
         """True if the writer is a module with an ``inplace`` setting, which can be switched off."""
@@ -63,6 +80,15 @@ def _merge(groups: dict[Storage, list[Storage]], site: Site) -> tuple[list[Stora
         both = [*ours, *theirs]
         groups.update((storage, both) for storage in both)
     return ours, theirs
+
+
+_RESULT_KEPT = {"relu", "sigmoid", "tanh", "softmax", "log_softmax", "exp", "sqrt", "rsqrt", "elu", "selu"}
+"""Functions whose gradient autograd works out from their result."""
+
+
+def _is_kept_for_training(value: Value, site: Site) -> bool:
+    by_result = value.producer is not None and value.producer.operator in _RESULT_KEPT
+    return by_result or any(node not in site.nodes for node in value.consumers)
 
 
 def _read_across(value: Value, writer: Node) -> bool:

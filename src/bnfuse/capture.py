@@ -156,6 +156,7 @@ class _Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.assigned: dict[int, tuple[Tensor, Tensor]] = {}
         self.attributes = [(module, dict(module.__dict__)) for module in model.modules()]
         self.containers = [
             (value, value.copy())
@@ -163,6 +164,10 @@ class _Watch:
             for value in attributes.values()
             if isinstance(value, (dict, list, set)) and hasattr(value, "copy")
         ]
+
+    def before_assignment(self, tensor: Tensor) -> None:
+        """``tensor.data = other`` changes no element: the old memory is put back."""
+        self.assigned.setdefault(id(tensor), (tensor, tensor.data))
 
     def before_write(self, tensor: Tensor) -> None:
         if id(tensor) not in self.saved:
@@ -195,6 +200,8 @@ class _Watch:
             if _differs(container, copy):
                 container.clear()
                 container.extend(copy) if isinstance(container, list) else container.update(copy)
+        for tensor, memory in self.assigned.values():
+            tensor.data = memory
         for tensor, contents in self.saved.values():
             if tensor.shape == contents.shape:
                 tensor.data.copy_(contents)
@@ -340,7 +347,7 @@ class _Recorder(TorchDispatchMode):
             if value is not None:
                 value.pin("the run puts another tensor in its place")
                 self.stateful = True
-        self.stateful |= bool(self.watch.saved)
+        self.stateful |= bool(self.watch.saved or self.watch.assigned)
         for reference in self.tagged:
             alive = reference()
             if alive is not None:
@@ -562,6 +569,8 @@ class _EscapeWatch(TorchFunctionMode):
         if how is not None:
             for _, tensor in tree.tensors(args):
                 self.recorder.escape(tensor, how)
+            if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+                self.recorder.watch.before_assignment(args[0])
         self.recorder.in_literal = func in _LITERALS and not tree.tensors(args)
         try:
             return func(*args, **(kwargs or {}))

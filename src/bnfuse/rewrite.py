@@ -37,12 +37,13 @@ def rewrite(plan: Plan, model: nn.Module) -> Callable[[], None]:
             undo.pop()()
 
     try:
-        for edit in plan.edits:
-            _apply_edit(model, edit, undo)
-        for name in plan.out_of_place:
-            _switch_off(model.get_submodule(name), undo)
-        for replacement in plan.replacements:
-            _replace(model, replacement, undo)
+        with torch.inference_mode(False), torch.no_grad():  # new parameters are trainable, whatever the caller's mode
+            for edit in plan.edits:
+                _apply_edit(model, edit, undo)
+            for name in plan.out_of_place:
+                _switch_off(model.get_submodule(name), undo)
+            for replacement in plan.replacements:
+                _replace(model, replacement, undo)
     except BaseException:
         roll_back()
         raise

@@ -25,11 +25,18 @@ from bnfuse.layout import Layouts
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
-from bnfuse.rules.norms import affine
+from bnfuse.rules.norms import affine, offset
 from bnfuse.rules.registry import link, same
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit
 
 _MAX_BACKTRACKS = 200
+
+_FARTHEST = {torch.float64: 1e6, torch.float32: 300.0, torch.float16: 30.0, torch.bfloat16: 30.0}
+"""How many standard deviations a mean may lie from 0, by precision, for a norm to be folded into what comes after it.
+
+The norm takes the mean away before anything is rounded. Folded forward, the mean goes through the next layer and is
+taken away from its output, whose rounding error it has multiplied by about this number.
+"""
 
 
 class Refusal(Exception):
@@ -467,6 +474,7 @@ def _check_memory(network: Network, norm: Norm) -> None:
     if obstacle is not None:
         text = "without the norm it would get a tensor with another layout in memory, which makes a difference to it"
         raise Refusal(Reason(text, obstacle.operator, obstacle.call.label), scale=True)
+    switches += [writer.call.module for writer in memory.training_conflicts(norm.sites) if memory.can_switch(writer)]
     memory.switched.update(dict.fromkeys(switches))
     memory.merge(norm.sites)
 
@@ -479,6 +487,10 @@ def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[], dict
             a, c = _affine(network, site)
             if not bool((torch.isfinite(a) & torch.isfinite(c)).all()):
                 raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
+            far = max(offset(node, Trial(network)) for node in site.nodes)
+            if direction == "forward" and far > _FARTHEST.get(site.x.dtype, 0.0):
+                text = f"a mean lies {far:.0f} standard deviations from 0, which costs precision in the layers after it"
+                raise Refusal(Reason(text, None, norm.label), True)
             unit = Unit.of(a, c, inverse=direction == "forward")
             moved, fixed = (y, x) if direction == "forward" else (x, y)
             for value, demand in ((moved, unit), (fixed, IDENTITY)):

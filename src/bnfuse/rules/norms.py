@@ -56,6 +56,14 @@ def affine(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
     return (-alpha * one, k) if swapped else (one, -alpha * k)  # sub
 
 
+def offset(node: Node, trial: Trial) -> float:
+    """The largest distance of a mean from 0, in standard deviations; 0 for a norm that is written as arithmetic."""
+    if node.operator != "batch_norm":
+        return 0.0
+    _, sigma, mean, _ = _parts(node, trial)
+    return float((mean.abs() / sigma).max())
+
+
 def is_step(node: Node) -> bool:
     """True for arithmetic that :func:`affine` can read."""
     if node.operator not in ("mul", "div", "add", "sub") or node.argument("rounding_mode") is not None:
