@@ -201,7 +201,8 @@ class _Watch:
                 container.clear()
                 container.extend(copy) if isinstance(container, list) else container.update(copy)
         for tensor, memory in self.assigned.values():
-            tensor.data = memory
+            if _memory(tensor) != _memory(memory):
+                tensor.data = memory
         for tensor, contents in self.saved.values():
             if tensor.shape == contents.shape:
                 tensor.data.copy_(contents)
@@ -235,6 +236,32 @@ def eager(model: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
+
+
+class WriteWatch(TorchDispatchMode):
+    """Has the contents of a model's tensors saved just before an operator writes to them."""
+
+    def __init__(self, model: nn.Module, watch: _Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watch = watch
+        self.held = {_memory(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.operators: dict[Any, _Operator] = {}
+        for tensor in self.held.values():
+            watch.before_assignment(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operator = self.operators.get(func)
+        if operator is None:
+            operator = self.operators[func] = _operator(func)
+        if operator.written or operator.name in _SILENT_WRITERS:
+            for _, tensor in tree.tensors((args, kwargs)):
+                held = self.held.get(_memory(tensor))
+                if held is not None:
+                    self.watch.before_write(held)
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
