@@ -304,7 +304,7 @@ CASES: dict[str, Case] = {
     "zeros padded around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1))), a=conv(3, 6), n=norm(6)), {"n": "would not be shifted"}),
     "reflected around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1), mode="reflect")), a=conv(3, 6), n=norm(6)), {"n": None}),
     "padding by the size": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (0, x.shape[-1] % 2))), a=conv(3, 6), n=norm(6)), {"n": "depend on the size"}),
-    "convolution that pads by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=SizePaddedConv(3, 6, 2), n=norm(3)), {"n": "depend on the size"}),
+    "convolution that pads by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=SizePaddedConv(3, 6, 2), n=norm(3)), {"n": "other inputs"}),
     "half of what comes": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / 2), c=conv(size=1), n=norm(3)), {"n": None}),
     "divided by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / x.shape[-1]), c=conv(size=1), n=norm(3)), {"n": "depend on the size"}),
     "sum over positions": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)).sum((2, 3))), c=nn.Linear(3, 2), n=norm(3)), {"n": "depend on the size"}),

@@ -513,6 +513,8 @@ class _Recorder(TorchDispatchMode):
         for value in inputs:
             if not value.consumers or value.consumers[-1] is not node:
                 value.consumers.append(node)
+        if func is torch.ops.aten.squeeze.default:
+            self.looks |= not independent  # which axes go depends on the sizes
         self.nodes.append(node)
         self.call.nodes.append(node)
 
@@ -591,7 +593,8 @@ class _EscapeWatch(TorchFunctionMode):
     ) -> Any:
         if func in _LOOKS and not self.recorder.looks and args and isinstance(args[0], Tensor):
             value = self.recorder.known(args[0])
-            self.recorder.looks = value is None or not value.independent
+            by_pytorch = self.recorder.call.is_standard  # which checks sizes, and does not go by them
+            self.recorder.looks = not by_pytorch and (value is None or not value.independent)
         how = _ESCAPES.get(func)
         if how is not None:
             for _, tensor in tree.tensors(args):
