@@ -126,6 +126,8 @@ class ModuleCall:
     @property
     def is_standard(self) -> bool:
         """True if the module runs the forward of a class of PyTorch's."""
+        if isinstance(self.module, torch.jit.ScriptModule):
+            return False
         forward = type(self.module).forward
         return "forward" not in self.module.__dict__ and (forward.__module__ or "").startswith("torch.nn.modules.")
 
