@@ -410,6 +410,26 @@ def test_assigned_data_is_put_back(model: nn.Module, x: Tensor) -> None:
     assert_untouched(net, before)
 
 
+def test_a_tiny_gain_is_not_inverted() -> None:
+    """Undone in one place and applied in another, a factor of 1e11 would cost most of the digits."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c1, self.c3, self.n = nn.Conv1d(6, 6, 1), nn.Conv1d(6, 2, 1), nn.BatchNorm1d(8)
+            self.gain = nn.Parameter(torch.rand(1, 8, 1) + 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c1(x)
+            return self.n(torch.cat([y, self.c3(y)], 1) / self.gain)
+
+    model = prepared(Net(), dead=0.0)
+    model.n.weight.data[2] = 1e-11
+    x = torch.randn(2, 6, 5, dtype=torch.float64)
+    fused = bnfuse.fuse(model, x, verify=False)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
+
+
 def test_lazy_layers_are_refused() -> None:
     with pytest.raises(bnfuse.InputError, match="not initialised yet"):
         bnfuse.fuse(nn.Sequential(nn.LazyConv2d(3, 1), nn.LazyBatchNorm2d()), torch.randn(1, 2, 3, 3))

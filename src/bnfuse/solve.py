@@ -26,7 +26,7 @@ from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
 from bnfuse.rules.norms import affine, offset
-from bnfuse.rules.registry import link, same
+from bnfuse.rules.registry import Rule, link, same
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit
 
 _MAX_BACKTRACKS = 200
@@ -258,7 +258,7 @@ class Trial:
                 continue
             self.edits = {}
             for node in self._touched:
-                ABSORBERS[node.operator](node, self)
+                self._apply(ABSORBERS[node.operator], node)
             if not self._queue:
                 break
         self._collect_leaves()
@@ -280,14 +280,20 @@ class Trial:
                 self._touched[node] = None
             rule = RULES.get(node.operator)
             if rule is not None:
-                rule(node, self)
+                self._apply(rule, node)
             else:
                 self.refuse(node, "it passes no change of units", scale=True)
+
+    def _apply(self, rule: Rule, node: Node) -> None:
+        try:
+            rule(node, self)
+        except NotInvertibleError:
+            self.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
 
     def _decide(self, node: Node) -> None:
         del self._pending[node]
         self._choosing, self._chosen = node, []
-        RULES[node.operator](node, self)
+        self._apply(RULES[node.operator], node)
         self._choosing = None
         chosen = list(self._chosen)
         if chosen:

@@ -136,6 +136,14 @@ def negative(a: Tensor | None) -> Tensor | None:
     return None if a is None else -a
 
 
+def reciprocal(scale: Tensor) -> Tensor:
+    """``1/scale``; raises NotInvertibleError outside the safe range."""
+    magnitude = scale.abs()
+    if not bool(((magnitude >= 1 / SAFE_SCALE) & (magnitude <= SAFE_SCALE)).all()):
+        raise NotInvertibleError
+    return 1 / scale
+
+
 def scaled(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
     """A shift times a scale."""
     return None if shift is None else multiply(shift, scale)
@@ -161,10 +169,7 @@ def broadcasts(tensor: Tensor | None, shape: Sequence[int]) -> bool:
 def _invert(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if scale is None:
         return None, negative(shift)
-    magnitude = scale.abs()
-    if not bool(((magnitude >= 1 / SAFE_SCALE) & (magnitude <= SAFE_SCALE)).all()):
-        raise NotInvertibleError
-    return 1 / scale, None if shift is None else -shift / scale
+    return reciprocal(scale), None if shift is None else -shift / scale
 
 
 def _axes(tensor: Tensor | None) -> set[int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnfuse.graph import Node, Value
 from bnfuse.rules.registry import Trial, cost, lift, link, lower, rule
-from bnfuse.units import NotInvertibleError, Unit, multiply
+from bnfuse.units import NotInvertibleError, Unit, multiply, reciprocal
 
 
 @rule("mul", "div", "true_divide", "multiply", "divide")
@@ -132,7 +132,7 @@ class _Gain:
             elif of_z is not None:
                 self._demand(x, self._backward(of_z, ratio))
             elif ratio is not None:
-                self._offer([{z: Unit(ratio)}, {x: Unit(1 / ratio)}])
+                self._offer([{z: Unit(ratio)}, {x: Unit(reciprocal(ratio))}])
         elif of_x is not None and of_z is not None:
             self._demand(p, self._missing(lift(of_x, x, z), of_z))
         elif of_x is not None and not of_x.is_identity:
@@ -153,26 +153,25 @@ class _Gain:
                 return [{self.p: self._factor(unit.scale), self.z: Unit()}]
             return []
         assert scale is not None
-        ratio = 1 / scale if into is self.z else scale
-        if not bool(torch.isfinite(ratio).all()):
+        try:
+            ratio = reciprocal(scale) if into is self.z else scale
+            factor = self._factor(ratio)
+            moved = self._forward if into is self.z else self._backward
+            rest = Unit.of(None, moved(unit.turned(False), ratio).shift) if unit.shift is not None else Unit()
+        except NotInvertibleError:
             return []
-        if into is self.z:
-            moved = self._forward(unit.turned(False), ratio)
-            moved = Unit.of(None, moved.shift)
-        else:
-            moved = Unit.of(None, self._backward(unit.turned(False), ratio).shift)
-        return [{self.p: self._factor(ratio), into: moved}]
+        return [{self.p: factor, into: rest}]
 
     def _factor(self, ratio: Tensor) -> Unit:
         """The unit of p that multiplies ``p**power`` by the ratio."""
-        return Unit(ratio if self.power > 0 else 1 / ratio)
+        return Unit(ratio if self.power > 0 else reciprocal(ratio))
 
     def _ratio_of(self, unit: Unit) -> Tensor | None:
         try:
             scale, _ = lift(unit, self.p, self.z).direct()
         except NotInvertibleError:
             self.trial.refuse(self.node, "it would have to undo a scale of (nearly) 0", scale=True)
-        return scale if scale is None or self.power > 0 else 1 / scale
+        return scale if scale is None or self.power > 0 else reciprocal(scale)
 
     def _contents(self) -> Tensor:
         contents = self.trial.content(self.p).double()
@@ -181,7 +180,7 @@ class _Gain:
 
     def _forward(self, unit: Unit, ratio: Tensor | None) -> Unit:
         if unit.inverse:
-            scale = unit.scale if ratio is None else multiply(unit.scale, 1 / ratio)
+            scale = unit.scale if ratio is None else multiply(unit.scale, reciprocal(ratio))
             return Unit(scale, None if unit.shift is None else unit.shift * self._contents(), True)
         shift = None if unit.shift is None else multiply(unit.shift * self._contents(), ratio)
         return Unit(multiply(unit.scale, ratio), shift)
@@ -195,7 +194,7 @@ class _Gain:
                 self.trial.refuse(self.node, "no shift of its input undoes one of its output where it multiplies by 0")
         if unit.inverse:
             return Unit(multiply(unit.scale, ratio), shift, True)
-        inverse = None if ratio is None else 1 / ratio
+        inverse = None if ratio is None else reciprocal(ratio)
         shift = None if shift is None else multiply(shift, inverse)
         return Unit(multiply(unit.scale, inverse), shift)
 
@@ -206,7 +205,7 @@ class _Gain:
             r, _ = of_z.direct()
         except NotInvertibleError:
             self.trial.refuse(self.node, "it would have to undo a scale of (nearly) 0", scale=True)
-        ratio = r if s is None else multiply(1 / s, r)
+        ratio = r if s is None else multiply(reciprocal(s), r)
         if not self._forward(of_x.turned(False), ratio).same_as(of_z.turned(False)):
             self.trial.refuse(self.node, "the shifts of its input and output do not fit")
         return Unit() if ratio is None else self._factor(ratio)
@@ -257,7 +256,7 @@ def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> Non
     for value, power in terms:
         scale = known.get(value)
         if scale is not None:
-            rest = multiply(rest, scale if power > 0 else 1 / scale)
+            rest = multiply(rest, scale if power > 0 else reciprocal(scale))
     if rest is not None and not bool(torch.isfinite(rest).all()):
         trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
     if rest is not None and bool(((rest - 1).abs() < 1e-10).all()):
@@ -269,7 +268,7 @@ def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> Non
         trial.refuse(node, "the scales of its factors and its result do not fit", scale=True)
     alternatives = []
     for value, power in sorted(open_terms, key=lambda term: 3 if term[0] is z else cost(term[0])):
-        unit = lower(Unit.of(1 / rest if power > 0 else rest, None, inverse), value, z)
+        unit = lower(Unit.of(reciprocal(rest) if power > 0 else rest, None, inverse), value, z)
         if unit is not None:
             alternatives.append({value: unit})
     if not alternatives:
