@@ -180,7 +180,8 @@ def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tup
     """
     rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
     trailing = set(range(2, rank))
-    choices = [({0, *trailing}, "one"), ({0, *trailing}, "round"), (trailing, "double"), ({0}, "one")]
+    together = [({0, *trailing}, "one"), ({0, *trailing}, "round"), (trailing, "double")] if trailing else []
+    choices = [*together, ({0}, "one")]
     choices += [({axis}, step) for axis in range(1, rank) for step in ("one", "round")]
     for axes, step in choices:
 
