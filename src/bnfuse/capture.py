@@ -9,6 +9,7 @@ buffers and constants are known by identity. The run leaves no trace on the mode
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 import threading
@@ -244,22 +245,19 @@ class WriteWatch(TorchDispatchMode):
     def __init__(self, model: nn.Module, watch: _Watch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
-        self.held = {_memory(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.operators: dict[Any, _Operator] = {}
-        for tensor in self.held.values():
+        self.held: dict[int | None, list[Tensor]] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.held.setdefault(_memory(tensor), []).append(tensor)
             watch.before_assignment(tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        operator = self.operators.get(func)
-        if operator is None:
-            operator = self.operators[func] = _operator(func)
+        operator = _operator(func)
         if operator.written or operator.name in _SILENT_WRITERS:
             for _, tensor in tree.tensors((args, kwargs)):
-                held = self.held.get(_memory(tensor))
-                if held is not None:
+                for held in self.held.get(_memory(tensor), ()):
                     self.watch.before_write(held)
         return func(*args, **kwargs)
 
@@ -277,7 +275,6 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, watch: _Watch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
-        self.operators: dict[Any, _Operator] = {}
         self.nodes: list[Node] = []
         self.values = 0
         self.leaves: dict[int, Value] = {}
@@ -435,9 +432,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        operator = self.operators.get(func)
-        if operator is None:
-            operator = self.operators[func] = _operator(func)
+        operator = _operator(func)
         bound: dict[str, Any] = {}
         tensors: list[Tensor] = []
         inputs: list[Value] = []
@@ -624,6 +619,7 @@ def _has_global_hooks() -> bool:
     return any(id not in _OWN_HOOKS for registry in registries for id in registry)
 
 
+@functools.cache
 def _operator(func: Any) -> _Operator:
     schema = func._schema
     namespace, name = schema.name.split("::")
