@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,17 +97,23 @@ class Capture:
     stateful: bool
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Container[str] | None = None
+) -> Capture:
     """Run ``model(*args, **kwargs)`` in evaluation mode and record it.
 
     The tensors among the arguments are cloned first, since a model may write to its input.
+
+    Args:
+        known: names of the operators that are to be recorded whole. Any other is recorded as the operators that it
+            is made of, where PyTorch knows them (``hstack`` is ``cat``). None records all of them whole.
 
     Raises:
         InputError: the model does not run on these inputs.
     """
     args, kwargs = tree.map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
     with evaluation_mode(model), forked_random_state(), untouched(model) as watch, torch.inference_mode():
-        recorder = _Recorder(model, watch)
+        recorder = _Recorder(model, watch, known)
         for tensor in (tensor for _, tensor in tree.tensors((args, kwargs))):
             recorder.enter(tensor)
         with eager(model), recorder.module_calls(), recorder, _EscapeWatch(recorder):
@@ -272,9 +278,10 @@ class _Operator:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module, watch: _Watch) -> None:
+    def __init__(self, model: nn.Module, watch: _Watch, whole: Container[str] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
+        self.whole = whole
         self.nodes: list[Node] = []
         self.values = 0
         self.leaves: dict[int, Value] = {}
@@ -450,8 +457,37 @@ class _Recorder(TorchDispatchMode):
                     leaf.pin("it is written to during the run")
                     self.watch.before_write(leaf.tensor)
         result = func(*args, **kwargs)
-        self._record(func, operator, bound, tensors, inputs, written, result)
+        if self.whole is None or operator.name in self.whole or written or not self._split(func, args, kwargs, result):
+            self._record(func, operator, bound, tensors, inputs, written, result)
         return result
+
+    def _split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        """Record an operator as those that it is made of; False if that is not known.
+
+        The model gets what the operator itself made, and the values of what its parts made.
+        """
+        parts = _parts(func)
+        results = _flat(result)
+        if parts is None or not results:
+            return False
+        recorded, own = len(self.nodes), len(self.call.nodes)
+        with torch._C.DisableTorchFunction(), self:
+            made = _flat(parts(*args, **kwargs))
+        values = [self.known(tensor) for tensor in made]
+        fits = len(results) == len(values) and all(
+            value is not None and value.shape == tuple(tensor.shape) and value.dtype == tensor.dtype
+            for tensor, value in zip(results, values, strict=True)
+        )
+        if not fits:
+            for node in self.nodes[recorded:]:
+                for value in node.inputs:
+                    value.consumers = [other for other in value.consumers if other is not node]
+            del self.nodes[recorded:], self.call.nodes[own:]
+            return False
+        for tensor, part in zip(results, values, strict=True):
+            if part is not None and self.known(tensor) is not part:
+                self._tag(tensor, part)
+        return True
 
     def _bind(self, argument: Any, tensors: list[Tensor], inputs: list[Value]) -> Any:
         if isinstance(argument, Tensor):
@@ -619,6 +655,25 @@ def _has_global_hooks() -> bool:
     return any(id not in _OWN_HOOKS for registry in registries for id in registry)
 
 
+_SUMS_AND_PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "addcmul": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.mul(tensor1, tensor2), alpha=value),
+    "addcdiv": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.div(tensor1, tensor2), alpha=value),
+    "lerp": lambda self, end, weight: torch.add(self, torch.mul(torch.sub(end, self), weight)),
+    "baddbmm": lambda self, batch1, batch2, beta=1, alpha=1: torch.add(
+        torch.mul(self, beta), torch.bmm(batch1, batch2), alpha=alpha
+    ),
+}
+"""Operators with a kernel of their own that are sums and products of others; the names are those of their schemas."""
+
+
+@functools.cache
+def _parts(func: Any) -> Callable[..., Any] | None:
+    """A function of the same arguments that is made of several operators, None if there is none."""
+    if func._can_decompose():
+        return lambda *args, **kwargs: func.decompose(*args, **kwargs)
+    return _SUMS_AND_PRODUCTS.get(_operator(func).name)
+
+
 @functools.cache
 def _operator(func: Any) -> _Operator:
     schema = func._schema
@@ -628,6 +683,8 @@ def _operator(func: Any) -> _Operator:
     )
     if schema.name == "aten::view" and schema.overload_name == "dtype":
         name = "view.dtype"
+    if schema.overload_name == "Sequence":
+        name = f"{name}.Sequence"  # of several tensors, each by itself
     if schema.name == "aten::detach_":
         written = ()  # it changes what is known of the tensor's history, and no element
     if namespace != "aten":

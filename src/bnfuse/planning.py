@@ -21,6 +21,7 @@ from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Handler, Plan, Reason, total
 from bnfuse.rehearse import holds, needed_in_place, varying
 from bnfuse.rewrite import rewrite
+from bnfuse.rules import RULES
 from bnfuse.solve import solve
 from bnfuse.wrappers import copy_model
 
@@ -122,7 +123,7 @@ class Draft:
         gone = {id(self.model.get_submodule(replacement.names[0])) for replacement in plan.replacements}
         expected = [node.operator for node in self.graph.nodes if id(node.call.module) not in gone]
         try:
-            graph = capture(fused, *self.inputs).graph
+            graph = capture(fused, *self.inputs, known=RULES).graph
         except InputError:
             return False
         add_handled(fused, graph, self.handlers)
@@ -172,11 +173,11 @@ def captured(model: nn.Module, example_inputs: Any) -> tuple[Capture, tuple[Any,
     """Run the model on the inputs, or on the first of the inferred ones that it takes."""
     if example_inputs is not None:
         args, kwargs = normalise(example_inputs)
-        return capture(model, args, kwargs), args, kwargs
+        return capture(model, args, kwargs, known=RULES), args, kwargs
     tried = []
     for candidate in candidates(model):
         try:
-            return capture(model, candidate.args, candidate.kwargs), candidate.args, candidate.kwargs
+            return capture(model, candidate.args, candidate.kwargs, known=RULES), candidate.args, candidate.kwargs
         except InputError as error:
             cause = error.__cause__
             what = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"

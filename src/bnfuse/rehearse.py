@@ -28,6 +28,7 @@ from bnfuse.graph import Graph, Kind, Node, Value
 from bnfuse.judge import judge
 from bnfuse.plan import Plan
 from bnfuse.rewrite import rewrite
+from bnfuse.rules import RULES
 from bnfuse.verify import compare_outputs, run
 from bnfuse.wrappers import copy_model
 
@@ -50,7 +51,7 @@ def varying(
     runs = _RUNS
     for larger_args, larger_kwargs in _larger(args, kwargs):
         try:
-            other = capture(model, larger_args, larger_kwargs).graph
+            other = capture(model, larger_args, larger_kwargs, known=RULES).graph
         except InputError:
             continue
         runs -= 1
@@ -85,7 +86,7 @@ def needed_in_place(
     try:
         for module in modules:
             setattr(module, "inplace", False)  # noqa: B010
-        other = capture(model, args, kwargs).graph
+        other = capture(model, args, kwargs, known=RULES).graph
     finally:
         for module in modules:
             setattr(module, "inplace", True)  # noqa: B010

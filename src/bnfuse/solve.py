@@ -27,7 +27,7 @@ from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
 from bnfuse.rules.norms import affine, offset
 from bnfuse.rules.registry import Rule, link, same
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit
+from bnfuse.units import IDENTITY, NotInvertibleError, Unit, reciprocal
 
 _MAX_BACKTRACKS = 200
 
@@ -37,6 +37,10 @@ _FARTHEST = {torch.float64: 1e6, torch.float32: 300.0, torch.float16: 30.0, torc
 The norm takes the mean away before anything is rounded. Folded forward, the mean goes through the next layer and is
 taken away from its output, whose rounding error it has multiplied by about this number.
 """
+
+
+_BOTH = "both"
+"""The direction of a norm whose scale goes one way and whose shift the other."""
 
 
 class Refusal(Exception):
@@ -453,7 +457,8 @@ def _attempt(network: Network, norm: Norm) -> Decision:
             trial.run(demands())
             _check_memory(network, norm)
         except Refusal as refusal:
-            reasons.append(replace(refusal.reason, direction=direction))
+            if direction != _BOTH:
+                reasons.append(replace(refusal.reason, direction=direction))
             continue
         network.accept(trial)
         into = dict.fromkeys(_layer_name(value) for value in trial.edits)
@@ -486,27 +491,41 @@ def _check_memory(network: Network, norm: Norm) -> None:
 
 
 def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[], dict[Value, Unit]]]]:
-    def units(direction: str) -> dict[Value, Unit]:
-        demands: dict[Value, Unit] = {}
+    """What to try, in turn: all of ``a*x + c`` goes back, or on, or the scale goes one way and the shift the other."""
+
+    def demands(scale: str, shift: str) -> dict[Value, Unit]:
+        result: dict[Value, Unit] = {}
         for site in norm.sites:
-            x, y = site.x, site.y
             a, c = _affine(network, site)
             if not bool((torch.isfinite(a) & torch.isfinite(c)).all()):
                 raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
             far = max(offset(node, Trial(network)) for node in site.nodes)
-            if direction == "forward" and far > _FARTHEST.get(site.x.dtype, 0.0):
+            if shift == "forward" and far > _FARTHEST.get(site.x.dtype, 0.0):
                 text = f"a mean lies {far:.0f} standard deviations from 0, which costs precision in the layers after it"
                 raise Refusal(Reason(text, None, norm.label), True)
-            unit = Unit.of(a, c, inverse=direction == "forward")
-            moved, fixed = (y, x) if direction == "forward" else (x, y)
-            for value, demand in ((moved, unit), (fixed, IDENTITY)):
-                if value in demands and not _agree(demands[value], demand):
+            if scale == "backward":
+                units = (Unit.of(a, c), IDENTITY) if shift == scale else (Unit.of(a, None), Unit.of(None, c, True))
+            elif shift == scale:
+                units = (IDENTITY, Unit.of(a, c, inverse=True))
+            else:  # a*x + c = a*(x + c/a)
+                units = (Unit.of(None, c * _reciprocal(norm, a)), Unit.of(a, None, inverse=True))
+            for value, demand in zip((site.x, site.y), units, strict=True):
+                if value in result and not _agree(result[value], demand):
                     raise Refusal(Reason("it is applied to its own output", None, norm.label), True)
-                demands[value] = demand
-        return demands
+                result[value] = demand
+        return result
 
-    yield "backward", lambda: units("backward")
-    yield "forward", lambda: units("forward")
+    yield "backward", lambda: demands("backward", "backward")
+    yield "forward", lambda: demands("forward", "forward")
+    yield _BOTH, lambda: demands("backward", "forward")
+    yield _BOTH, lambda: demands("forward", "backward")
+
+
+def _reciprocal(norm: Norm, scale: Tensor) -> Tensor:
+    try:
+        return reciprocal(scale)
+    except NotInvertibleError:
+        raise Refusal(Reason("it would have to undo a scale of (nearly) 0", None, norm.label), True) from None
 
 
 def _affine(network: Network, site: Site) -> tuple[Tensor, Tensor]:
