@@ -16,7 +16,7 @@ from bnfuse.errors import FusionError, InputError, VerificationError
 from bnfuse.judge import judge
 from bnfuse.plan import Handler, Plan, total
 from bnfuse.planning import Draft, Options, report
-from bnfuse.rewrite import rewrite
+from bnfuse.rewrite import fused_copy, rewrite
 from bnfuse.verify import compare_outputs, run
 from bnfuse.wrappers import copy_model, unwrap
 
@@ -73,30 +73,31 @@ def fuse(
     )
     """
     inner, wrap = _unwrapped(model)
-    target = inner if inplace else copy_model(inner)
-    flags = [(module, module.training) for module in target.modules()]
+    if inner.training:
+        log.info("%s is in training mode; its evaluation behaviour is fused", type(inner).__name__)
+    flags = [(module, module.training) for module in inner.modules()]
     try:
-        if target.training:
-            log.info("%s is in training mode; its evaluation behaviour is fused", type(inner).__name__)
-            target.eval()
-        options = Options.of(keep, also, layers, handlers)
-        draft = Draft(target, example_inputs, options)
+        source = inner.eval() if inplace else _in_evaluation(inner)
+        draft = Draft(source, example_inputs, Options.of(keep, also, layers, handlers))
         made = draft.plan() if budget is None else within_budget(draft, budget)
         while True:
-            undo = rewrite(made, target)
+            undo = rewrite(made, source, undoable=verify) if inplace else None
+            target = source if inplace else fused_copy(made, source)
             if not verify or not made.fused:
                 break
             try:
-                _verify(made, inner, target, draft, undo if inplace else None)
+                _verify(made, source, target, draft, undo)
                 break
             except VerificationError:
-                undo()
+                if undo is not None:
+                    undo()
                 better = draft.without_misfits(made)
                 if better is None:
                     raise
                 made = better
             except BaseException:
-                undo()
+                if undo is not None:
+                    undo()
                 raise
         report(made)
     except BaseException:
@@ -129,9 +130,7 @@ def plan(
         InputError, NoNormError, FusionError: as for :func:`fuse`.
     """
     inner, _ = _unwrapped(model)
-    if inner.training and any(type(module).train is not nn.Module.train for module in inner.modules()):
-        inner = copy_model(inner).eval()  # its own train() may do more than set flags
-    draft = Draft(inner, example_inputs, Options.of(keep, also, layers, handlers))
+    draft = Draft(_in_evaluation(inner), example_inputs, Options.of(keep, also, layers, handlers))
     made = draft.plan() if budget is None else within_budget(draft, budget)
     report(made)
     return replace(made, witness=draft.witness(made))
@@ -152,10 +151,18 @@ def apply_plan(plan: Plan, model: nn.Module, inplace: bool = False) -> nn.Module
             raise FusionError(f"The plan does not fit the model: it holds no {name}. Make a new plan.") from None
         if tensor is None or not (total(tensor) == expected or math.isnan(expected)):
             raise FusionError(f"{name} has changed since the plan was made. Make a new plan for the model as it is.")
-    target = inner if inplace else copy_model(inner)
-    rewrite(plan, target)
+    if inplace:
+        rewrite(plan, inner)
+    target = inner if inplace else fused_copy(plan, inner)
     target.eval()
     return model if inplace else wrap(target)
+
+
+def _in_evaluation(model: nn.Module) -> nn.Module:
+    """The model, or a copy in evaluation mode where its own ``train()`` may do more than set flags."""
+    if model.training and any(type(module).train is not nn.Module.train for module in model.modules()):
+        return copy_model(model).eval()
+    return model
 
 
 def _unwrapped(model: object) -> tuple[nn.Module, Any]:

@@ -119,7 +119,7 @@ class Draft:
     def _fits(self, plan: Plan) -> bool:
         """True if the fused model runs the operators of the original but those of the norms that are gone."""
         fused = copy_model(self.model)
-        rewrite(plan, fused)
+        rewrite(plan, fused)  # as in place, where an object of the model's may still hold the norm
         gone = {id(self.model.get_submodule(replacement.names[0])) for replacement in plan.replacements}
         expected = [node.operator for node in self.graph.nodes if id(node.call.module) not in gone]
         try:

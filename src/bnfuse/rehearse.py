@@ -27,7 +27,7 @@ from bnfuse.errors import InputError
 from bnfuse.graph import Graph, Kind, Node, Value
 from bnfuse.judge import judge
 from bnfuse.plan import Plan
-from bnfuse.rewrite import rewrite
+from bnfuse.rewrite import fused_copy, rewrite
 from bnfuse.rules import RULES
 from bnfuse.verify import compare_outputs, run
 from bnfuse.wrappers import copy_model
@@ -117,8 +117,7 @@ def holds(
         stateful: whether a second call may differ from the first.
         runs: how many other inputs to try, of those that the model takes.
     """
-    fused = copy_model(model)
-    rewrite(plan, fused)
+    fused = fused_copy(plan, model)
     if stateful:
         first, second = (_second_output(copy_model(module), args, kwargs) for module in (model, fused))
         if not _close(first, second):

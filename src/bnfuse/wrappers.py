@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,13 +51,19 @@ def _compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> nn.Module:
     """A deep copy that goes further than ``copy.deepcopy``.
 
     Tensors with a history, which layers compute for themselves and leave as attributes (old-style weight_norm), are
     copied without it; parameters and buffers that share memory share it in the copy too.
+
+    Args:
+        stand_ins: what the copy is to hold in place of some modules and parameters of the model, by their ``id``.
+
+    Raises:
+        InputError: the model cannot be copied, or its copy shares parameters with it.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = dict(stand_ins or {})
     for module in model.modules():
         for name, attribute in module.__dict__.items():
             if name not in ("_modules", "_parameters", "_buffers"):
@@ -82,16 +88,24 @@ def copy_model(model: nn.Module) -> nn.Module:
     return copied
 
 
+def shared_memory(model: nn.Module) -> dict[int, int]:
+    """The storage of every parameter and buffer whose memory another one has too, by the ``id`` of the tensor."""
+    storages: dict[int, list[Tensor]] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor):
+            storages.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    return {id(tensor): storage for storage, tensors in storages.items() if len(tensors) > 1 for tensor in tensors}
+
+
 def _share_memory(model: nn.Module, copied: nn.Module) -> None:
-    groups: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    originals = [*model.parameters(), *model.buffers()]
-    copies = [*copied.parameters(), *copied.buffers()]
-    for original, new in zip(originals, copies, strict=True):
-        if original.layout == torch.strided and not nn.parameter.is_lazy(original):
-            groups.setdefault(original.untyped_storage()._cdata, []).append((original, new))
-    for tensors in groups.values():
-        if len(tensors) > 1:
-            storage = tensors[0][0].untyped_storage().clone()
-            for original, new in tensors:
-                view = torch.empty(0, dtype=original.dtype, device=original.device)
-                new.data = view.set_(storage, original.storage_offset(), original.shape, original.stride())
+    shared = shared_memory(model)
+    if not shared:
+        return
+    copies = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
+    for name, original in (*model.named_parameters(), *model.named_buffers()):
+        if id(original) in shared and name in copies:
+            key = shared[id(original)]
+            storage = storages.setdefault(key, original.untyped_storage().clone())
+            view = torch.empty(0, dtype=original.dtype, device=original.device)
+            copies[name].data = view.set_(storage, original.storage_offset(), original.shape, original.stride())
