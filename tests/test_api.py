@@ -504,3 +504,31 @@ def test_an_interrupt_while_writing(model: nn.Module, x: Tensor, undoable: bool)
             break
     assert 20 < n < 9_999
     assert not norms_of(copied)
+
+
+class Stream(nn.Module):
+    """Norms that read one tensor, to which what is behind them is added."""
+
+    def __init__(self, norms: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(norms))
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(norms))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = x + conv(norm(x))
+        return self.head(x)
+
+
+def test_norms_that_are_edited_before_they_go() -> None:
+    model = prepared(Stream(4), dead=0.0)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for inplace in (False, True):
+        expected = model(x)
+        fused = bnfuse.fuse(model, x, inplace=inplace)
+        assert norms_of(fused) == []
+        torch.testing.assert_close(fused(x), expected, rtol=1e-11, atol=1e-11)
+    plan = bnfuse.plan(prepared(Stream(4), dead=0.0), x)
+    assert not any("norms" in name for edit in plan.edits for name in edit.names)

@@ -400,7 +400,7 @@ CASES: dict[str, Case] = {
     "norm held in a list": Case(listed, {"n": "also refers to it"}),
     "contents read by numpy": Case(lambda: Net(numpy_reader, c=conv(), n=norm()), {"n": "leave PyTorch"}),
     "data attribute": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + y.data, c=conv(), n=norm()), {"n": ".data"}),
-    "weight data attribute": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight.data)), c=conv(), n=norm()), {"n": "none can be added"}),
+    "weight data attribute": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight.data)), c=conv(), n=norm()), {"n": "leave PyTorch"}),
     "old weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=_old_weight_norm(conv()), n=norm()), {"n": None}),
     "weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=parametrizations.weight_norm(conv()), n=norm()), {"n": None}),
     "spectral_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=parametrizations.spectral_norm(conv()), n=norm()), {"n": "mv"}),

@@ -78,7 +78,8 @@ def fuse(
     flags = [(module, module.training) for module in inner.modules()]
     try:
         source = inner.eval() if inplace else _in_evaluation(inner)
-        draft = Draft(source, example_inputs, Options.of(keep, also, layers, handlers))
+        options = Options.of(keep, also, layers, handlers)
+        draft = Draft(source, example_inputs, options, contents=verify or budget is not None)
         made = draft.plan() if budget is None else within_budget(draft, budget)
         while True:
             undo = rewrite(made, source, undoable=verify) if inplace else None
@@ -130,7 +131,8 @@ def plan(
         InputError, NoNormError, FusionError: as for :func:`fuse`.
     """
     inner, _ = _unwrapped(model)
-    draft = Draft(_in_evaluation(inner), example_inputs, Options.of(keep, also, layers, handlers))
+    options = Options.of(keep, also, layers, handlers)
+    draft = Draft(_in_evaluation(inner), example_inputs, options, contents=budget is not None)
     made = draft.plan() if budget is None else within_budget(draft, budget)
     report(made)
     return replace(made, witness=draft.witness(made))

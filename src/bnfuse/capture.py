@@ -24,7 +24,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfuse import tree
+from bnfuse import hollow, tree
 from bnfuse.errors import InputError
 from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 
@@ -98,7 +98,10 @@ class Capture:
 
 
 def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Container[str] | None = None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Container[str] | None = None,
 ) -> Capture:
     """Run ``model(*args, **kwargs)`` in evaluation mode and record it.
 
@@ -111,18 +114,49 @@ def capture(
     Raises:
         InputError: the model does not run on these inputs.
     """
+    try:
+        return _run(model, args, kwargs, known, False)
+    except _FailedError as failed:
+        raise InputError(_does_not_run(model, args, kwargs, failed.error)) from failed.error
+
+
+def capture_hollow(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Container[str] | None = None
+) -> Capture:
+    """The same without the arithmetic, and without an output: see :mod:`bnfuse.hollow`.
+
+    Raises:
+        NeedsContentsError: the model looks at contents.
+        Exception: whatever else it raised.
+    """
+    return _run(model, args, kwargs, known, True)
+
+
+class _FailedError(Exception):
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Container[str] | None,
+    without_contents: bool,
+) -> Capture:
     args, kwargs = tree.map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
     with evaluation_mode(model), forked_random_state(), untouched(model) as watch, torch.inference_mode():
-        recorder = _Recorder(model, watch, known)
+        recorder = _Recorder(model, watch, known, without_contents)
         for tensor in (tensor for _, tensor in tree.tensors((args, kwargs))):
             recorder.enter(tensor)
         with eager(model), recorder.module_calls(), recorder, _EscapeWatch(recorder):
             try:
                 output = model(*args, **kwargs)
             except Exception as error:
-                raise InputError(_does_not_run(model, args, kwargs, error)) from error
+                raise _FailedError(error) from error
         recorder.leave(output)
-    return Capture(recorder.graph(), output, recorder.looks, recorder.stateful)
+    return Capture(recorder.graph(), None if without_contents else output, recorder.looks, recorder.stateful)
 
 
 @contextlib.contextmanager
@@ -278,10 +312,11 @@ class _Operator:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module, watch: _Watch, whole: Container[str] | None) -> None:
+    def __init__(self, model: nn.Module, watch: _Watch, whole: Container[str] | None, without_contents: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
         self.whole = whole
+        self.hollow = without_contents
         self.nodes: list[Node] = []
         self.values = 0
         self.leaves: dict[int, Value] = {}
@@ -456,7 +491,10 @@ class _Recorder(TorchDispatchMode):
                 if leaf.tensor is not None:  # a parameter, written to itself or through a view
                     leaf.pin("it is written to during the run")
                     self.watch.before_write(leaf.tensor)
-        result = func(*args, **kwargs)
+        if self.hollow and not all(value.independent for value in inputs):
+            result = hollow.compute(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         if self.whole is None or operator.name in self.whole or written or not self._split(func, args, kwargs, result):
             self._record(func, operator, bound, tensors, inputs, written, result)
         return result
@@ -553,6 +591,8 @@ class _Recorder(TorchDispatchMode):
         value = self.known(tensor)
         if value is not None:
             value.pin(f"its contents leave PyTorch by {how}")
+            if self.hollow and not value.independent and how != ".data":
+                raise hollow.NeedsContentsError(how)
 
     # Module calls -----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ The graph and its tensors are only read.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from bnfuse.aliasing import Memory
 from bnfuse.graph import Graph, Kind, Node, Value
 from bnfuse.layout import Layouts
+from bnfuse.limits import Limits, fixed
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
@@ -43,6 +45,14 @@ _BOTH = "both"
 """The direction of a norm whose scale goes one way and whose shift the other."""
 
 
+_NEARBY = 24
+"""Operators that the first round of attempts looks at."""
+
+
+class _TooFarError(Exception):
+    """A trial has not come to its end within its limit."""
+
+
 class Refusal(Exception):
     """A trial has failed; ``scale`` says that no other place for a shift would help."""
 
@@ -59,6 +69,7 @@ class Network:
         self.varying = varying
         self.memory = Memory(forbidden)
         self.layouts = Layouts(graph.nodes)
+        self.limits = Limits(graph.nodes)
         self.assumed: set[Node] = set()
         self.removed: set[Node] = set()
         self.edits: dict[Value, list[Unit]] = {}
@@ -112,6 +123,9 @@ class Network:
 
     def accept(self, trial: Trial) -> None:
         self.removed.update(trial.targets)
+        for node in trial.targets:
+            if node.data is not None:
+                self.limits.unite(node.data, node.outputs[0])
         self.assumed |= trial.assumed
         for value, requests in trial.edits.items():
             unit = next(iter(requests.values()))
@@ -149,8 +163,9 @@ class _Choice:
 class Trial:
     """One attempt to remove one norm in one direction; see :class:`bnfuse.rules.Trial` for what rules may call."""
 
-    def __init__(self, network: Network, targets: Collection[Node] = ()) -> None:
+    def __init__(self, network: Network, targets: Collection[Node] = (), limit: int | None = None) -> None:
         self.network = network
+        self._steps_left = math.inf if limit is None else limit
         self.targets = set(targets)
         self.units: dict[Value, Unit] = {}
         self.edits: dict[Value, dict[Node, Unit]] = {}
@@ -189,6 +204,9 @@ class Trial:
                 self._refuse_value(value, value.pinned, unit)
             if not value.dtype.is_floating_point:
                 self._refuse_value(value, f"it holds {value.dtype}", unit)
+            broken = self.network.limits.refusal(value, unit)
+            if broken is not None:
+                raise Refusal(*broken)
             self.units[value] = unit
         self._trail.append(value)
         for node in value.consumers if value.producer is None else (value.producer, *value.consumers):
@@ -283,6 +301,9 @@ class Trial:
             if node.operator in ABSORBERS:
                 self._touched[node] = None
             rule = RULES.get(node.operator)
+            self._steps_left -= 1
+            if self._steps_left < 0:
+                raise _TooFarError
             if rule is not None:
                 self._apply(rule, node)
             else:
@@ -367,14 +388,7 @@ class Trial:
         return float(edited(self.content(value), unit).abs().amax()) <= torch.finfo(value.dtype).max
 
     def _refuse_value(self, value: Value, text: str, unit: Unit) -> NoReturn:
-        if value.producer is not None:
-            node = value.producer
-            reason = Reason(f"its output cannot change units: {text}", node.operator, node.call.label)
-        else:
-            what = "an input" if value.kind is Kind.INPUT else "a tensor"
-            label = " = ".join(value.names) or f"{what} of shape {'x'.join(map(str, value.shape))}"
-            reason = Reason(f"{label} cannot change units: {text}")
-        raise Refusal(reason, unit.scale is not None)
+        raise Refusal(fixed(value, text), unit.scale is not None)
 
 
 def _agree(a: Unit, b: Unit) -> bool:
@@ -414,9 +428,12 @@ def solve(
         decisions[norm] = decision
         if decision.fused:
             replacements.append(Replacement(norm.names, norm.keep))
+    gone = {name for replacement in replacements for name in replacement.names}
     edits = tuple(
         Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT, value.handler)
         for value, factors in network.edits.items()
+        # A norm may be edited before it goes itself.
+        if value.handler is not None or not all(name.rpartition(".")[0] in gone for name in value.names)
     )
     switched = tuple(network.memory.switched)
     plan = Plan(model, tuple(decisions[norm] for norm in norms), edits, tuple(replacements))
@@ -450,20 +467,27 @@ def _stay(norm: Norm, reasons: tuple[Reason, ...]) -> Decision:
 
 
 def _attempt(network: Network, norm: Norm) -> Decision:
-    reasons = []
-    for direction, demands in _ways(network, norm):
-        trial = Trial(network, [node for site in norm.sites for node in site.nodes])
-        try:
-            trial.run(demands())
-            _check_memory(network, norm)
-        except Refusal as refusal:
-            if direction != _BOTH:
-                reasons.append(replace(refusal.reason, direction=direction))
-            continue
-        network.accept(trial)
-        into = dict.fromkeys(_layer_name(value) for value in trial.edits)
-        return Decision(norm.label, norm.kind, norm.channels, True, direction, tuple(into))
-    return _stay(norm, tuple(reasons))
+    """Try every way; what can be settled nearby comes first, since it touches nothing else."""
+    reasons: dict[str, Reason] = {}
+    open_ways = list(_ways(network, norm))
+    for limit in (_NEARBY, None):
+        for way in list(open_ways):
+            direction, demands = way
+            trial = Trial(network, [node for site in norm.sites for node in site.nodes], limit)
+            try:
+                trial.run(demands())
+                _check_memory(network, norm)
+            except _TooFarError:
+                continue
+            except Refusal as refusal:
+                open_ways.remove(way)
+                if direction != _BOTH:
+                    reasons[direction] = replace(refusal.reason, direction=direction)
+                continue
+            network.accept(trial)
+            into = dict.fromkeys(_layer_name(value) for value in trial.edits)
+            return Decision(norm.label, norm.kind, norm.channels, True, direction, tuple(into))
+    return _stay(norm, tuple(reasons[direction] for direction in ("backward", "forward")))
 
 
 def _layer_name(value: Value) -> str:
