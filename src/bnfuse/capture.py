@@ -218,16 +218,18 @@ class _Watch:
         """What the run stored in attributes and in the containers that they hold."""
         for module, before in self.attributes:
             for name, value in module.__dict__.items():
-                if name not in before or before[name] is not value:
+                if before.get(name, _MISSING) is not value:
                     yield f"{type(module).__name__}.{name}", value
-        for container, copy in self.containers:
-            if _differs(container, copy):
-                yield f"a {type(container).__name__} of the model", container
+        for container, _ in self._changed_containers():
+            yield f"a {type(container).__name__} of the model", container
+
+    def _changed_containers(self) -> list[tuple[Any, Any]]:
+        return [(now, before) for now, before in self.containers if (now or before) and _differs(now, before)]
 
     def replaced(self) -> Iterator[Tensor]:
         """Parameters and buffers in whose place the run put others."""
-        for container, copy in self.containers:
-            if isinstance(container, dict) and isinstance(copy, dict) and _differs(container, copy):
+        for container, copy in self._changed_containers():
+            if isinstance(container, dict) and isinstance(copy, dict):
                 for name, value in copy.items():
                     if isinstance(value, Tensor) and container.get(name) is not value:
                         yield value
@@ -237,10 +239,9 @@ class _Watch:
             if _differs(module.__dict__, before):
                 module.__dict__.clear()
                 module.__dict__.update(before)
-        for container, copy in self.containers:
-            if _differs(container, copy):
-                container.clear()
-                container.extend(copy) if isinstance(container, list) else container.update(copy)
+        for container, copy in self._changed_containers():
+            container.clear()
+            container.extend(copy) if isinstance(container, list) else container.update(copy)
         for tensor, memory in self.assigned.values():
             if _memory(tensor) != _memory(memory):
                 tensor.data = memory
@@ -249,11 +250,14 @@ class _Watch:
                 tensor.data.copy_(contents)
 
 
+_MISSING = object()
+
+
 def _differs(container: Any, before: Any) -> bool:
     if len(container) != len(before):
         return True
     if isinstance(container, dict):
-        return any(name not in before or before[name] is not value for name, value in container.items())
+        return any(before.get(name, _MISSING) is not value for name, value in container.items())
     if isinstance(container, list):
         return any(a is not b for a, b in zip(container, before, strict=True))
     return bool(container != before)

@@ -205,7 +205,7 @@ class Draft:
             checked |= new
             different |= varied
             forbidden += needed
-        names = {id(module): name for name, module in self.model.named_modules()}
+        names = {id(module): name for name, module in self.model.named_modules()} if assumed.out_of_place else {}
         plan = replace(made, out_of_place=tuple(names[id(module)] for module in assumed.out_of_place))
         return _Solution(plan, kept, different, forbidden, assumed.out_of_place)
 
@@ -288,6 +288,8 @@ def _pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
     """A parameter that also belongs to a module that did not run may be read there another time."""
     ran = {id(call.module) for call in graph.calls}
     for value in dict.fromkeys(graph.leaves.values()):
+        if len(value.names) == 1:
+            continue
         owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in value.names}
         if len({id(owner) for owner in owners.values()}) > 1:
             idle = [name for name, owner in owners.items() if id(owner) not in ran]

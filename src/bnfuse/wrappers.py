@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,14 +67,13 @@ def copy_model(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> 
     """
     memo: dict[int, Any] = dict(stand_ins or {})
     for module in model.modules():
-        for name, attribute in module.__dict__.items():
-            if name not in ("_modules", "_parameters", "_buffers"):
-                for _, value in tree.tensors(attribute):
-                    if not value.is_leaf:
-                        memo[id(value)] = value.detach().clone()
+        for _, attribute in tree.plain_attributes(module):
+            for _, value in tree.tensors(attribute):
+                if not value.is_leaf:
+                    memo[id(value)] = value.detach().clone()
     try:
         with torch.inference_mode(False), torch.no_grad():
-            copied = copy.deepcopy(model, memo)
+            copied: nn.Module = _copied(model, memo)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
@@ -86,6 +87,42 @@ def copy_model(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> 
         )
     _share_memory(model, copied)
     return copied
+
+
+_SAME = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
+_DICTIONARIES = frozenset({dict, OrderedDict})
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """What ``copy.deepcopy`` gives, in a fraction of its time for modules and their registries."""
+    kind = type(value)
+    if kind in _SAME:
+        return value
+    known = memo.get(id(value), memo)
+    if known is not memo:
+        return known
+    if kind in _DICTIONARIES:
+        memo[id(value)] = made = kind()
+        for key, item in value.items():
+            made[key if type(key) in _SAME else copy.deepcopy(key, memo)] = _copied(item, memo)
+        return made
+    if kind is tuple and all(type(item) in _SAME for item in value):
+        return value
+    if not isinstance(value, nn.Module) or not _is_copied_by_state(kind):
+        return copy.deepcopy(value, memo)
+    memo[id(value)] = module = object.__new__(kind)
+    module.__setstate__({name: _copied(item, memo) for name, item in value.__dict__.items()})
+    return module
+
+
+@functools.cache
+def _is_copied_by_state(kind: type[nn.Module]) -> bool:
+    """True if the class leaves its copying to Python: a new object, given a copy of the ``__dict__``."""
+    own = any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__"))
+    changed = kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__
+    state = getattr(kind, "__getstate__", None) is not getattr(object, "__getstate__", None)
+    slots = any(base.__dict__.get("__slots__") for base in kind.__mro__)
+    return not (own or changed or state or slots or kind.__new__ is not object.__new__)
 
 
 def shared_memory(model: nn.Module) -> dict[int, int]:
