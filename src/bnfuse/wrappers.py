@@ -95,7 +95,7 @@ _DICTIONARIES = frozenset({dict, OrderedDict})
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """What ``copy.deepcopy`` gives, in a fraction of its time for modules and their registries."""
-    kind = type(value)
+    kind: Any = type(value)
     if kind in _SAME:
         return value
     known = memo.get(id(value), memo)
@@ -110,19 +110,26 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return value
     if not isinstance(value, nn.Module) or not _is_copied_by_state(kind):
         return copy.deepcopy(value, memo)
+    state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
+    if type(state) is not dict:
+        return copy.deepcopy(value, memo)
     memo[id(value)] = module = object.__new__(kind)
-    module.__setstate__({name: _copied(item, memo) for name, item in value.__dict__.items()})
+    module.__setstate__({name: _copied(item, memo) for name, item in state.items()})
     return module
+
+
+_COPYING = {
+    "__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__", "__new__",
+}  # fmt: skip
 
 
 @functools.cache
 def _is_copied_by_state(kind: type[nn.Module]) -> bool:
-    """True if the class leaves its copying to Python: a new object, given a copy of the ``__dict__``."""
-    own = any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__"))
-    changed = kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__
-    state = getattr(kind, "__getstate__", None) is not getattr(object, "__getstate__", None)
-    slots = any(base.__dict__.get("__slots__") for base in kind.__mro__)
-    return not (own or changed or state or slots or kind.__new__ is not object.__new__)
+    """True if the class leaves its copying to Python: a new object, given a copy of its state."""
+    if any(base.__dict__.get("__slots__") for base in kind.__mro__):
+        return False
+    own = {name for base in kind.__mro__ if base is not object for name in base.__dict__}
+    return not own & _COPYING
 
 
 def shared_memory(model: nn.Module) -> dict[int, int]:
