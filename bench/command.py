@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import fusing, growth
+from bench import fusing, growth, latency
 from bench.machine import machine
 from bench.section import Section, Settings, progress
 from bnfuse.report.text import table_text
 
 SECTIONS: dict[str, Callable[[Settings], Section]] = {
+    "latency": latency.run,
     "fusing": fusing.run,
     "growth": growth.run,
 }

@@ -18,7 +18,7 @@ from bench.networks import NETWORKS, QUICK, Network, forward, selected
 from bench.rivals import attempt, count_norms, fx_fused, is_right
 from bench.section import Section, Settings, Target, progress
 from bench.stages import STAGES, median_stages, stages, with_stages
-from bench.timing import Effort, Rounds, Weighted, geometric_mean, measured, tidied
+from bench.timing import Clock, Effort, Rounds, Weighted, geometric_mean, measured, tidied
 from bnfuse.report.tables import Column, Table
 from bnfuse.timing import Measure, threads
 
@@ -77,11 +77,11 @@ def run(settings: Settings) -> Section:
     with threads(settings.threads):
         for number, network in enumerate(networks, 1):
             progress(f"fusing [{number}/{len(networks)}] {network.name}")
-            findings.append(examine(network, settings.effort(seconds=20, least=7, most=25)))
+            findings.append(examine(network, settings.effort(seconds=20, least=7, most=25), settings.clock))
     return report(findings)
 
 
-def examine(network: Network, effort: Effort) -> Finding:
+def examine(network: Network, effort: Effort, clock: Clock) -> Finding:
     """Measure one network."""
     model, x = network.build(), network.inputs()
     expected = forward(model, x)
@@ -100,13 +100,13 @@ def examine(network: Network, effort: Effort) -> Finding:
         else:
             left[way] = count_norms(fused)
     measures: dict[str, Measure] = {
-        "forward": tidied(partial(forward, model, x)),
-        "deepcopy": tidied(lambda: copy.deepcopy(model)),
+        "forward": tidied(partial(forward, model, x), clock),
+        "deepcopy": tidied(lambda: copy.deepcopy(model), clock),
     }
     history: list[dict[str, float]] = []
-    with stages() as clocks:
+    with stages(clock) as clocks:
         for way in left:
-            measure = tidied(ways[way])
+            measure = tidied(ways[way], clock)
             measures[way] = with_stages(measure, clocks, history) if way == VERIFIED else measure
         rounds = measured(measures, effort)
     medians = median_stages(history[-rounds.count :])

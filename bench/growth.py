@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import bnfuse
 from bench.networks import GROWTH_SHAPE, DenseBlock, Network, chain, forward, matches, residual_stream
 from bench.rivals import count_norms
 from bench.section import Section, Settings, Target, progress
 from bench.stages import STAGES, median_stages, stages, with_stages
-from bench.timing import Rounds, Spread, tidied
+from bench.timing import Clock, Rounds, Spread, tidied
 from bnfuse.report.tables import Column, Table
 from bnfuse.timing import Measure, by_turns, threads
 
@@ -108,10 +108,11 @@ def run(settings: Settings) -> Section:
     families = QUICK if settings.quick else FAMILIES
     chosen = [family for family in families if matches(settings.networks, family.name)]
     with threads(settings.threads):
-        return report([examine(family, settings.repeat or (2 if settings.quick else 3)) for family in chosen])
+        rounds = settings.repeat or (2 if settings.quick else 3)
+        return report([examine(family, rounds, settings.clock) for family in chosen])
 
 
-def examine(family: Family, rounds: int, patience: float = PATIENCE) -> Finding:
+def examine(family: Family, rounds: int, clock: Clock, patience: float = PATIENCE) -> Finding:
     """Measure one family; every round takes every size once.
 
     Args:
@@ -122,7 +123,7 @@ def examine(family: Family, rounds: int, patience: float = PATIENCE) -> Finding:
     history: dict[int, list[dict[str, float]]] = {}
     measures: dict[str, Measure] = {}
     taken: list[tuple[int, float]] = []
-    with stages() as clocks:
+    with stages(clock) as clocks:
         for size in family.sizes:
             if expected(taken, size) > patience:
                 progress(f"growth: {family.name} of {size} {family.unit} and more would take too long")
@@ -131,14 +132,24 @@ def examine(family: Family, rounds: int, patience: float = PATIENCE) -> Finding:
             network = Network(family.name, partial(family.make, size), GROWTH_SHAPE)
             model, x = network.build(), network.inputs()
             norms[size], left[size] = count_norms(model), count_norms(bnfuse.fuse(model, x))
+            del model
             history[size] = []
-            measures[str(size)] = with_stages(tidied(partial(bnfuse.fuse, model, x)), clocks, history[size])
-            measures[f"{size} forward"] = tidied(partial(forward, model, x))
+            measures[str(size)] = with_stages(_on_a_new(network, bnfuse.fuse, clock), clocks, history[size])
+            measures[f"{size} forward"] = _on_a_new(network, forward, clock)
             taken.append((size, measures[str(size)]()))
         progress(f"growth: {family.name}, {rounds} rounds of all sizes")
         found = Rounds(by_turns(measures, rounds))
     medians = {size: median_stages(stages[-rounds:]) for size, stages in history.items()}
     return Finding(family, norms, left, found, medians)
+
+
+def _on_a_new(network: Network, work: Callable[[nn.Module, Tensor], object], clock: Clock) -> Measure:
+    """A measure of work on a network that is built for it: the garbage collector looks at every network that lives."""
+
+    def measure() -> float:
+        return tidied(partial(work, network.build(), network.inputs()), clock)()
+
+    return measure
 
 
 def expected(taken: Sequence[tuple[int, float]], size: int) -> float:

@@ -19,6 +19,7 @@ def machine(threads: int) -> dict[str, str]:
         "processor": _processor(),
         "cores": str(os.cpu_count()),
         "threads": str(threads),
+        "clock": "processor time" if threads == 1 else "wall time",
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "load": _load(),
         "system": f"{platform.system()} {platform.machine()}",

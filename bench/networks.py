@@ -160,7 +160,8 @@ class _Branch(nn.Module):
             self.convolution.weight.mul_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.convolution(self.norm(x))
+        added: Tensor = self.convolution(self.norm(x))
+        return x + added
 
 
 def residual_stream(norms: int) -> nn.Module:

@@ -32,10 +32,15 @@ def jit_optimised(model: nn.Module, x: Tensor) -> Callable[[Tensor], Any]:
         return torch.jit.optimize_for_inference(torch.jit.trace(model, x))
 
 
-def without_norms(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy without the norms that the plan removes, and otherwise unchanged: wrong, and as fast as fusing can get."""
+def without_norms(model: nn.Module, plan: Plan, biases: bool = False) -> nn.Module:
+    """A copy without the norms that the plan removes, and otherwise unchanged: wrong, and as fast as fusing can get.
+
+    Args:
+        biases: give the layers those parameters that the plan adds to them, as zeros (biases) and ones (gains).
+    """
     bare = copy.deepcopy(model)
-    rewrite(replace(plan, edits=()), bare)
+    edits = [replace(edit, factors=()) for edit in plan.edits if edit.created] if biases else []
+    rewrite(replace(plan, edits=tuple(edits)), bare)
     return bare.eval()
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.timing import Effort
+from bench.timing import Clock, Effort
 from bnfuse.report.tables import Table
 
 
@@ -26,6 +27,11 @@ class Settings:
     repeat: int | None = None
     threads: int = 1
     quick: bool = False
+
+    @property
+    def clock(self) -> Clock:
+        """Processor time on one thread, which other work of the machine hardly lengthens; else the time on the wall."""
+        return time.process_time if self.threads == 1 else time.perf_counter
 
     def effort(self, seconds: float, least: int, most: int) -> Effort:
         if self.repeat is not None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import importlib
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from bench.timing import Clock
 from bnfuse.timing import Measure
 
 STEPS = {
@@ -33,7 +33,7 @@ STAGES = (*dict.fromkeys(STEPS.values()), "other")
 class Stages:
     """The seconds of each stage, summed over the calls since the last ``reset``."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.within: list[float] = []
         self.reset()
@@ -64,13 +64,13 @@ class Stages:
 
 
 @contextmanager
-def stages() -> Iterator[Stages]:
+def stages(clock: Clock) -> Iterator[Stages]:
     """Wrap the steps, and put them back.
 
     Raises:
         AttributeError: the library has no such step any more; ``STEPS`` must follow it.
     """
-    found = Stages()
+    found = Stages(clock)
     originals = []
     try:
         for path, stage in STEPS.items():

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from bnfuse.timing import Measure, by_turns, timed
 
+Clock = Callable[[], float]
+
 Weighted = str | Mapping[str, float]
 """The name of a measure, or several with the factors that they count with."""
 
@@ -109,9 +111,9 @@ def measured(measures: Mapping[str, Measure], effort: Effort, warm_up: int = 2) 
     return Rounds(by_turns(measures, rounds))
 
 
-def tidied(work: Callable[[], object]) -> Measure:
+def tidied(work: Callable[[], object], clock: Clock) -> Measure:
     """A measure of work that makes garbage: that of the others is collected before the clock starts."""
-    measure = timed(work)
+    measure = timed(work, clock)
 
     def measure_tidied() -> float:
         gc.collect()
