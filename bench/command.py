@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import fusing, growth, latency
+from bench import compiling, fusing, growth, latency, memory
 from bench.machine import machine
 from bench.section import Section, Settings, progress
 from bnfuse.report.text import table_text
 
 SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "latency": latency.run,
+    "compile": compiling.run,
     "fusing": fusing.run,
+    "memory": memory.run,
     "growth": growth.run,
 }
 

@@ -40,8 +40,9 @@ class Network:
         return torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(0))
 
 
-def _zoo(spec: str) -> Network:
-    return Network(spec, lambda: build(spec))
+def zoo(spec: str, shape: tuple[int, ...] = IMAGE) -> Network:
+    """A network of a zoo by its SPEC."""
+    return Network(spec, lambda: build(spec), shape)
 
 
 def mlp(width: int = 1024, blocks: int = 6) -> nn.Module:
@@ -102,7 +103,7 @@ def video_network(channels: int = 32) -> nn.Module:
 
 NETWORKS: tuple[Network, ...] = (
     *map(
-        _zoo,
+        zoo,
         (
             "torchvision:resnet18", "torchvision:resnet50", "torchvision:mobilenet_v2",
             "torchvision:mobilenet_v3_large", "torchvision:efficientnet_b0", "timm:efficientnet_b0",
@@ -116,7 +117,7 @@ NETWORKS: tuple[Network, ...] = (
 )  # fmt: skip
 
 QUICK: tuple[Network, ...] = (
-    Network("torchvision:mobilenet_v3_small", lambda: build("torchvision:mobilenet_v3_small"), (3, 64, 64)),
+    zoo("torchvision:mobilenet_v3_small", (3, 64, 64)),
     Network("own:small_mlp", lambda: mlp(64, 3), (64,)),
     Network("own:small_speech_encoder", lambda: speech_encoder(32, 2), (80, 50)),
 )
