@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import compiling, fusing, growth, latency, memory
-from bench.machine import machine
+from bench.machine import load, machine
 from bench.section import Section, Settings, progress
 from bnfuse.report.text import table_text
 
@@ -45,8 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(target)
             met &= target.met is not False
         print(flush=True)
-        progress(f"{name} took {time.perf_counter() - started:.0f} s")
-        document["sections"][name] = {"targets": [target.to_dict() for target in section.targets], **section.data}
+        seconds = time.perf_counter() - started
+        progress(f"{name} took {seconds:.0f} s, load now {load()}")
+        document["sections"][name] = {
+            "seconds": round(seconds, 1),
+            "load at its end": load(),
+            "targets": [target.to_dict() for target in section.targets],
+            **section.data,
+        }
         # After every section, so that little is lost when a later one is interrupted.
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if not measured:

@@ -21,7 +21,7 @@ def machine(threads: int) -> dict[str, str]:
         "threads": str(threads),
         "clock": "processor time" if threads == 1 else "wall time",
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "load": _load(),
+        "load": load(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **versions,
@@ -37,8 +37,8 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _load() -> str:
-    """How many processes wanted to run, on average over the last minute, when the measurements began."""
+def load() -> str:
+    """How many processes wanted to run, on average over the last minute."""
     try:
         return f"{os.getloadavg()[0]:.2f}"
     except (OSError, AttributeError):  # not every system says
