@@ -20,10 +20,10 @@ IMAGE = (2, 3, 8, 8)
 class Net(nn.Module):
     """Layers by name, and a function of (self, x) as the forward."""
 
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module | Tensor) -> None:
         super().__init__()
         for name, layer in layers.items():
-            self.add_module(name, layer)
+            self.register_buffer(name, layer) if isinstance(layer, Tensor) else self.add_module(name, layer)
         self.function = forward
 
     def forward(self, *args: Any) -> Any:
@@ -58,6 +58,14 @@ class BiasBlindConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+
+class MaskedConv(nn.Conv1d):
+    """Takes the lengths of the sequences as well, and masks what lies behind them."""
+
+    def forward(self, x: Tensor, lengths: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        mask = torch.arange(x.shape[-1]) < lengths[:, None]
+        return F.conv1d(x * mask[:, None] * scale, self.weight, self.bias), lengths
 
 
 class BiasAwareConv(nn.Conv2d):
@@ -348,6 +356,8 @@ CASES: dict[str, Case] = {
     "slices exchanged": Case(lambda: Net(lambda m, x: (lambda y: m.n(torch.cat([y[:, 2:], y[:, :2]], 1)))(m.c(x)), c=conv(), n=norm()), {"n": None}),
     "slices that overlap": Case(lambda: Net(lambda m, x: (lambda y: m.n(y[:, :4] - y[:, 2:]))(m.c(x)), c=conv(), n=norm(4)), {"n": "two different units"}),
     "chunks subtracted": Case(lambda: Net(lambda m, x: (lambda y: m.n(y[0] - y[1]))(m.c(x).chunk(2, 1)), c=conv(), n=norm(3)), {"n": None}),
+    "layer of several arguments": Case(lambda: Net(lambda m, x: m.n(m.c(x, torch.tensor([9, 4]).repeat(2)[: len(x)], scale=2.0)[0]), c=MaskedConv(3, 6, 3, bias=False), n=nn.BatchNorm1d(6)), {"n": None}, ((2, 3, 9),)),
+    "index by Variable": Case(lambda: Net(lambda m, x: m.n(m.c(x).index_select(1, torch.autograd.Variable(m.order))), c=conv(), n=norm(), order=torch.tensor([3, 1, 2, 5, 0, 4])), {"n": None}),
     "hstack": Case(lambda: Net(lambda m, x: m.n(torch.hstack([m.c(x), m.d(x)])), c=conv(), d=conv(), n=norm(12)), {"n": None}),
     "repeat_interleave": Case(lambda: Net(lambda m, x: m.c(m.n(x).repeat_interleave(2, 1)), c=conv(6, 6, 1), n=norm(3)), {"n": None}),
     "repeat_interleave back": Case(lambda: Net(lambda m, x: m.n(m.c(x).repeat_interleave(2, 1)), c=conv(3, 3), n=norm()), {"n": "copies"}),

@@ -594,7 +594,8 @@ class _Recorder(TorchDispatchMode):
     def escape(self, tensor: Tensor, how: str) -> None:
         value = self.known(tensor)
         if value is not None:
-            value.pin(f"its contents leave PyTorch by {how}")
+            if value.dtype.is_floating_point or not value.independent:  # an index has no units that could change
+                value.pin(f"its contents leave PyTorch by {how}")
             if self.hollow and not value.independent and how != ".data":
                 raise hollow.NeedsContentsError(how)
 
@@ -623,6 +624,8 @@ class _Recorder(TorchDispatchMode):
             given = [*args, *(value for name, value in kwargs.items() if name == "input")]
             call.plain = len(given) == len(args) + len(kwargs) == 1 and isinstance(given[0], Tensor)
             call.plain = call.plain and isinstance(output, Tensor)
+            if not call.plain and any(place in module._parameters for place in ("weight", "bias")):
+                call.arguments = tree.map_tensors((args, kwargs), _like)
             if kwargs:
                 call.inputs += [self.value(tensor) for _, tensor in tree.tensors(kwargs)]
             call.outputs = [self.value(tensor) for _, tensor in tree.tensors(output)]
@@ -681,6 +684,16 @@ class _EscapeWatch(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         finally:
             self.recorder.in_literal = False
+
+
+_FEW = 64
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """A tensor that stands for another one without keeping its contents, unless it is a few whole numbers."""
+    if tensor.numel() <= _FEW and not tensor.is_floating_point():
+        return tensor.detach().clone()
+    return torch.empty_like(tensor, device="meta")
 
 
 def has_hooks(module: nn.Module) -> bool:
