@@ -25,7 +25,10 @@ _DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operator returns that depends on the input, unwritten where that is known to be enough."""
+    """What an operator returns that depends on the input, unwritten where that is known to be enough.
+
+    What does not fit together is left to the operator itself, which raises.
+    """
     schema = func._schema
     namespace, name = schema.name.split("::")
     needs = any(tag in func.tags for tag in _DYNAMIC) or not any("Tensor" in str(kind.type) for kind in schema.returns)
@@ -73,9 +76,26 @@ def _like_both(x: Any, y: Any, *_: Any, **options: Any) -> Tensor | None:
     return _like(full[0])
 
 
-def _normalised(x: Tensor, *_: Any, **__: Any) -> Tensor | None:
+def _batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Tensor | None, var: Any, training: bool, *_: Any
+) -> Tensor | None:
     form = _dense(x)
-    return torch.empty_like(x, memory_format=form) if form is not None else None
+    if training or form is None or x.dim() < 2 or mean is None or mean.numel() != x.shape[1]:
+        return None
+    return torch.empty_like(x, memory_format=form)
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], *_: Any) -> Tensor | None:
+    return _like(x) if x.is_contiguous() and list(x.shape[x.dim() - len(shape) :]) == list(shape) else None
+
+
+def _group_norm(x: Tensor, groups: int, weight: Tensor | None = None, *_: Any) -> Tensor | None:
+    fits = weight is not None and weight.numel() == x.shape[1] and x.shape[1] % groups == 0
+    return _like(x) if fits and x.is_contiguous() else None
+
+
+def _softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    return _like(x) if dtype is None and x.is_floating_point() and -x.dim() <= dim < x.dim() else None
 
 
 def _convolved(spatial: int) -> Callable[..., Tensor | None]:
@@ -91,7 +111,7 @@ def _convolved(spatial: int) -> Callable[..., Tensor | None]:
         form = _dense(x)
         if x.dim() != spatial + 2 or isinstance(padding, str) or form is None or not weight.is_contiguous():
             return None
-        if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups:
+        if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
             return None
         strides, pads, steps = (
             [given] * spatial if isinstance(given, int) else list(given) * (spatial // len(given))
@@ -146,10 +166,10 @@ _BINARY = ("add", "sub", "mul", "div")
 _MADE: dict[str, Callable[..., Tensor | None]] = {
     **dict.fromkeys(_ELEMENTWISE, _like),
     **dict.fromkeys(_BINARY, _like_both),
-    "batch_norm": _normalised,
-    "softmax": lambda x, dim, dtype=None: _like(x) if dtype is None and x.is_floating_point() else None,
-    "layer_norm": lambda x, *_, **__: _like(x) if x.is_contiguous() else None,
-    "group_norm": lambda x, *_, **__: _like(x) if x.is_contiguous() else None,
+    "batch_norm": _batch_norm,
+    "softmax": _softmax,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
     "conv1d": _convolved(1),
     "conv2d": _convolved(2),
     "conv3d": _convolved(3),
