@@ -82,22 +82,7 @@ def fuse(
         options = Options.of(keep, also, layers, handlers)
         draft = Draft(target, example_inputs, options)
         made = draft.plan() if budget is None else within_budget(draft, budget)
-        while True:
-            undo = rewrite(made, target)
-            if not verify or not made.fused:
-                break
-            try:
-                _verify(made, inner, target, draft, undo if inplace else None)
-                break
-            except VerificationError:
-                undo()
-                better = draft.without_misfits(made)
-                if better is None:
-                    raise
-                made = better
-            except BaseException:
-                undo()
-                raise
+        made = carry_out(made, inner, target, draft, verify, inplace)
         report(made)
     except BaseException:
         for module, flag in flags:
@@ -105,6 +90,35 @@ def fuse(
         raise
     target.eval()
     return model if inplace else wrap(target)
+
+
+def carry_out(
+    made: Plan, original: nn.Module, target: nn.Module, draft: Draft, verify: bool = True, inplace: bool = False
+) -> Plan:
+    """Rewrite ``target`` by a plan and verify it against ``original``, which is ``target`` itself if ``inplace``.
+
+    Returns:
+        The plan that was carried out: without the norms that the code around them looks at as objects.
+
+    Raises:
+        VerificationError: the outputs differ; ``target`` is as it was.
+    """
+    while True:
+        undo = rewrite(made, target)
+        if not verify or not made.fused:
+            return made
+        try:
+            _verify(made, original, target, draft, undo if inplace else None)
+            return made
+        except VerificationError:
+            undo()
+            better = draft.without_misfits(made)
+            if better is None:
+                raise
+            made = better
+        except BaseException:
+            undo()
+            raise
 
 
 def plan(
