@@ -27,6 +27,7 @@ SMALL = 96
 """The side of the image that is tried first. Networks halve it up to five times: three pixels are left."""
 
 _LARGER = 32
+_COLOURS = 3
 _MANY_PIXELS = 160 * 160
 """Of larger images one is enough."""
 
@@ -156,14 +157,15 @@ def samples(model: nn.Module, known: Form | None, seed: int = 0) -> Iterator[Sam
         for size in known.sizes:
             yield _sample(known.make, known.batch, size, seed, free=size == known.sizes[0] and max(size) > 0)
         return
-    channels = image_channels(model)
     declared = _declared_sizes(model)
+    first = image_channels(model)
     tried: set[Size] = set()
-    for size in [*_small(declared, _has_fixed_size(model)), *declared] if channels else []:
-        if size not in tried:
-            tried.add(size)
-            batch = 1 if size[0] * size[1] > _MANY_PIXELS else 2
-            yield _sample(image(channels or 0), batch, size, seed, free=len(tried) == 1 and size not in declared)
+    for size in dict.fromkeys([*_small(declared, _has_fixed_size(model)), *declared]):
+        free = not tried and size not in declared
+        tried.add(size)
+        batch = 1 if size[0] * size[1] > _MANY_PIXELS else 2
+        for channels in dict.fromkeys([first, _COLOURS] if first else []):
+            yield _sample(image(channels), batch, size, seed, free)
     for candidate in candidates(model):
         yield _guess(candidate.args, seed)
 

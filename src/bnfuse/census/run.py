@@ -7,7 +7,8 @@ import fnmatch
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 from bnfuse import zoo
@@ -60,10 +61,24 @@ def census(
             due = [model for model in chosen if model not in ledger.rows or ledger.rows[model].outcome in again]
         todo = [Job(f"{name}:{model}", zoo.family(f"{name}:{model}")) for model in due]
         with progress(name, len(chosen), len(chosen) - len(todo)) as report:
-            Sweep(name, ledger, settings, jobs, report).run(todo)
+            Sweep(name, ledger, settings, jobs, report).run(by_turns(todo))
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
     finally:
         ledger.close(names)
     return _summary(ledger, chosen, output)
+
+
+def by_turns(jobs: Iterable[Job]) -> list[Job]:
+    """The first model of each family, then the second, and so on: a census that is interrupted has seen every family.
+
+    >>> [job.spec for job in by_turns([Job("a1", "a"), Job("a2", "a"), Job("b1", "b")])]
+    ['a1', 'b1', 'a2']
+    """
+    families: dict[str, list[Job]] = {}
+    for job in jobs:
+        families.setdefault(job.family, []).append(job)
+    return [job for turn in zip_longest(*families.values()) for job in turn if job is not None]
 
 
 def sampled(rows: Mapping[str, Row]) -> dict[str, Row]:

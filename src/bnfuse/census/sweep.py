@@ -113,8 +113,9 @@ class Sweep:
             if kind == "phase":
                 visit.phase = content
             elif kind == "known":
+                other = self.fingerprints.get(content)
                 with contextlib.suppress(ConnectionError):  # it has just died, which is noticed next
-                    connection.send(self.fingerprints.get(content))
+                    connection.send(None if other == visit.job.name else other)
             else:
                 visit.row = content
                 self._finish(visit)

@@ -368,16 +368,19 @@ def _idle(decision: Decision) -> bool:
 
 
 _PLACE = re.compile(r"\b[\w.:]+ in [\w.]+( \(\w+\))?")
-_NAME = re.compile(r"\b\w+(\.\w+)+\b|\b\d[\d.e+-]*\b")
+_NAME = re.compile(r"\b\w+(\.\w+)*\.(?!forward\b)\w+\b|\b\w+(?=\.forward\b)|\b\d[\d.e+-]*\b")
 
 
 def without_names(text: str) -> str:
-    """A reason with ``…`` for the names of operators and modules in it, and for numbers.
+    """A reason with ``…`` for the names of modules in it, and for numbers.
 
     >>> without_names("it is used more than once: see conv2d in stem.conv (Conv2d)")
     'it is used more than once: see …'
+    >>> without_names("Odd.forward does more than normalise")
+    '….forward does more than normalise'
     """
-    return _NAME.sub("…", _PLACE.sub("…", text)) if "(" in text or "." in text or re.search(r"\d", text) else text
+    place = _PLACE.sub("…", text) if "(" in text else text
+    return _NAME.sub("…", place)
 
 
 # The same model under another name -----------------------------------------------------------------------------------
