@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make format | make bench | make clean
+# make demo | make test | make lint | make format | make fuzz | make bench | make census | make clean
 # Each creates .venv and installs what it needs; a second call finds that done.
 
 PYTHON ?= python3
@@ -43,3 +43,15 @@ fuzz: $(VENV)/.installed-dev
 .PHONY: bench
 bench: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m bench $(ARGS)
+
+# Every model of three zoos; continues where the last run stopped. make census ARGS="--match 'resnet*' --jobs 1"
+.PHONY: census
+census: $(VENV)/.installed-dev
+	@status=0; \
+	for zoo in torchvision timm pytorchcv; do \
+		for part in "" --sample; do \
+			$(BIN)/bnfuse census $$zoo --output docs/census/$$zoo.jsonl.gz $$part $(ARGS) || status=1; \
+		done; \
+	done; \
+	$(BIN)/python -m bnfuse.census.page docs; \
+	exit $$status

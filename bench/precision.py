@@ -11,13 +11,13 @@ import statistics
 import sys
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import bnfuse
 from bnfuse.report.tables import Column, Table
 from bnfuse.report.text import table_text
 from bnfuse.verify import compare_outputs, run
-from bnfuse.zoo import build, randomise_
+from bnfuse.zoo import build, calibrate_, randomise_
 
 NETWORKS = (
     "torchvision:resnet50", "torchvision:mobilenet_v3_large", "torchvision:efficientnet_b0", "torchvision:googlenet",
@@ -34,24 +34,13 @@ def errors(spec: str, dtype: torch.dtype, size: int) -> tuple[float, float]:
     torch.manual_seed(0)
     original = randomise_(build(spec), 1, dead=0.0).eval()
     x = torch.randn(1, 3, size, size)
-    _settle(original, x)
+    calibrate_(original, torch.cat([x, torch.randn_like(x)]))
     low = original.to(dtype)
     low_x = x.to(dtype)
     fused = bnfuse.fuse(low, low_x, verify=False)
     own, ours = run(low, (low_x,), {}), run(fused, (low_x,), {})
     exact = run(low.double(), (low_x.double(),), {})
     return _error(exact, own), _error(exact, ours)
-
-
-def _settle(model: nn.Module, x: Tensor) -> None:
-    """Statistics from a run, so that activations stay as large as in a trained network."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.momentum, norm.training = 1.0, norm.track_running_stats
-    with torch.no_grad():
-        model(torch.cat([x, torch.randn_like(x)]))
-    for norm in norms:
-        norm.eval()
 
 
 def _error(exact: object, found: object) -> float:

@@ -314,3 +314,57 @@ def test_randomise_is_seeded_and_leaves_other_layers_alone() -> None:
     assert all(torch.equal(once[key], tensor) for key, tensor in others.items())
     assert all(torch.equal(once[key], again[key]) for key in once)
     assert not torch.equal(once["2.running_mean"], other_seed["2.running_mean"])
+
+
+def test_names_and_families() -> None:
+    assert {"resnet18", "fasterrcnn_resnet50_fpn"} <= set(zoo.names("torchvision"))
+    assert {"resnet18", "vit_base_patch16_224"} <= set(zoo.names("timm"))
+    assert {"resnet18", "ntsnet_cub"} <= set(zoo.names("pytorchcv"))
+    specs = ("torchvision:fasterrcnn_resnet50_fpn", "torchvision:resnet18", "timm:seresnet50", "pytorchcv:resnet18_wd4")
+    assert [zoo.family(spec) for spec in specs] == ["detection.faster_rcnn", "resnet", "resnet", "resnet"]
+    assert zoo.family("networks.py:net") == "own"
+    with pytest.raises(SpecError) as caught:
+        zoo.names("torchvison")
+    assert str(caught.value) == "'torchvison' is no zoo; did you mean torchvision or pytorchcv?"
+
+
+def test_options_of_a_constructor() -> None:
+    assert zoo.build("torchvision:resnet18", options={"num_classes": 7}).fc.out_features == 7
+    with pytest.raises(SpecError, match="unexpected keyword argument 'colour'"):
+        zoo.build("torch.nn:ReLU", options={"colour": 7})
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, FrozenBatchNorm2d])
+def test_calibrated_statistics(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4)).eval()
+    zoo.randomise_(model)
+    x = 5 * torch.randn(2, 3, 8, 8) + 2
+    zoo.calibrate_(model, x)
+    between = model[0](x).transpose(0, 1).flatten(1)
+    assert torch.allclose(model[1].running_mean, between.mean(1), atol=1e-5)
+    assert torch.allclose(model[1].running_var, between.var(1), rtol=1e-4)
+    assert not model[1].training
+    assert getattr(model[1], "momentum", 0.1) == 0.1
+
+
+def test_no_variance_is_tiny_by_chance() -> None:
+    norm = nn.BatchNorm2d(2).eval()
+    x = torch.stack([torch.randn(2, 8, 8), torch.ones(2, 8, 8)], 1)
+    zoo.calibrate_(norm, x)
+    assert float(norm.running_var[1]) == 0
+    zoo.calibrate_(norm, x, floor=0.5)
+    assert float(norm.running_var[1]) == pytest.approx(float(norm.running_var[0]) / 4)
+
+
+def test_no_parameter_stays_constant() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.PReLU(4), nn.Linear(4, 4))
+    nn.init.zeros_(model[0].bias)
+    model[4].weight.requires_grad_(False).fill_(1.0)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    state = torch.get_rng_state()
+    assert zoo.wake_(model) is model
+    assert torch.equal(state, torch.get_rng_state())
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {"0.bias", "2.weight", "2.bias", "3.weight"}
+    assert all(len(set(dict(model.named_parameters())[name].tolist())) == 4 for name in changed)
+    assert float(model[0].bias.detach().abs().min()) >= 0.05

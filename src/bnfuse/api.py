@@ -81,25 +81,7 @@ def fuse(
         options = Options.of(keep, also, layers, handlers)
         draft = Draft(source, example_inputs, options, contents=verify or budget is not None)
         made = draft.plan() if budget is None else within_budget(draft, budget)
-        while True:
-            undo = rewrite(made, source, undoable=verify) if inplace else None
-            target = source if inplace else fused_copy(made, source)
-            if not verify or not made.fused:
-                break
-            try:
-                _verify(made, source, target, draft, undo)
-                break
-            except VerificationError:
-                if undo is not None:
-                    undo()
-                better = draft.without_misfits(made)
-                if better is None:
-                    raise
-                made = better
-            except BaseException:
-                if undo is not None:
-                    undo()
-                raise
+        made, target = carry_out(made, source, draft, verify, inplace)
         report(made)
     except BaseException:
         for module, flag in flags:
@@ -107,6 +89,38 @@ def fuse(
         raise
     target.eval()
     return model if inplace else wrap(target)
+
+
+def carry_out(
+    made: Plan, source: nn.Module, draft: Draft, verify: bool = True, inplace: bool = False
+) -> tuple[Plan, nn.Module]:
+    """Carry a plan out on a copy of ``source``, or on ``source`` itself, and verify the result.
+
+    Returns:
+        The plan that was carried out, without the norms that the code around them looks at as objects; and the model.
+
+    Raises:
+        VerificationError: the outputs differ; ``source`` is as it was.
+    """
+    while True:
+        undo = rewrite(made, source, undoable=verify) if inplace else None
+        target = source if inplace else fused_copy(made, source)
+        if not verify or not made.fused:
+            return made, target
+        try:
+            _verify(made, source, target, draft, undo)
+            return made, target
+        except VerificationError:
+            if undo is not None:
+                undo()
+            better = draft.without_misfits(made)
+            if better is None:
+                raise
+            made = better
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
 
 
 def plan(

@@ -1,7 +1,8 @@
-"""The command line: ``bnfuse demo``, ``bnfuse plan SPEC`` and ``bnfuse fuse SPEC``.
+"""The command line: ``bnfuse demo``, ``bnfuse plan SPEC``, ``bnfuse fuse SPEC`` and ``bnfuse census ZOO``.
 
 The exit status is 0 when the model is fused and verified (or planned), 1 when the fused model is not
-equivalent, and 2 when the command cannot do what was asked.
+equivalent (of a census: when a model is wrong or bnfuse crashed on it), and 2 when the command cannot do what was
+asked.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from torch import nn
 
 import bnfuse
 from bnfuse import zoo
+from bnfuse.census.ledger import OUTCOMES
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.inputs import random_inputs, token_bound
 from bnfuse.planning import captured
@@ -77,6 +80,24 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
+def parse_count(text: str) -> int:
+    """Read a count such as ``150M``.
+
+    >>> parse_count("150M")
+    150000000
+
+    Args:
+        text: a whole number, with k, M or G behind it for thousands, millions or milliards.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    found = re.fullmatch(r"([1-9]\d*)([kMG]?)", text)
+    if found is None:
+        raise InputError(f"{text!r} is no count: write a whole number, such as 150M or 150000000")
+    return int(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bnfuse", description="Remove batch normalisation from trained PyTorch models, exactly."
@@ -130,7 +151,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     fuse.set_defaults(run=_fuse)
 
-    for command in (demo, plan, fuse):
+    census = commands.add_parser(
+        "census", help="build, fuse and verify every model of a zoo, and keep a row of each in a file"
+    )
+    census.add_argument("zoo", metavar="ZOO", choices=zoo.ZOOS, help=", ".join(zoo.ZOOS))
+    census.add_argument("--match", metavar="GLOB", default="*", help="only the models whose name matches, as resnet*")
+    census.add_argument(
+        "--max-params", metavar="COUNT", type=parse_count, default="150M", help="no larger model (default: 150M)"
+    )
+    census.add_argument(
+        "--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="models at a time (default: one a core)"
+    )
+    census.add_argument(
+        "--resume",
+        "--output",
+        dest="output",
+        metavar="FILE",
+        type=Path,
+        help="the file of rows, compressed if it ends in .gz; models that have a row there are not visited again "
+        "(default: census-ZOO.jsonl)",
+    )
+    census.add_argument(
+        "--again",
+        metavar="OUTCOME",
+        action="append",
+        default=[],
+        choices=OUTCOMES,
+        help="visit again the models with this outcome; repeat it for more",
+    )
+    census.add_argument(
+        "--sample",
+        action="store_true",
+        help="only the smallest model of each family of those in the file, with torch.fx beside",
+    )
+    census.add_argument("--timeout", metavar="SECONDS", type=float, default=300.0, help="for one model (default: 300)")
+    census.add_argument("--memory", metavar="GIB", type=float, default=10.0, help="for one model (default: 10)")
+    census.set_defaults(run=_census, json=False)
+
+    for command in (demo, plan, fuse, census):
         command.add_argument("--verbose", action="store_true", help="log every decision on standard error")
     return parser
 
@@ -172,6 +230,16 @@ def _fuse(options: argparse.Namespace) -> None:
     print(f"\nequivalent{judged}: {len(plan.fused)} of {len(plan.decisions)} batch norms are gone")
     if output is not None:
         print(f"saved {output}")
+
+
+def _census(options: argparse.Namespace) -> None:
+    from bnfuse.census import run
+    from bnfuse.census.worker import Settings
+
+    settings = Settings(options.max_params, options.timeout, round(options.memory * 2**30), options.sample)
+    output = options.output or Path(f"census-{options.zoo}.jsonl")
+    if run.census(options.zoo, output, settings, options.jobs, options.match, options.again, options.sample):
+        raise VerificationError(f"bnfuse failed on some models: see the rows in {output}")
 
 
 def _model(options: argparse.Namespace) -> nn.Module:

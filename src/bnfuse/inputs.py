@@ -142,7 +142,7 @@ def token_bound(model: nn.Module) -> int | None:
 
 def _proposals(model: nn.Module) -> Iterator[tuple[tuple[int, ...], int | None, str]]:
     """Yield shapes, the bound of the values where they are integers, and where the shape comes from."""
-    for shape, source in _declared_shapes(model):
+    for shape, source in declared_shapes(model):
         yield (2, *shape), None, source
         yield (1, *shape), None, source
     names = {module: name or "the model itself" for name, module in model.named_modules()}
@@ -152,7 +152,7 @@ def _proposals(model: nn.Module) -> Iterator[tuple[tuple[int, ...], int | None, 
             yield shape, _integers_below(layer), source
 
 
-def _declared_shapes(model: nn.Module) -> Iterator[tuple[tuple[int, ...], str]]:
+def declared_shapes(model: nn.Module) -> Iterator[tuple[tuple[int, ...], str]]:
     """Yield the input shapes, without the batch, that attributes of the model or of a part of it declare."""
     for module in model.modules():
         for attribute in ("pretrained_cfg", "default_cfg"):
@@ -160,7 +160,7 @@ def _declared_shapes(model: nn.Module) -> Iterator[tuple[tuple[int, ...], str]]:
             size = config.get("input_size") if isinstance(config, Mapping) else None
             if size := _shape(size):
                 yield size, f"timm {attribute}"
-    channels = _image_channels(model)
+    channels = image_channels(model)
     if channels is None:
         return
     holders: list[tuple[object, str]] = [(model, name) for name in _SIZE_ATTRIBUTES]
@@ -178,7 +178,7 @@ def _shape(size: object) -> tuple[int, ...] | None:
     return tuple(lengths) if plain else None
 
 
-def _image_channels(model: nn.Module) -> int | None:
+def image_channels(model: nn.Module) -> int | None:
     """Return the channels of the images: as the model states them, else those of its first 2d convolution."""
     stated = getattr(model, "in_channels", None)
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)

@@ -9,7 +9,7 @@
    - *precision*: the fused model strays from the float64 output no more than `PRECISION_FACTOR` times as
      far as the original does in its own precision.
 
-   A model that casts to float32 by itself is run with those casts widened to float64 (`_InFloat64`).
+   A model that casts to float32 by itself is run with those casts widened to float64 (`InFloat64`).
 3. Where float64 cannot be had, the difference is held against what rounding alone does to the original: its
    parameters are moved by one unit in the last place, a few times, at random.  Rounding a folded parameter
    is a perturbation of the same kind and size, so a correct fusion stays within `NOISE_FACTOR` of it
@@ -123,7 +123,7 @@ class _Judge:
         self.comparison, self.original, self.fused = comparison, original, fused
         self.inputs, self.seed = inputs, seed
         self.precision = _precision(original)
-        self.wide = _InFloat64()
+        self.wide = InFloat64()
 
     def run(self, model: nn.Module) -> Any:
         args, kwargs = self.inputs
@@ -137,7 +137,7 @@ class _Judge:
 
     def decide(self, fuse_in_float64: Callable[[nn.Module], nn.Module]) -> Verdict:
         try:
-            model = _double(self.original)
+            model = double(self.original)
             expected = self.run_in_float64(model)
             lifted = self.wide.lifted
         except Exception as error:  # noqa: BLE001 - foreign code, most often a dtype that it insists on
@@ -154,7 +154,7 @@ class _Judge:
         if not in_float64.within_tolerance():
             if self.wide.narrowed or self.wide.lifted != lifted:  # a constant is lifted with the same values
                 return self.by_sensitivity("the model computes in a lower precision by itself", rounding)
-            noise = _noise(_double(self.original), expected, self.run_in_float64)
+            noise = _noise(double(self.original), expected, self.run_in_float64)
             if not _explained(in_float64, noise, NOISE_FACTOR, 0.0, TOLERANCE[torch.float64]):
                 limit = f"a relative error of at most {TOLERANCE[torch.float64]:g}, computed in float64"
                 return _failed(self.comparison, in_float64, "float64", in_float64, limit)
@@ -240,7 +240,7 @@ def _noise(model: nn.Module, expected: object, run: Callable[[nn.Module], Any]) 
     return comparisons
 
 
-class _InFloat64(TorchDispatchMode):
+class InFloat64(TorchDispatchMode):
     """Runs a float64 model in float64 throughout, also where its code asks for float32 or less.
 
     Operators are given float64 for every narrower floating dtype and tensor, but not where they return a
@@ -294,7 +294,7 @@ def _to_float64(tensor: Tensor) -> Tensor:
     return tensor.to(_wide(tensor.dtype))
 
 
-def _double(model: nn.Module) -> nn.Module:
+def double(model: nn.Module) -> nn.Module:
     """A float64 copy, with the tensors that modules hold as plain attributes."""
     model = copy_model(model).double()
     own = vars(nn.Module()).keys()

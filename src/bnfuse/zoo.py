@@ -15,9 +15,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from bnfuse.errors import SpecError
 
 _FORMS = "torchvision:NAME, timm:NAME, pytorchcv:NAME, package.module:factory or path/to/file.py:factory"
+ZOOS = ("torchvision", "timm", "pytorchcv")
 _LISTED = 3
+_SMALL = 0.1
 
 
-def build(spec: str, weights: str | Path | None = None) -> nn.Module:
+def build(spec: str, weights: str | Path | None = None, options: Mapping[str, Any] = MappingProxyType({})) -> nn.Module:
     """Build the model that ``spec`` names.
 
     Args:
@@ -37,6 +39,7 @@ def build(spec: str, weights: str | Path | None = None) -> nn.Module:
             ``path/to/file.py:factory``. A factory is called without arguments; a module is taken as it is.
         weights: a ``.safetensors`` file, or a state dict saved with ``torch.save``, which may lie under the
             key ``state_dict``, ``model`` or ``model_state_dict``. None leaves the random weights.
+        options: further keyword arguments of the constructor.
 
     Returns:
         The model as its constructor leaves it, with the weights loaded.
@@ -59,7 +62,7 @@ def build(spec: str, weights: str | Path | None = None) -> nn.Module:
         builder = _from_module(source, name, search_path)
     with _importable_from(search_path):
         try:
-            model = builder()
+            model = builder(**options)
         except Exception as error:
             raise SpecError(f"{spec}: building the model failed: {_one_line(error)}") from error
     if not isinstance(model, nn.Module):
@@ -72,6 +75,37 @@ def build(spec: str, weights: str | Path | None = None) -> nn.Module:
 def is_zoo(spec: str) -> bool:
     """Whether ``spec`` names a model of a zoo, and not a factory of the caller's own."""
     return spec.rpartition(":")[0] in _ZOOS
+
+
+def names(zoo: str) -> list[str]:
+    """Every model name of a zoo, in its own order.
+
+    Args:
+        zoo: torchvision, timm or pytorchcv.
+
+    Raises:
+        SpecError: there is no such zoo, or it is not installed.
+    """
+    if zoo == "torchvision":
+        return list(_import_zoo("torchvision.models").list_models())
+    if zoo == "timm":
+        return list(_import_zoo("timm").list_models())
+    if zoo == "pytorchcv":
+        return list(_import_zoo("pytorchcv.model_provider")._models)
+    raise SpecError(f"{zoo!r} is no zoo{_suggestion(zoo, _ZOOS) or '; there are ' + ', '.join(_ZOOS)}")
+
+
+def family(spec: str) -> str:
+    """The file of a zoo that a model comes from, such as ``resnet`` or ``detection.faster_rcnn``; else ``own``."""
+    zoo, _, name = spec.rpartition(":")
+    if zoo == "torchvision":
+        path = _import_zoo("torchvision.models").get_model_builder(name).__module__
+        return str(path).removeprefix("torchvision.models.")
+    if zoo == "timm":
+        return str(_import_zoo("timm").model_entrypoint(name).__module__.rpartition(".")[2])
+    if zoo == "pytorchcv":
+        return str(_import_zoo("pytorchcv.model_provider")._models[name].__module__.rpartition(".")[2])
+    return "own"
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -157,6 +191,86 @@ def randomise_(model: nn.Module, seed: int = 0, dead: float = 0.02) -> nn.Module
     return model
 
 
+def calibrate_(model: nn.Module, *args: Any, floor: float = 0.0) -> Any:
+    """Set the statistics of every batch norm from one run, in place, so that activations stay as large as in training.
+
+    Args:
+        model: any module; only its batch norms work as in training, and only during the run.
+        args: its positional arguments, with at least two samples.
+        floor: no variance becomes smaller than this share, 0 to 1, of the mean variance of its norm: a few samples
+            may agree on a channel by chance, and others would then be blown up.
+
+    Returns:
+        What the model returned.
+
+    Raises:
+        Exception: whatever the model raises; then the statistics may be those of half a run.
+    """
+    norms = [module for module in _norms(model) if isinstance(getattr(module, "running_var", None), Tensor)]
+    trainable = [norm for norm in norms if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    flags = [(norm, norm.momentum, norm.training) for norm in trainable]
+    frozen = [norm for norm in norms if not isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in frozen]
+    try:
+        for norm in trainable:
+            norm.momentum, norm.training = 1.0, True
+        with torch.no_grad():
+            output = model(*args)
+    finally:
+        for norm, momentum, training in flags:
+            norm.momentum, norm.training = momentum, training
+        for hook in hooks:
+            hook.remove()
+    for module in norms:
+        assert isinstance(module.running_var, Tensor)
+        module.running_var.clamp_(min=floor * float(module.running_var.mean()))
+    return output
+
+
+def _take_statistics(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """For norms that work on fixed statistics even in training (frozen ones)."""
+    x = args[0].transpose(0, 1).flatten(1)  # (channels, everything else)
+    assert isinstance(norm.running_mean, Tensor)
+    assert isinstance(norm.running_var, Tensor)
+    norm.running_mean.copy_(x.mean(1))
+    norm.running_var.copy_(x.var(1))
+
+
+def wake_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Make different numbers of all parameters whose elements are all the same, in place.
+
+    Zoos begin with biases, gains and last layers of 0 or 1, behind which a wrong fold goes unnoticed. A small number
+    (0, or the 1e-6 of a LayerScale) becomes about 0.1 in magnitude, with a random sign; another is moved by up to a
+    fifth. The norms are left to :func:`randomise_`.
+
+    >>> bool((wake_(torch.nn.LayerNorm(4)).bias != 0).all())
+    True
+
+    Args:
+        model: any module.
+        seed: of a generator of its own; the global random state is left alone.
+
+    Returns:
+        The same model.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own = {id(parameter) for norm in _norms(model) for parameter in norm.parameters(recurse=False)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            trained = parameter.requires_grad and parameter.is_floating_point()
+            if id(parameter) in own or not trained or not parameter.numel():
+                continue
+            value = float(parameter.flatten()[0])
+            if bool((parameter == value).all()):
+                noise = torch.rand(parameter.shape, generator=generator)
+                if abs(value) < _SMALL:
+                    sign = torch.rand(parameter.shape, generator=generator).sub_(0.5).sign_()
+                    parameter.copy_(_SMALL * (0.5 + noise) * sign)
+                else:
+                    parameter.copy_(value * (0.8 + 0.4 * noise))
+    return model
+
+
 def _norms(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         statistics = (getattr(module, "running_mean", None), getattr(module, "running_var", None))
@@ -169,28 +283,28 @@ def _from_torchvision(name: str) -> Callable[[], Any]:
     models = _import_zoo("torchvision.models")
     _check_name("torchvision", name.lower(), models.list_models(), "torchvision.models.list_models()")
     builder = models.get_model_builder(name)
-    options: dict[str, Any] = {"weights": None}
+    options: dict[str, Any] = {"weights": None}  # no download
     if "weights_backbone" in inspect.signature(builder).parameters:
         options["weights_backbone"] = None
     if "googlenet" in name.lower() or "inception" in name.lower():
         options["init_weights"] = False  # drawing from scipy's truncated normal takes many seconds
-    return lambda: builder(**options)
+    return partial(builder, **options)
 
 
 def _from_timm(name: str) -> Callable[[], Any]:
     timm = _import_zoo("timm")
     if not timm.is_model(name):
         _check_name("timm", name, timm.list_models(), "timm.list_models()")
-    return lambda: timm.create_model(name, pretrained=False)
+    return partial(timm.create_model, name, pretrained=False)
 
 
 def _from_pytorchcv(name: str) -> Callable[[], Any]:
     provider = _import_zoo("pytorchcv.model_provider")
     _check_name("pytorchcv", name.lower(), list(provider._models), "its README")
-    return lambda: provider.get_model(name, pretrained=False)
+    return partial(provider.get_model, name, pretrained=False)
 
 
-_ZOOS: dict[str, Callable[[str], Callable[[], Any]]] = {
+_ZOOS: dict[str, Callable[[str], Callable[..., Any]]] = {
     "torchvision": _from_torchvision,
     "timm": _from_timm,
     "pytorchcv": _from_pytorchcv,

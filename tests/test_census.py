@@ -1,0 +1,489 @@
+"""The census: rows that say what happened, whatever happens; files that outlive an interruption; the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bnfuse import zoo, zoo_inputs
+from bnfuse.census import page, reasons, rivals, run, worker
+from bnfuse.census.ledger import FAILURES, FUSED, OUTCOMES, Kept, KeptReason, Ledger, Rival, Row, read
+from bnfuse.census.sweep import Sweep
+from bnfuse.census.worker import Job, Settings, visit
+from bnfuse.cli import main, parse_count
+from bnfuse.errors import BnFuseError, InputError, VerificationError
+from bnfuse.norms import is_norm
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+ROWS = sorted((DOCS / "census").glob("*.jsonl*"))
+
+NETWORKS = '''
+import os, time
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, width=4, act=nn.ReLU):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), act()
+        self.last = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return self.last(self.act(self.norm(self.conv(x)))).mean((2, 3))
+
+class Odd(nn.Module):
+    """Does something odd from its second run on: the first one finds the inputs."""
+    def __init__(self, odd):
+        super().__init__()
+        self.conv, self.norm, self.odd, self.path = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), odd, str(id(self))
+
+    def forward(self, x):
+        os.environ[self.path] = os.environ.get(self.path, "") + "."
+        if len(os.environ[self.path]) > 1:
+            self.odd()
+        return self.norm(self.conv(x))
+
+def greedy():
+    return [torch.zeros(2**26) for _ in range(200)]
+
+def net(): return Net()
+def twin(): return Net()
+def wide(): return Net(8)
+def bare(): return nn.Conv2d(3, 4, 3)
+def hangs(): return Odd(lambda: time.sleep(1000))
+def aborts(): return Odd(os.abort)
+def eats(): return Odd(greedy)
+def leaves(): return Odd(lambda: os._exit(3))
+def broken(): raise RuntimeError("no such file")
+def lost(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 2), nn.BatchNorm1d(2))
+def slow(): time.sleep(1000)
+'''
+
+
+@pytest.fixture
+def networks(tmp_path: Path) -> Iterator[str]:
+    (tmp_path / "networks.py").write_text(NETWORKS)
+    yield str(tmp_path / "networks.py")
+    sys.modules.pop("networks", None)
+
+
+# One model ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row(networks: str) -> None:
+    row = visit(Job(f"{networks}:net", "own"), Settings(rivals=True))
+    assert (row.model, row.family, row.outcome, row.error) == ("net", "own", FUSED, None)
+    assert (row.parameters, row.norms, row.executed, row.removed) == (4 * 27 + 4 + 16, 2, 2, 1)
+    assert (row.input, row.other) == ("2x3x96x96", "3x3x128x128")
+    [kept] = row.kept
+    assert (kept.count, kept.norm) == (1, "last")
+    assert KeptReason("backward", "relu", "it passes no negative scale") in kept.reasons
+    assert kept.full.startswith("backward: relu in act (ReLU): it passes no negative scale")
+    assert row.error64 is not None
+    assert row.error64 < worker.EXACT
+    assert row.own32
+    assert row.error32
+    assert row.error32 < 10 * row.own32
+    assert (row.calibrated, row.alive, row.widened) == (True, True, False)
+    assert set(row.seconds) == {"build", "run", "fuse", "verify", "check", "forward", "rivals", "total"}
+    assert row.rivals["torch.fx"].removed == 1
+    assert Row.of(json.loads(json.dumps(row.to_dict()))) == row
+
+
+@pytest.mark.parametrize(
+    ("factory", "outcome", "phase", "error"),
+    [
+        ("bare", "no norms", None, None),
+        ("wide", "too large", None, None),
+        ("broken", "cannot be built", "build", "no such file"),
+        ("lost", "does not run", "run", "mat1 and mat2 shapes cannot be multiplied"),
+    ],
+)
+def test_what_is_no_failure_of_ours(
+    networks: str, factory: str, outcome: str, phase: str | None, error: str | None
+) -> None:
+    row = visit(Job(f"{networks}:{factory}", "own"), Settings(max_parameters=200))
+    assert (row.outcome, row.phase) == (outcome, phase)
+    assert (error or "") in (row.error or "")
+    assert outcome not in FAILURES
+
+
+def test_a_model_that_is_known(networks: str) -> None:
+    rows = [visit(Job(f"{networks}:{name}", "own"), known=lambda _: "net") for name in ("net", "twin", "wide")]
+    assert [(row.outcome, row.same_as) for row in rows] == [("same as", "net")] * 3
+    assert rows[0].fingerprint == rows[1].fingerprint != rows[2].fingerprint
+
+
+def test_a_wrong_plan_is_found_on_other_inputs(networks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite = worker.rewrite
+
+    def slightly_wrong(plan: Any, model: Any) -> Any:
+        undo = rewrite(plan, model)
+        with torch.no_grad():
+            model.conv.bias[0] *= 1 + 1e-6
+        return undo
+
+    monkeypatch.setattr(worker, "rewrite", slightly_wrong)
+    row = visit(Job(f"{networks}:net", "own"))
+    assert (row.outcome, row.phase) == ("wrong", "check")
+    assert "in float64, on 3x3x128x128: a relative error of" in (row.error or "")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(VerificationError("not equal"), "wrong"), (IndexError("out of range"), "crashed")]
+)
+def test_failures_of_ours(networks: str, monkeypatch: pytest.MonkeyPatch, error: Exception, outcome: str) -> None:
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "carry_out", fails)
+    row = visit(Job(f"{networks}:net", "own"))
+    assert (row.outcome, row.phase) == (outcome, "verify")
+    assert row.error == f"{type(error).__name__}: {error}"
+    assert row.outcome in FAILURES
+
+
+class Flip(nn.Module):
+    """Adds what float64 alone can see."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() * (1 + self.size)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+def test_casts_in_the_code_are_widened(size: float) -> None:
+    """A cast to float32 hides an error of 1e-6 no more than it makes one up."""
+    x = (torch.linspace(0.1, 0.9, 50, dtype=torch.float64),)
+    exact, error, widened = worker._in_float64(nn.Sequential(Flip(0.0)), nn.Sequential(Flip(size)), x)
+    assert exact.dtype == torch.float64 or not widened
+    assert error is not None
+    assert (error <= worker.EXACT) == (size == 0)
+
+
+# Many models ----------------------------------------------------------------------------------------------------------
+
+
+def test_crashes_and_hangs_are_rows(networks: str, tmp_path: Path) -> None:
+    names = ("net", "twin", "hangs", "aborts", "eats", "leaves", "broken", "slow")
+    ledger = Ledger(tmp_path / "rows.jsonl", {"census": "own"})
+    seen: list[str] = []
+    settings = Settings(seconds=20, memory=6 * 2**30)
+    sweep = Sweep("pytorchcv", ledger, settings, 1, lambda row: seen.append(row.model))
+    sweep.run([Job(f"{networks}:{name}", "own") for name in ("net", "twin", "aborts", "eats", "leaves", "broken")])
+    sweep.settings = Settings(seconds=4)
+    sweep.run([Job(f"{networks}:{name}", "own") for name in ("hangs", "slow")])
+    ledger.close(names)
+    _, rows, _ = read(tmp_path / "rows.jsonl")
+    assert list(rows) == list(names)
+    assert sorted(seen) == sorted(names)
+    found = {name: (row.outcome, row.phase, row.error) for name, row in rows.items()}
+    assert found["net"] == (FUSED, None, None)
+    assert (rows["twin"].outcome, rows["twin"].same_as) == ("same as", "net")
+    assert found["hangs"] == ("crashed", "fuse", "it took more than 4 s")
+    assert found["aborts"] == ("crashed", "fuse", "it was ended by SIGABRT")
+    assert found["leaves"] == ("crashed", "fuse", "it ended with status 3")
+    assert found["eats"][:2] == ("crashed", "fuse")
+    assert "can't allocate memory" in (found["eats"][2] or "")
+    assert found["slow"] == ("cannot be built", "build", "it took more than 4 s")
+    assert found["broken"][0] == "cannot be built"
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A part of a zoo, then the rest of the part, then the sample."""
+    output = tmp_path / "rows.jsonl.gz"
+    command = ["census", "pytorchcv", "--jobs", "1", "--max-params", "6M", "--output", str(output)]
+    assert main([*command, "--match", "resnet10"]) == 0
+    first = capsys.readouterr()
+    assert first.out == f"1 of 1 models: 1 fused; {output}\n"
+    assert first.err.startswith("1/1, 0 min left: resnet10: fused, 12 of 12 norms removed, ")
+    assert main([*command, "--match", "resnet1[08]"]) == 0
+    second = capsys.readouterr()
+    assert second.out == f"2 of 2 models: 1 fused, 1 too large; {output}\n"
+    assert "resnet10" not in second.err
+    assert main([*command, "--match", "resnet1[08]", "--sample"]) == 0
+    headings, rows, clean = read(output)
+    assert clean
+    assert [heading["census"] for heading in headings] == ["pytorchcv"]
+    assert rows["resnet10"].rivals["torch.fx"].removed == 12
+    capsys.readouterr()
+    assert main([*command, "--match", "resnet1[08]", "--sample"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--match", "resnet_1*"], "no model of timm matches 'resnet_1*'; they are named like "),
+        (["--match", "resnet18", "--jobs", "0"], "--jobs takes a number from 1 up; got 0"),
+    ],
+)
+def test_commands_that_make_no_sense(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["census", "timm", "--output", str(tmp_path / "rows.jsonl"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_counts() -> None:
+    assert [parse_count(text) for text in ("7", "20k", "150M", "1G")] == [7, 20_000, 150_000_000, 10**9]
+    for text in ("", "M", "0", "1.5M", "150 M", "150m"):
+        with pytest.raises(InputError) as caught:
+            parse_count(text)
+        assert str(caught.value) == f"{text!r} is no count: write a whole number, such as 150M or 150000000"
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+FULL = Row(
+    "a", "f", FUSED, 3, "1x3x8x8", "2x3x8x8", 2, 2, 0,
+    (Kept(2, (KeptReason("backward", "relu", "it passes no negative scale"),), "n", "backward: relu in n"),),
+    1e-12, True, 1e-6, 2e-6, {"total": 1.5}, "abc", None, False, False, None, None,
+    {"torch.fx": Rival(1, None, "")},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    ledger = Ledger(path, {"census": "own", "torch": "1"})
+    for row in (Row("b", "f", "crashed"), FULL, Row("b", "f", "no norms")):
+        ledger.add(row)
+        assert read(path)[1][row.model] == row  # before the file is closed
+    assert not read(path)[2]
+    ledger.close(["a", "b"])
+    assert read(path) == ([{"census": "own", "torch": "1"}], {"a": FULL, "b": Row("b", "f", "no norms")}, True)
+    assert list(read(path)[1]) == ["a", "b"]
+    before = path.read_bytes()
+    Ledger(path, {"census": "own", "torch": "1"}).close()
+    assert path.read_bytes() == before
+    Ledger(path, {"census": "own", "torch": "2"}).close()
+    assert read(path)[0] == [{"census": "own", "torch": "1"}, {"census": "own", "torch": "2"}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_torn_line(name: str, cut: int, tmp_path: Path) -> None:
+    path = tmp_path / name
+    ledger = Ledger(path, {"census": "own"})
+    ledger.add(FULL)
+    ledger.add(Row("b", "f", "crashed", error="a long error, of which a part may be missing"))
+    ledger.file.close()
+    path.write_bytes(path.read_bytes()[:-cut])
+    ledger = Ledger(path, {"census": "own"})
+    assert ledger.rows["a"] == FULL
+    ledger.add(Row("c", "f", "no norms"))
+    assert [row.model for row in read(path)[1].values()][0 :: 2 if "b" in ledger.rows else 1] == ["a", "c"]
+    ledger.close()
+    assert read(path)[2]
+
+
+@pytest.mark.parametrize("content", ["no rows\n{}\n", '{"other": 1}\n', '[1]\n{"model": "a"}\n'])
+def test_what_is_no_file_of_rows(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(content)
+    with pytest.raises(BnFuseError, match="is no file of a census: line 1 is n"):
+        read(tmp_path / "rows.jsonl")
+
+
+# Other tools ----------------------------------------------------------------------------------------------------------
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)) if x.mean() < 100 else x
+
+
+class OtherAxis(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "verdict", "removed"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)), (1, 3, 5, 5), "right", 1),
+        (OtherAxis(), (2, 4, 4), "wrong", 1),
+        (Branch(), (1, 3, 5, 5), "failed", None),
+    ],
+)
+def test_torch_fx(model: nn.Module, shape: tuple[int, ...], verdict: str, removed: int | None) -> None:
+    zoo.randomise_(model.double()).eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    [(name, rival)] = rivals.run_all(model, (x,), model(x), False).items()
+    row = Row("a", "f", FUSED, rivals={name: rival})
+    assert (name, page._verdict(row), rival.removed) == ("torch.fx", verdict, removed)
+
+
+# Reasons and the page -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known() -> list[reasons.Message]:
+    return reasons.messages((DOCS / "how-it-works.md").read_text())
+
+
+def test_a_reason_is_read(known: list[reasons.Message]) -> None:
+    found = reasons.read("its output cannot change units: it is stored in Net.cache", known)
+    assert [message.text for message in found] == ["its output cannot change units: …", "it is stored in …"]
+    assert found[1].meaning.startswith("The forward keeps it in an attribute")
+    with pytest.raises(BnFuseError, match="explains 'it is Tuesday'"):
+        reasons.read("it is Tuesday", known)
+
+
+ROWS_OF_A_PAGE = (
+    FULL,
+    Row("b", "f", "same as", same_as="a"),
+    Row("c", "g", "crashed", phase="fuse", error="it took | more than 3 s"),
+    Row("d", "g", "too large", 10**9),
+    Row("e", "g", FUSED, 5, executed=3, removed=3, rivals={"torch.fx": Rival(4, 1e-12)}),
+)
+
+
+def test_a_page(tmp_path: Path) -> None:
+    (tmp_path / "census").mkdir()
+    (tmp_path / "how-it-works.md").write_text((DOCS / "how-it-works.md").read_text())
+    with pytest.raises(BnFuseError, match="run bnfuse census ZOO"):
+        page.page(tmp_path)
+    heading = {"census": "own", "bnfuse": "1", "max_parameters": 10**6, "seconds": 3, "memory": 2**30}
+    ledger = Ledger(tmp_path / "census" / "own.jsonl", heading)
+    for row in ROWS_OF_A_PAGE:
+        ledger.add(row)
+    ledger.close()
+    (tmp_path / "census" / "derivations.md").write_text("## By hand\n\nNothing.\n")
+    assert page.main([str(tmp_path)]) == 0
+    text = (tmp_path / "census.md").read_text()
+    assert "5 names; 3 of the 5 batch norms that ran are gone\n(60.0%); bnfuse failed on 1." in text
+    assert "| own | 5 | 2 | 0 | 1 | 1 | 0 | 0 | 0 | 1 |" in text
+    assert "| own | 2 | 5 | 3 | 4 | 1 | 0 | 1 |" in text  # torch.fx: one wrong, one with a norm more
+    assert "| 2 | 1 | `relu`: it passes no negative scale |  | `own:a`, `n` |" in text
+    assert "`relu(-x)` is not `-relu(x)`" in text
+    assert "| `c` | crashed | fuse | it took \\| more than 3 s |" in text
+    assert "1 models: `d`." in text
+    assert "## By hand" in text
+
+
+@pytest.mark.skipif(not ROWS, reason="no census has been made")
+def test_the_page_is_that_of_the_rows() -> None:
+    assert (DOCS / "census.md").read_text() == page.page(DOCS), "run make census, or python -m bnfuse.census.page docs"
+
+
+@pytest.mark.skipif(not ROWS, reason="no census has been made")
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.name.partition(".")[0])
+def test_rows_of_the_census(path: Path) -> None:
+    headings, rows, clean = read(path)
+    assert clean
+    names = set(zoo.names(headings[-1]["census"]))
+    for row in rows.values():
+        assert row.model in names
+        assert row.outcome in OUTCOMES
+        if row.outcome == FUSED:
+            assert row.error64 is not None
+            assert row.error64 <= worker.EXACT
+            assert (row.removed or 0) + sum(kept.count for kept in row.kept) == row.executed
+            for rival in row.rivals.values():
+                right = rival.error is not None and rival.error <= page.RIVAL_EXACT
+                assert not right or (rival.removed or 0) <= (row.removed or 0), row.model
+        if row.outcome == "same as":
+            assert rows[row.same_as or ""].outcome == FUSED
+
+
+# The sample -----------------------------------------------------------------------------------------------------------
+
+SECONDS = 45.0
+"""What the models of the sample took in the census; a slower machine takes longer. BNFUSE_CENSUS=sample takes all."""
+
+
+def stratified() -> list[tuple[str, Row]]:
+    """The smallest model of each family, the quickest families first, as far as the time goes."""
+    found = []
+    for path in ROWS:
+        headings, rows, _ = read(path)
+        found += [(headings[-1]["census"], row) for row in run.sampled(rows).values()]
+    found.sort(key=lambda item: (item[1].seconds["total"] - item[1].seconds.get("rivals", 0.0), item[1].model))
+    if os.environ.get("BNFUSE_CENSUS") == "sample":
+        return found
+    spent = 0.0
+    chosen = []
+    for name, row in found:
+        spent += row.seconds["total"]
+        if spent > SECONDS:
+            break
+        chosen.append((name, row))
+    return chosen
+
+
+@pytest.mark.parametrize(("name", "expected"), stratified(), ids=lambda item: getattr(item, "model", item))
+def test_sample(name: str, expected: Row) -> None:
+    """At least as many norms go as when the census was made, and nothing else changes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the zoos
+        row = visit(Job(f"{name}:{expected.model}", expected.family))
+    assert (row.outcome, row.error) == (FUSED, None)
+    assert (row.norms, row.executed) == (expected.norms, expected.executed)
+    assert (row.removed or 0) >= (expected.removed or 0)
+
+
+# Inputs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", zoo_inputs.TABLE)
+def test_table_of_inputs(place: str) -> None:
+    form = zoo_inputs.TABLE[place]
+    sample = next(zoo_inputs.samples(nn.Identity(), form))
+    assert zoo_inputs.shapes(sample.args)
+    assert zoo_inputs.shapes(list(sample.others(1))[-1]) == sample.shapes
+    assert not torch.equal(*(first_tensor(args) for args in (sample.args, list(sample.others(1))[-1])))
+
+
+def first_tensor(args: Any) -> Tensor:
+    return args if isinstance(args, Tensor) else first_tensor(args[0])
+
+
+def test_images() -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3))
+    conv.in_size = (480, 320)
+    sizes = [sample.shapes for sample in zoo_inputs.samples(conv, None)]
+    assert sizes[:2] == ["2x3x144x96", "1x3x480x320"]
+    others = [zoo_inputs.shapes(args) for args in next(zoo_inputs.samples(conv, None)).others(1)]
+    assert others == ["3x3x176x128", "2x3x176x128", "3x3x144x96", "2x3x144x96"]
+    odd = [sample.shapes for sample in zoo_inputs.samples(nn.Conv2d(6, 4, 3), None)]
+    assert odd[:2] == ["2x6x96x96", "2x3x96x96"]  # a first layer that is given two pieces of the image
+    conv.default_cfg = {"input_size": (3, 256, 256), "fixed_input_size": True}
+    assert next(zoo_inputs.samples(conv, None)).shapes == "1x3x256x256"
+
+
+def test_networks_come_alive() -> None:
+    """Every norm of a network is far from the identity, and its activations stay as large as in training."""
+    model = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))))
+    zoo.wake_(zoo.randomise_(model, dead=0.0)).eval()
+    with torch.no_grad():
+        for conv in model[::2]:
+            conv.weight *= 4
+    x = torch.randn(2, 4, 8, 8)
+    assert model(x).std() > 10
+    flags = [(norm.momentum, norm.training) for norm in model.modules() if is_norm(norm)]
+    zoo.calibrate_(model, x)
+    assert 0.3 < model(x).std() < 3
+    assert flags == [(norm.momentum, norm.training) for norm in model.modules() if is_norm(norm)]
