@@ -16,7 +16,7 @@ from bench.timing import Clock
 from bnfuse.timing import Measure
 
 STEPS = {
-    "bnfuse.api.copy_model": "copy",
+    "bnfuse.api.fused_copy": "copy",
     "bnfuse.planning.captured": "capture",
     "bnfuse.planning.solve": "solve",
     "bnfuse.planning.varying": "rehearse",

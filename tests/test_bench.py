@@ -213,6 +213,7 @@ def test_the_steps_of_the_library_are_found_and_put_back() -> None:
     with stages_of_fuse.stages(ONE_THREAD) as found:
         assert bnfuse.api.rewrite is not before
         bnfuse.fuse(model, x)
+        bnfuse.fuse(TINY.build(), x, inplace=True)
         seconds = found.seconds
     assert bnfuse.api.rewrite is before
     assert all(seconds[stage] > 0 for stage in ("copy", "capture", "solve", "rewrite", "verify"))
