@@ -27,19 +27,11 @@ from bnfuse.limits import Limits, fixed
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
-from bnfuse.rules.norms import affine, offset
+from bnfuse.rules.norms import FARTHEST, affine, offset
 from bnfuse.rules.registry import Rule, link, same
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit, reciprocal
+from bnfuse.units import IDENTITY, SAFE_SCALE, NotInvertibleError, Unit, multiply, reciprocal
 
 _MAX_BACKTRACKS = 200
-
-_FARTHEST = {torch.float64: 1e6, torch.float32: 300.0, torch.float16: 30.0, torch.bfloat16: 30.0}
-"""How many standard deviations a mean may lie from 0, by precision, for a norm to be folded into what comes after it.
-
-The norm takes the mean away before anything is rounded. Folded forward, the mean goes through the next layer and is
-taken away from its output, whose rounding error it has multiplied by about this number.
-"""
-
 
 _BOTH = "both"
 """The direction of a norm whose scale goes one way and whose shift the other."""
@@ -378,9 +370,19 @@ class Trial:
                 if other not in requests or not _agree(unit, requests[other]):
                     text = f"{label} is used more than once, and not every use asks for the same edit: see {other}"
                     raise Refusal(Reason(text, node.operator, node.call.label), False)
+            if value in self.network.edits and self._scaled_up(value, unit) > SAFE_SCALE:
+                text = "it would have to undo a scale of (nearly) 0"  # little by little, with what went before
+                raise Refusal(Reason(text, node.operator, node.call.label), True)
             if value.dtype is torch.float16 and not self._in_range(value, unit):
                 text = f"{label} would leave the range of {value.dtype}"
                 raise Refusal(Reason(text, node.operator, node.call.label), True)
+
+    def _scaled_up(self, value: Value, unit: Unit) -> float:
+        """The largest factor that an element of a parameter is multiplied by in all."""
+        scale: Tensor | None = None
+        for other in (*self.network.edits[value], unit):
+            scale = multiply(scale, other.scale)
+        return 1.0 if scale is None or not scale.numel() else float(scale.abs().amax())
 
     def _in_range(self, value: Value, unit: Unit) -> bool:
         if value.kind is Kind.LAYER:
@@ -517,16 +519,23 @@ def _check_memory(network: Network, norm: Norm) -> None:
 def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[], dict[Value, Unit]]]]:
     """What to try, in turn: all of ``a*x + c`` goes back, or on, or the scale goes one way and the shift the other."""
 
+    maps: list[tuple[Site, Tensor, Tensor]] = []
+
     def demands(scale: str, shift: str) -> dict[Value, Unit]:
         result: dict[Value, Unit] = {}
-        for site in norm.sites:
-            a, c = _affine(network, site)
-            if not bool((torch.isfinite(a) & torch.isfinite(c)).all()):
+        if not maps:
+            maps.extend((site, *_affine(network, site)) for site in norm.sites)
+        for site, a, c in maps:
+            if not math.isfinite(float(a.sum() + c.sum())):
                 raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
-            far = max(offset(node, Trial(network)) for node in site.nodes)
-            if shift == "forward" and far > _FARTHEST.get(site.x.dtype, 0.0):
-                text = f"a mean lies {far:.0f} standard deviations from 0, which costs precision in the layers after it"
-                raise Refusal(Reason(text, None, norm.label), True)
+            if shift == "forward":
+                far = max(offset(node, Trial(network)) for node in site.nodes)
+                if far > FARTHEST.get(site.x.dtype, 0.0):
+                    text = (
+                        f"a mean lies {far:.0f} standard deviations from 0, "
+                        "which costs precision in the layers after it"
+                    )
+                    raise Refusal(Reason(text, None, norm.label), True)
             if scale == "backward":
                 units = (Unit.of(a, c), IDENTITY) if shift == scale else (Unit.of(a, None), Unit.of(None, c, True))
             elif shift == scale:
@@ -554,9 +563,9 @@ def _reciprocal(norm: Norm, scale: Tensor) -> Tensor:
 
 def _affine(network: Network, site: Site) -> tuple[Tensor, Tensor]:
     """(a, c) of the whole site: its steps composed."""
-    a, c = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for node in site.nodes:
+    first, *rest = site.nodes
+    a, c = affine(first, Trial(network))
+    for node in rest:
         factor, term = affine(node, Trial(network))
         a, c = a * factor, c * factor + term
-    shape = torch.broadcast_shapes(a.shape, c.shape)
-    return a.expand(shape), c.expand(shape)
+    return (a, c) if a.shape == c.shape else (a.expand_as(c + a), c.expand_as(c + a))

@@ -7,7 +7,8 @@ settled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ class _Piece:
     def elements(self) -> slice | Tensor:
         stop = self.start + (self.size - 1) * self.step + 1
         return slice(self.start, stop, self.step) if self.index is None else self.index
+
+
+@dataclass(frozen=True, eq=False)
+class _JoinedUnit(Unit):
+    """The unit of a whole, with the units of the pieces that it was joined from, which need no second look."""
+
+    parts: Mapping[Value, Unit | None] = field(default_factory=dict)
 
 
 @rule("cat", "concat", "concatenate")
@@ -156,7 +164,10 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
     if unit is not None:
         if chosen and axis in unit.axes():
             trial.assume(node)
+        made_of = unit.parts if isinstance(unit, _JoinedUnit) else {}
         for piece in pieces:
+            if piece.value in made_of and made_of[piece.value] is trial.unit(piece.value):
+                continue
             part = _part(unit, piece, axis)
             if not (part.is_identity and trial.unit(piece.value) is None):
                 trial.demand(piece.value, part)
@@ -168,7 +179,9 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
                 (piece, unit) for piece in _siblings(node, trial, whole, axis) if (unit := trial.unit(piece.value))
             ]
         try:
-            joined = {whole: _joined(units, whole, axis)}
+            made = _joined(units, whole, axis)
+            made_of = {} if chosen else {piece.value: trial.unit(piece.value) for piece in pieces}
+            joined = {whole: _JoinedUnit(made.scale, made.shift, made.inverse, made_of)}
             spread = _spread(units, axis) if chosen else None
             if chosen and spread is None:
                 trial.assume(node)
