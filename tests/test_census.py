@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -487,3 +490,38 @@ def test_networks_come_alive() -> None:
     zoo.calibrate_(model, x)
     assert 0.3 < model(x).std() < 3
     assert flags == [(norm.momentum, norm.training) for norm in model.modules() if is_norm(norm)]
+
+
+def test_an_interrupted_census_continues(tmp_path: Path) -> None:
+    """SIGTERM, as Ctrl-C, ends it between two rows; nothing that was done is done again."""
+    output = tmp_path / "rows.jsonl"
+    command = ["-c", "import sys; from bnfuse.cli import main; sys.exit(main(sys.argv[1:]))", "census", "pytorchcv"]
+    options = ["--jobs", "1", "--match", "resnet20_*", "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, *command, *options], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert first.startswith("1/3, ")
+    assert "interrupted: the same command continues\n" in errors
+    before = read(output)[1]
+    assert "resnet20_cifar10" in before
+    assert len(before) < 3
+    assert main(["census", "pytorchcv", *options]) == 0
+    after = read(output)[1]
+    assert list(after) == ["resnet20_cifar10", "resnet20_cifar100", "resnet20_svhn"]
+    assert after["resnet20_cifar10"] == before["resnet20_cifar10"]
+
+
+@pytest.mark.skipif(not ROWS, reason="no census has been made")
+def test_every_norm_of_the_derivations_stays() -> None:
+    text = (DOCS / "census" / "derivations.md").read_text()
+    derived = re.findall(r"^\| `(\w+):(\S+)`, `(\S+)` \|", text, re.MULTILINE)
+    assert len(derived) == len(set(derived)) == 30
+    rows = {headings[-1]["census"]: found for headings, found, _ in map(read, ROWS)}
+    gone = [item for item in derived if item[2] not in {kept.norm for kept in rows[item[0]][item[1]].kept}]
+    assert not gone, f"these norms have gone, so their derivations are wrong: {gone}"

@@ -1,13 +1,17 @@
 """The page ``docs/census.md``, made from the rows: nothing on it is written by hand but the derivations.
 
     python -m bnfuse.census.page docs
+    python -m bnfuse.census.page docs --draw 30
 
-reads ``docs/census/*.jsonl`` (or ``.jsonl.gz``), takes the words for the reasons from ``docs/how-it-works.md``, adds
-``docs/census/derivations.md``, and writes ``docs/census.md``.
+The first reads ``docs/census/*.jsonl`` (or ``.jsonl.gz``), takes the words for the reasons from
+``docs/how-it-works.md``, adds ``docs/census/derivations.md``, and writes ``docs/census.md``. The second prints so many
+norms that stay, drawn at random from all of them, for the derivations.
 """
 
 from __future__ import annotations
 
+import argparse
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,14 +67,28 @@ class Zoo:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page into the folder of the documentation.
-
-    Args:
-        arguments: the folder.
-    """
-    docs = Path(*arguments or ("docs",))
-    (docs / "census.md").write_text(page(docs))
+    """Write the page into the folder of the documentation, or print norms to derive by hand."""
+    parser = argparse.ArgumentParser(prog="python -m bnfuse.census.page", description="Write docs/census.md.")
+    parser.add_argument("docs", type=Path, help="the folder that holds how-it-works.md and census/")
+    parser.add_argument("--draw", type=int, metavar="COUNT", help="print so many norms that stay, drawn at random")
+    options = parser.parse_args(arguments)
+    if options.draw is None:
+        (options.docs / "census.md").write_text(page(options.docs))
+    else:
+        for name, row, kept in drawn(zoos_in(options.docs), options.draw):
+            print(f"{name}:{row.model}, {kept.norm}\n  {kept.full}\n")
     return 0
+
+
+def drawn(zoos: Sequence[Zoo], count: int, seed: int = 0) -> list[tuple[str, Row, Kept]]:
+    """Norms that stay, drawn at random: each norm is as likely as any other, and a group is drawn once."""
+    groups = [(zoo.name, row, kept) for zoo in zoos for row in zoo.fused for kept in row.kept]
+    generator = random.Random(seed)
+    chosen: list[tuple[str, Row, Kept]] = []
+    while groups and len(chosen) < count:
+        [index] = generator.choices(range(len(groups)), [kept.count for _, _, kept in groups])
+        chosen.append(groups.pop(index))
+    return chosen
 
 
 def page(docs: Path) -> str:
@@ -82,10 +100,7 @@ def page(docs: Path) -> str:
     Raises:
         BnFuseError: there are no rows, or a reason in them is not explained.
     """
-    files = sorted(path for path in (docs / "census").iterdir() if ".jsonl" in path.suffixes)
-    zoos = [_zoo(path) for path in files]
-    if not zoos:
-        raise BnFuseError(f"there is no file of rows in {docs / 'census'}: run bnfuse census ZOO --output FILE")
+    zoos = zoos_in(docs)
     known = messages((docs / "how-it-works.md").read_text())
     derivations = docs / "census" / "derivations.md"
     parts = [
@@ -98,6 +113,18 @@ def page(docs: Path) -> str:
         _left_out(zoos),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def zoos_in(docs: Path) -> list[Zoo]:
+    """The rows of all zoos.
+
+    Raises:
+        BnFuseError: there are none.
+    """
+    files = sorted(path for path in (docs / "census").iterdir() if ".jsonl" in path.suffixes)
+    if not files:
+        raise BnFuseError(f"there is no file of rows in {docs / 'census'}: run bnfuse census ZOO --output FILE")
+    return [_zoo(path) for path in files]
 
 
 def _zoo(path: Path) -> Zoo:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -60,13 +62,26 @@ def census(
         else:
             due = [model for model in chosen if model not in ledger.rows or ledger.rows[model].outcome in again]
         todo = [Job(f"{name}:{model}", zoo.family(f"{name}:{model}")) for model in due]
-        with progress(name, len(chosen), len(chosen) - len(todo)) as report:
+        with progress(name, len(chosen), len(chosen) - len(todo)) as report, _ended_like_interrupted():
             Sweep(name, ledger, settings, jobs, report).run(by_turns(todo))
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
     finally:
         ledger.close(names)
     return _summary(ledger, chosen, output)
+
+
+@contextlib.contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does; in the background a shell has Ctrl-C ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def by_turns(jobs: Iterable[Job]) -> list[Job]:

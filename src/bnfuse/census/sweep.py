@@ -29,6 +29,7 @@ from bnfuse.census.worker import NOT_OURS, Job, Settings, visit
 
 _PRELOADED = {"torchvision": "torchvision.models", "timm": "timm", "pytorchcv": "pytorchcv.model_provider"}
 _POLL = 0.5
+_GRACE = 10.0
 
 
 def heading(zoo: str, settings: Settings) -> dict[str, Any]:
@@ -166,7 +167,8 @@ def _one_thread() -> Iterator[None]:
 
 def _work(connection: Connection, job: Job, settings: Settings) -> None:
     """The process of one model."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it, and if that is gone, an alarm does
+    signal.setitimer(signal.ITIMER_REAL, settings.seconds + _GRACE)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_DATA, (settings.memory, settings.memory))
