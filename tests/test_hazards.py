@@ -381,7 +381,7 @@ CASES: dict[str, Case] = {
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),
-    "called twice": Case(lambda: Net(called_twice, c=conv(), n1=norm(), n2=norm()), {"n1": TWICE, "n2": TWICE}),
+    "called twice": Case(lambda: Net(called_twice, c=conv(), n1=norm(), n2=norm()), {"n1": None, "n2": TWICE}),
     "called twice, once bare": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + F.relu(m.c(x.flip(-1))), c=conv(), n=norm()), {"n": TWICE}),
     "shared head": Case(lambda: Net(shared_head, c=conv(), n=norm()), {"n": None}),
     "norm shared between sites": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + m.n(F.silu(m.d(x))), c=conv(), d=conv(), n=norm()), {"n": "silu"}),

@@ -206,6 +206,12 @@ class Trial:
                 self._queued.add(node)
                 self._queue.append(node)
 
+    def share(self, node: Node, parameter: Value, other: Node, value: Value, unit: Unit) -> None:
+        try:
+            self.demand(value, unit)
+        except Refusal as refusal:
+            raise Refusal(_shared(parameter, node, other), refusal.scale) from None
+
     def postpone(self, node: Node) -> bool:
         if node is self._choosing:
             return False
@@ -368,8 +374,7 @@ class Trial:
             node, unit = next(iter(requests.items()))
             for other in value.consumers:
                 if other not in requests or not _agree(unit, requests[other]):
-                    text = f"{label} is used more than once, and not every use asks for the same edit: see {other}"
-                    raise Refusal(Reason(text, node.operator, node.call.label), False)
+                    raise Refusal(_shared(value, node, other), False)
             if value in self.network.edits and self._scaled_up(value, unit) > SAFE_SCALE:
                 text = "it would have to undo a scale of (nearly) 0"  # little by little, with what went before
                 raise Refusal(Reason(text, node.operator, node.call.label), True)
@@ -391,6 +396,12 @@ class Trial:
 
     def _refuse_value(self, value: Value, text: str, unit: Unit) -> NoReturn:
         raise Refusal(fixed(value, text), unit.scale is not None)
+
+
+def _shared(parameter: Value, node: Node, other: Node) -> Reason:
+    label = " = ".join(parameter.names) or "a weight"
+    text = f"{label} is used more than once, and not every use asks for the same edit: see {other}"
+    return Reason(text, node.operator, node.call.label)
 
 
 def _agree(a: Unit, b: Unit) -> bool:

@@ -125,6 +125,8 @@ def check(node: Node, trial: Trial) -> None:
         others = (layer.x, layer.w, layer.b)
         if all(value is not other for other in others) and not (trial.unit(value) or IDENTITY).is_identity:
             trial.refuse(node, "its offsets cannot change units", scale=True)
+    if len(layer.w.consumers) > 1:
+        _share(node, trial, layer)
     of_x = trial.unit(layer.x)
     if of_x is not None and of_x.shift is not None:
         if not layer.uniform:
@@ -136,6 +138,18 @@ def check(node: Node, trial: Trial) -> None:
             trial.assume(node)  # that its own code pads nothing at another size either
         if layer.b is None:
             _pass_on(node, trial, layer, of_x)
+
+
+def _share(node: Node, trial: Trial, layer: _Layer) -> None:
+    """Other uses of the weight take the same units, so that they ask for the same edit of it."""
+    for other in layer.w.consumers:
+        there = _layer_or_none(other) if other is not node and other.operator == node.operator else None
+        if there is None or there.w is not layer.w or there.x is layer.w:
+            continue
+        for mine, theirs in ((layer.x, there.x), (layer.y, there.y)):
+            unit = trial.unit(mine)
+            if unit is not None and not unit.is_identity and len(mine.shape) == len(theirs.shape):
+                trial.share(node, layer.w, other, theirs, unit)
 
 
 def _pass_on(node: Node, trial: Trial, layer: _Layer, unit: Unit) -> None:

@@ -28,6 +28,9 @@ class Trial(Protocol):
     def demand(self, value: Value, unit: Unit) -> None:
         """Ask for a unit; refuses if the value has another one already or cannot change."""
 
+    def share(self, node: Node, parameter: Value, other: Node, value: Value, unit: Unit) -> None:
+        """Ask for a unit at another operator that reads the same parameter, so that both ask for the same edit."""
+
     def postpone(self, node: Node) -> bool:
         """Put a choice off until everything that is certain is settled; False if that is now."""
 
