@@ -16,6 +16,7 @@ import torch
 
 import bnfuse
 from bench.child import Child, child
+from bench.networks import QUICK as SMALL
 from bench.networks import Network, forward, selected, zoo
 from bench.rivals import is_right
 from bench.section import Section, Settings, progress
@@ -24,7 +25,7 @@ from bnfuse.report.tables import Column, Table
 from bnfuse.timing import Measure, timed
 
 NETWORKS = (zoo("torchvision:mobilenet_v2"), zoo("torchvision:resnet50"))
-QUICK = (zoo("torchvision:resnet18", (3, 32, 32)),)
+QUICK = tuple(selected("own:small_mlp", SMALL))
 VARIANTS = ORIGINAL, FUSED = "original", "fused"
 
 

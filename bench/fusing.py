@@ -77,7 +77,7 @@ def run(settings: Settings) -> Section:
     with threads(settings.threads):
         for number, network in enumerate(networks, 1):
             progress(f"fusing [{number}/{len(networks)}] {network.name}")
-            findings.append(examine(network, settings.effort(seconds=20, least=7, most=25), settings.clock))
+            findings.append(examine(network, settings.effort(seconds=8, least=7, most=15), settings.clock))
     return report(findings)
 
 

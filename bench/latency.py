@@ -4,12 +4,15 @@ The limit is the network with the same norms deleted and nothing else changed. W
 though: where the layer has no bias yet, fusing gives it one. So there is a second, fairer limit, in which the layers
 that get a bias from fusing have one too.
 
-Every network runs in both memory formats (as far as it takes images or videos) and at two batch sizes. Numbers so small
-that arithmetic with them is slow are flushed to zero, since a network without its norms makes them more easily.
+Every network runs in both memory formats (as far as it takes images or videos) and at two batch sizes, in a process of
+its own, since ``torch.jit`` never frees what it has optimised. Numbers so small that arithmetic with them is slow are
+flushed to zero, since a network without its norms makes them more easily.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfuse
+from bench.child import child
 from bench.networks import NETWORKS, QUICK, Network, forward, selected
 from bench.rivals import attempt, fx_fused, is_right, jit_optimised, without_norms
 from bench.section import Section, Settings, at_most, progress
@@ -77,18 +81,48 @@ class Finding:
             "errors": self.errors,
         }
 
+    @staticmethod
+    def from_dict(found: dict[str, Any]) -> Finding:
+        return Finding(
+            network=found["network"],
+            batch=found["batch"],
+            channels_last=found["channels_last"],
+            norms=(found["norms"], found["left"]),
+            rounds=Rounds(found["seconds"]),
+            problems=found["problems"],
+            errors=found["errors"],
+        )
+
 
 def run(settings: Settings) -> Section:
     """Measure every network."""
     networks = selected(settings.networks, QUICK if settings.quick else NETWORKS)
-    effort = settings.effort(seconds=15, least=15, most=100)
     findings = []
-    with threads(settings.threads), flushed_denormals():
-        for number, network in enumerate(networks, 1):
-            for finding in examine(network, effort, settings.clock):
-                progress(f"latency [{number}/{len(networks)}] {finding.label}")
-                findings.append(finding)
+    for number, network in enumerate(networks, 1):
+        for finding in in_own_process(network, settings):
+            ratio = finding.ratio(DELETED) or "not measured"
+            progress(f"latency [{number}/{len(networks)}] {finding.label}: fused / {DELETED} {ratio}")
+            findings.append(finding)
     return report(findings)
+
+
+def in_own_process(network: Network, settings: Settings) -> Iterator[Finding]:
+    """Measure one of the networks that this module knows."""
+    with child("bench.latency", network.name, json.dumps(vars(settings))) as process:
+        while found := json.loads(process.ask()):
+            yield Finding.from_dict(found)
+
+
+def main(arguments: list[str]) -> None:
+    """In a process of its own: print every finding as a line of JSON, and an empty one at the end."""
+    name, asked = arguments
+    settings = Settings(**json.loads(asked))
+    network = next(network for network in (*NETWORKS, *QUICK) if network.name == name)
+    effort = settings.effort(seconds=10, least=15, most=75)
+    with threads(settings.threads), flushed_denormals():
+        for finding in examine(network, effort, settings.clock):
+            print(json.dumps(finding.to_dict()), flush=True)
+    print({}, flush=True)
 
 
 @contextmanager
@@ -220,3 +254,7 @@ _PLACE = (Column("network"), Column("batch", True), Column("format"))
 
 def _place(finding: Finding) -> tuple[str, str, str]:
     return finding.network, str(finding.batch), "channels_last" if finding.channels_last else "contiguous"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -276,6 +276,8 @@ def test_latency_in_both_formats_at_both_batch_sizes() -> None:
     section = latency.report(findings)
     assert [len(table.rows) for table in section.tables] == [4, 4]
     first = json.loads(json.dumps(section.data))["measurements"][0]
+    again = latency.Finding.from_dict(first).to_dict()
+    assert {**again, "fused over": first["fused over"]} == first
     assert first["network"] == "own:tiny"
     assert set(first["fused over"]) == {"original", "deleted", "deleted, with biases"}
     assert "of 4, worst own:tiny batch" in str(section.targets[0])
@@ -441,7 +443,7 @@ def test_compile_times_are_reported_as_they_are() -> None:
 @pytest.fixture
 def tiny_sections(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fusing, "QUICK", (TINY,))
-    monkeypatch.setattr(latency, "QUICK", (TINY,))
+    monkeypatch.setattr(latency, "QUICK", tuple(selected("own:small_mlp", QUICK)))
     monkeypatch.setattr(growth, "QUICK", (Family("chain", chain, (1, 10)),))
     return iter(())
 
@@ -459,7 +461,8 @@ def test_the_command_prints_tables_and_writes_json(tmp_path: Path, capsys: pytes
     assert torch.__version__.split("+")[0] in out
     assert len(targets) == 6
     assert all(target["text"] in out for target in targets)
-    assert "latency [1/1] own:tiny batch 8 channels_last" in err
+    assert "latency [1/1] own:small_mlp batch 8: fused / deleted " in err
+    assert [found["batch"] for found in document["sections"]["latency"]["measurements"]] == [1, 8]
 
 
 @pytest.mark.parametrize(("met", "status"), [(True, 0), (None, 0), (False, 1)])
