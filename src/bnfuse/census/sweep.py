@@ -30,6 +30,7 @@ from bnfuse.census.worker import NOT_OURS, Job, Settings, visit
 _PRELOADED = {"torchvision": "torchvision.models", "timm": "timm", "pytorchcv": "pytorchcv.model_provider"}
 _POLL = 0.5
 _GRACE = 10.0
+_ATTEMPTS = 3
 
 
 def heading(zoo: str, settings: Settings) -> dict[str, Any]:
@@ -95,11 +96,20 @@ class Sweep:
                 visit.process.join()
 
     def _start(self, job: Job) -> _Visit:
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_work, args=(theirs, job, self.settings), daemon=True)
-        process.start()
-        theirs.close()
-        return _Visit(job, process, ours, time.monotonic())
+        for attempt in range(_ATTEMPTS):
+            ours, theirs = self.context.Pipe()
+            process = self.context.Process(target=_work, args=(theirs, job, self.settings), daemon=True)
+            try:
+                process.start()
+            except (EOFError, OSError):  # the server, or the new process, ended before it answered
+                ours.close()
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                continue
+            finally:
+                theirs.close()
+            return _Visit(job, process, ours, time.monotonic())
+        raise AssertionError
 
     def _listen(self) -> None:
         by_connection = {visit.connection: visit for visit in self.working}
