@@ -29,13 +29,16 @@ from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
 from bnfuse.rules.norms import FARTHEST, affine, offset
 from bnfuse.rules.registry import Rule, link, same
-from bnfuse.units import IDENTITY, SAFE_SCALE, NotInvertibleError, Unit, multiply, reciprocal
+from bnfuse.units import IDENTITY, SAFE_SCALE, NotInvertibleError, Unit, add, multiply, reciprocal, scaled
 
 _MAX_BACKTRACKS = 200
 
 _BOTH = "both"
 """The direction of a norm whose scale goes one way and whose shift the other."""
 
+
+_LARGEST_SHIFT = {torch.float64: 1e7, torch.float32: 1e4, torch.float16: 100.0, torch.bfloat16: 100.0}
+"""The largest shift, in the units that values had at first, of a tensor that something else still reads."""
 
 _NEARBY = 24
 """Operators that the first round of attempts looks at."""
@@ -65,6 +68,7 @@ class Network:
         self.assumed: set[Node] = set()
         self.removed: set[Node] = set()
         self.edits: dict[Value, list[Unit]] = {}
+        self.placed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
         self._contents: dict[Value, Tensor] = {}
 
     def content(self, value: Value) -> Tensor:
@@ -119,10 +123,22 @@ class Network:
             if node.data is not None:
                 self.limits.unite(node.data, node.outputs[0])
         self.assumed |= trial.assumed
+        for value, unit in trial.units.items():
+            if not unit.is_identity and not value.independent and trial.is_read(value):
+                self.placed[value] = self.composed(value, unit)
         for value, requests in trial.edits.items():
             unit = next(iter(requests.values()))
             self.edits.setdefault(value, []).append(unit)
             self._contents.pop(value, None)
+
+    def composed(self, value: Value, unit: Unit) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of all units that a value has been given, with another one."""
+        before = self.placed.get(value, (None, None))
+        try:
+            s, t = unit.direct()
+        except NotInvertibleError:
+            return before  # a dead channel, which nothing that stays can read
+        return multiply(before[0], s), add(scaled(before[1], s), t)
 
 
 def _initial(value: Value) -> Tensor:
@@ -247,6 +263,9 @@ class Trial:
             self.refuse(node, "its numbers depend on the size or the contents of the input", scale=True)
         self.assumed.add(node)
 
+    def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
+        return self.network.placed.get(value, (None, None))
+
     def is_edited(self, value: Value) -> bool:
         return value in self.network.edits
 
@@ -283,6 +302,7 @@ class Trial:
                 break
         self._collect_leaves()
         self._check_edits()
+        self._check_shifts()
 
     def _drain(self) -> None:
         while self._queue:
@@ -381,6 +401,26 @@ class Trial:
             if value.dtype is torch.float16 and not self._in_range(value, unit):
                 text = f"{label} would leave the range of {value.dtype}"
                 raise Refusal(Reason(text, node.operator, node.call.label), True)
+
+    def is_read(self, value: Value) -> bool:
+        """True if an operator that stays reads the value."""
+        return any(node not in self.targets and node not in self.network.removed for node in value.consumers)
+
+    def _check_shifts(self) -> None:
+        """A shift that is much larger than what is left of the values takes away their digits."""
+        for value, unit in self.units.items():
+            if unit.is_identity or value.independent or not self.is_read(value):
+                continue
+            scale, shift = self.network.composed(value, unit)
+            if scale is None or shift is None:
+                continue
+            alive = scale != 0
+            largest = float((shift.abs() / scale.abs().where(alive, torch.inf)).amax())
+            if largest > _LARGEST_SHIFT.get(value.dtype, 0.0):
+                node = value.producer
+                where = (None, None) if node is None else (node.operator, node.call.label)
+                text = f"its values would be {largest:.0e} times smaller than their shift, which costs precision"
+                raise Refusal(Reason(text, *where), False)
 
     def _scaled_up(self, value: Value, unit: Unit) -> float:
         """The largest factor that an element of a parameter is multiplied by in all."""

@@ -60,8 +60,20 @@ def offset(node: Node, trial: Trial) -> float:
     """The largest distance of a mean from 0, in standard deviations; 0 for a norm that is written as arithmetic."""
     if node.operator != "batch_norm":
         return 0.0
+    return _distance(node, trial, torch.zeros((), dtype=torch.float64))
+
+
+def _distance(node: Node, trial: Trial, point: Tensor) -> float:
+    """The largest distance of a mean of the input, in its present units, from a point, in standard deviations."""
     _, sigma, mean, _ = _parts(node, trial)
-    return float((mean.abs() / sigma).max())
+    x = node.bound["input"]
+    scale, shift = (
+        None if part is None else channel_vector(part, _CHANNELS, x.shape[_CHANNELS], 0.0) for part in trial.placed(x)
+    )
+    if scale is not None:
+        mean, sigma = mean * scale, sigma * scale.abs()
+    distance = ((mean if shift is None else mean + shift) - point).abs() / sigma
+    return float(distance[sigma > 0].max()) if bool((sigma > 0).any()) else 0.0
 
 
 FARTHEST = {torch.float64: 1e6, torch.float32: 300.0, torch.float16: 30.0, torch.bfloat16: 30.0}
@@ -125,7 +137,7 @@ def absorb_batch_norm(node: Node, trial: Trial) -> None:
         return None if tensor is None else channel_vector(tensor, _CHANNELS, x.shape[_CHANNELS], default)
 
     if q is not None:
-        far = float(((channel_vector(q, _CHANNELS, x.shape[_CHANNELS], 0.0) - mean).abs() / sigma).max())
+        far = _distance(node, trial, channel_vector(q, _CHANNELS, x.shape[_CHANNELS], 0.0))
         if far > max(FARTHEST.get(x.dtype, 0.0), offset(node, trial)):
             trial.refuse(node, f"a mean would lie {far:.0f} standard deviations from 0, which costs precision")
     gain, ratio, moved, shift = vector(s, 1.0), vector(p, 1.0), vector(q, 0.0), vector(t, 0.0)

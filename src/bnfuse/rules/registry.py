@@ -52,6 +52,9 @@ class Trial(Protocol):
     def content(self, value: Value) -> Tensor:
         """The present float64 contents, with all edits so far, of what does not depend on the model's inputs."""
 
+    def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of all units that accepted removals have given to the input of a batch norm."""
+
     def is_edited(self, value: Value) -> bool:
         """True if an accepted edit changed the parameter."""
 
