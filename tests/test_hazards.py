@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
+import bnfuse
+
 IMAGE = (2, 3, 8, 8)
 
 
@@ -451,3 +453,14 @@ def test_hazard(name: str) -> None:
             assert not decision.fused
             assert expected in reason(plan, label)
             assert type(fused_modules.get(label)) is type(modules.get(label))
+
+
+def test_padding_to_even_sizes_where_the_first_axis_is_not_the_batch() -> None:
+    """No larger size with a larger first axis runs, and twice the size is even again."""
+    net = Net(
+        lambda m, x: m.c(F.pad(y := m.n(x.transpose(0, 1)), (0, y.shape[-1] % 2))),
+        c=conv(2, 4, 2, padding=0),
+        n=norm(2),
+    )
+    plan = bnfuse.plan(prepared(net), torch.randn(2, 4, 5, 6, dtype=torch.float64))
+    assert not plan.fused

@@ -201,7 +201,9 @@ def larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tupl
     """
     rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
     trailing = set(range(2, rank))
-    together = [({0, *trailing}, "one"), ({0, *trailing}, "round"), (trailing, "double")] if trailing else []
+    # The first axis need not be the batch, so the others also grow alone.
+    both = {0, *trailing}
+    together = [(both, "one"), (both, "round"), (trailing, "one"), (trailing, "double")] if trailing else []
     choices = [*together, ({0}, "one")]
     choices += [({axis}, step) for axis in range(1, rank) for step in ("one", "round")]
     for axes, step in choices:
