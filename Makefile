@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make format | make fuzz | make census | make clean
+# make demo | make test | make lint | make format | make fuzz | make bench | make census | make clean
 # Each creates .venv and installs what it needs; a second call finds that done.
 
 PYTHON ?= python3
@@ -38,6 +38,11 @@ clean:
 .PHONY: fuzz
 fuzz: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m fuzz $(or $(ARGS),--count 20000 --jobs 2)
+
+# make bench ARGS="fusing growth --networks 'resnet*'" for a part, ARGS=--quick to see that it runs
+.PHONY: bench
+bench: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m bench $(ARGS)
 
 # Every model of three zoos; continues where the last run stopped. make census ARGS="--match 'resnet*' --jobs 1"
 .PHONY: census

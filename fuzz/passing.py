@@ -11,12 +11,12 @@ def pass_through(g: Builder, x: str) -> str:
         raise Unfit
     family = g.one_of(
         _reshaped, _reshaped, _turned, _joined, _taken, _pooled, _resized, _padded, _numbers, _turned_around, _parameters, _copied,
-        _positive, _averaged, _summed, _made_from_shape, _mixed,
+        _positive, _averaged, _summed, _made_from_shape, _mixed, _picked, _composed,
     )  # fmt: skip
     codes = family(g, x)
     if not codes:
         raise Unfit
-    if family in (_padded, _positive, _mixed):
+    if family in (_padded, _positive, _mixed, _picked):
         g.hint = "scale"  # these pass no shift, so let a norm without one meet them
     return str(g.emit(g.one_of(*codes), x))
 
@@ -373,4 +373,75 @@ def _mixed(g: Builder, x: str) -> list[str]:
             f"torch.einsum('nchw,oc->nohw', $0, {g.parameter(channels, channels)})",
             "F.grid_sample($0, torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 2, 2, 2).expand($0.shape[0], -1, -1, -1), padding_mode='border', align_corners=False)",
         ]
+    return codes
+
+
+def _picked(g: Builder, x: str) -> list[str]:
+    """An element of one tensor or of another, by a mask or by size; patches."""
+    rank, channels, n = _sides(g, x)
+    mask = "(torch.arange($0.shape[-1]) % 2 > 0)"
+    codes = [
+        f"torch.where({mask}, $0, 0.0)",
+        f"torch.where({mask}, $0, $0.flip(-1))",
+        f"torch.where({mask}, $0, -float('inf')).amax(-1)",
+        f"torch.where({mask}, $0, {g.parameter(*g.shape(x)[1:])})",
+        f"torch.where($0.roll(1, 0).sigmoid() > 0.5, $0, {g.parameter(channels, *[1] * n)})",
+        f"$0.masked_fill({mask}, 0.0)",
+        f"$0.masked_fill({mask}, -float('inf')).amax(-1)",
+        f"$0.masked_fill({mask}, 0.5)",
+        "$0.masked_fill($0 > 0.3, 0.0)",
+        f"torch.maximum($0, {g.parameter(channels, *[1] * n)})",
+        "torch.maximum($0, torch.zeros_like($0))",
+    ]
+    if rank == 4:
+        codes += [
+            "F.unfold($0, 2)",
+            "F.unfold($0, 3, padding=1)",
+            "F.fold(F.unfold($0, 2, stride=2), tuple(s // 2 * 2 for s in $0.shape[2:]), 2, stride=2)",
+            "F.fold(F.unfold($0, 3, padding=1), $0.shape[2:], 3, padding=1)",
+            "F.grid_sample($0, torch.linspace(-1.2, 1.2, 8, dtype=torch.float64).reshape(1, 2, 2, 2).expand($0.shape[0], -1, -1, -1), padding_mode='zeros', align_corners=False)",
+            "F.grid_sample($0, torch.linspace(-1.2, 1.2, 8, dtype=torch.float64).reshape(1, 2, 2, 2).expand($0.shape[0], -1, -1, -1), mode='bicubic', padding_mode='reflection', align_corners=True)",
+        ]
+    if rank == 3:
+        codes += ["F.fold($0, (2, $0.shape[-1]), (1, 1)).flatten(2)"] * (g.shape(x)[2] % 2 == 0)
+    return codes
+
+
+def _composed(g: Builder, x: str) -> list[str]:
+    """Operators that are made of others, with parameters among their operands."""
+    rank, channels, n = _sides(g, x)
+    along = (channels, *[1] * n)
+    gain, shift, share = g.parameter(*along, gain=True), g.parameter(*along), g.parameter(*along)
+    last = g.shape(x)[-1]
+    codes = [
+        f"torch.addcmul({shift}, $0, {gain}, value=0.5)",
+        f"torch.addcdiv({shift}, $0, {gain}, value=2)",
+        f"torch.addcmul($0, $0.flip(-1), {gain})",
+        f"torch.lerp($0, $0.flip(-1), {share})",
+        "torch.lerp($0, $0.roll(1, 1), 0.3)",
+        "torch.vstack([$0, $0])",
+        "torch.dstack([$0, $0.flip(-1)])",
+        "torch.repeat_interleave($0, 2, -1)",
+        "torch.repeat_interleave($0, 3, 1)",
+        f"torch.tensordot($0, {g.parameter(last, 3)}, 1)",
+        f"torch.inner($0, {g.parameter(4, last)})",
+        f"$0 @ {g.parameter(last, 3)}",
+        f"torch.softmax($0.detach().sin(), -1) @ {g.parameter(last, 3)}",
+        "torch.outer($0.flatten(1)[:, 0], $0.new_ones(3))",
+        f"F.rms_norm($0, ({last},), {g.parameter(last)})",
+    ]
+    if channels > 1:
+        codes += ["$0[:, :1] - $0[:, 1:2]", "$0[:, 0] - $0[:, 1]", "$0[:, :1] - 2 * $0[:, 1:]"]
+    if rank == 3:
+        batch = g.shape(x)[0]
+        rows, columns = g.shape(x)[1:]
+        codes += [
+            f"{g.parameter(3, rows)} @ $0",
+            f"{g.parameter(1, 3, rows)} @ $0",
+            f"$0 @ {g.parameter(1, columns, 3)}",
+            f"torch.baddbmm({g.parameter(3)}, $0, {g.parameter(1, columns, 3)}.expand($0.shape[0], -1, -1), beta=0.5, alpha=2)",
+            f"torch.bmm({g.parameter(1, 3, rows)}.repeat($0.shape[0], 1, 1), $0)",
+        ]
+        codes += [f"torch.bmm($0, {g.parameter(batch, columns, 3)})"] * (batch == 1)
+        codes += [f"torch.mv($0[0], {g.parameter(columns)})[None, :, None]"] * (batch == 1)
     return codes

@@ -14,11 +14,14 @@ import torch
 from support import assert_untouched, prepared, snapshot
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfuse
 from bnfuse import rules
 from bnfuse.plan import Replacement
+from bnfuse.rewrite import rewrite
 from bnfuse.units import Unit
+from bnfuse.wrappers import copy_model
 
 
 class Block(nn.Module):
@@ -447,3 +450,85 @@ def test_low_precision(dtype: torch.dtype) -> None:
     for name, parameter in fused.named_parameters():
         assert parameter.dtype == dtype
         assert torch.equal(parameter, exact.get_parameter(name).to(dtype)), name
+
+
+class OwnCopy(nn.Sequential):
+    """Copies itself by building itself anew."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> nn.Module:
+        new = OwnCopy(*(type(layer)(*size) for layer, size in zip(self, ((3, 4, 1), (4,)), strict=True)))
+        new.load_state_dict(self.state_dict())
+        return new.to(torch.float64).eval()
+
+
+def test_a_copy_of_its_own_making() -> None:
+    model = prepared(OwnCopy(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    fused = bnfuse.fuse(model, x, verify=False)
+    assert type(fused[1]) is nn.Identity
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+class Interrupting(TorchDispatchMode):
+    """An interrupt, as by Ctrl-C, at the n-th operator."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("undoable", [True, False])
+def test_an_interrupt_while_writing(model: nn.Module, x: Tensor, undoable: bool) -> None:
+    """Every weight is written or none, wherever it comes."""
+    made = bnfuse.plan(model, x)
+    expected = model(x)
+    for n in range(1, 10_000):
+        copied = copy_model(model)
+        before = snapshot(copied)
+        try:
+            with Interrupting(n):
+                rewrite(made, copied, undoable=undoable)
+        except KeyboardInterrupt:
+            if norms_of(copied):
+                assert_untouched(copied, before)
+            else:
+                assert not undoable
+                torch.testing.assert_close(copied(x), expected, rtol=1e-11, atol=1e-11)
+        else:
+            break
+    assert 20 < n < 9_999
+    assert not norms_of(copied)
+
+
+class Stream(nn.Module):
+    """Norms that read one tensor, to which what is behind them is added."""
+
+    def __init__(self, norms: int) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(norms))
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(norms))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = x + conv(norm(x))
+        return self.head(x)
+
+
+def test_norms_that_are_edited_before_they_go() -> None:
+    model = prepared(Stream(4), dead=0.0)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for inplace in (False, True):
+        expected = model(x)
+        fused = bnfuse.fuse(model, x, inplace=inplace)
+        assert norms_of(fused) == []
+        torch.testing.assert_close(fused(x), expected, rtol=1e-11, atol=1e-11)
+    plan = bnfuse.plan(prepared(Stream(4), dead=0.0), x)
+    assert not any("norms" in name for edit in plan.edits for name in edit.names)

@@ -20,10 +20,10 @@ IMAGE = (2, 3, 8, 8)
 class Net(nn.Module):
     """Layers by name, and a function of (self, x) as the forward."""
 
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module | Tensor) -> None:
         super().__init__()
         for name, layer in layers.items():
-            self.add_module(name, layer)
+            self.register_buffer(name, layer) if isinstance(layer, Tensor) else self.add_module(name, layer)
         self.function = forward
 
     def forward(self, *args: Any) -> Any:
@@ -58,6 +58,14 @@ class BiasBlindConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+
+class MaskedConv(nn.Conv1d):
+    """Takes the lengths of the sequences as well, and masks what lies behind them."""
+
+    def forward(self, x: Tensor, lengths: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        mask = torch.arange(x.shape[-1]) < lengths[:, None]
+        return F.conv1d(x * mask[:, None] * scale, self.weight, self.bias), lengths
 
 
 class BiasAwareConv(nn.Conv2d):
@@ -111,6 +119,13 @@ def overlapping_memory() -> nn.Module:
     net = Net(lambda m, x: m.b(m.n(m.a(x))), a=conv(3, 3), n=norm(3), b=conv(3, 3)).double()
     net.a.weight.data = memory[:81].view(3, 3, 3, 3)
     net.b.weight.data = memory[40:121].view(3, 3, 3, 3)
+    return net
+
+
+def with_parameters(forward: Callable[..., Any], **layers: nn.Module) -> nn.Module:
+    net = Net(forward, **layers)
+    net.p, net.q = nn.Parameter(torch.randn(6, 1, 1)), nn.Parameter(torch.randn(6, 1, 1))
+    net.t = nn.Parameter(torch.randn(6, 6))
     return net
 
 
@@ -336,10 +351,37 @@ CASES: dict[str, Case] = {
     "parameter made of an activation": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + nn.Parameter(y, requires_grad=False), c=conv(), n=norm()), {"n": "in another way"}),
     # Not touched by any unit.
     "operators behind": Case(lambda: Net(lambda m, x: [f(m.n(m.c(x))) for f in BEHIND], c=conv(), n=norm()), {"n": None}),
+    # Slices, masks, patches, and operators that are made of others.
+    "slices subtracted": Case(lambda: Net(lambda m, x: (lambda y: m.n(y[:, :3] - y[:, 3:]))(m.c(x)), c=conv(), n=norm(3)), {"n": None}),
+    "slices exchanged": Case(lambda: Net(lambda m, x: (lambda y: m.n(torch.cat([y[:, 2:], y[:, :2]], 1)))(m.c(x)), c=conv(), n=norm()), {"n": None}),
+    "slices that overlap": Case(lambda: Net(lambda m, x: (lambda y: m.n(y[:, :4] - y[:, 2:]))(m.c(x)), c=conv(), n=norm(4)), {"n": "two different units"}),
+    "chunks subtracted": Case(lambda: Net(lambda m, x: (lambda y: m.n(y[0] - y[1]))(m.c(x).chunk(2, 1)), c=conv(), n=norm(3)), {"n": None}),
+    "layer of several arguments": Case(lambda: Net(lambda m, x: m.n(m.c(x, torch.tensor([9, 4]).repeat(2)[: len(x)], scale=2.0)[0]), c=MaskedConv(3, 6, 3, bias=False), n=nn.BatchNorm1d(6)), {"n": None}, ((2, 3, 9),)),
+    "index by Variable": Case(lambda: Net(lambda m, x: m.n(m.c(x).index_select(1, torch.autograd.Variable(m.order))), c=conv(), n=norm(), order=torch.tensor([3, 1, 2, 5, 0, 4])), {"n": None}),
+    "hstack": Case(lambda: Net(lambda m, x: m.n(torch.hstack([m.c(x), m.d(x)])), c=conv(), d=conv(), n=norm(12)), {"n": None}),
+    "repeat_interleave": Case(lambda: Net(lambda m, x: m.c(m.n(x).repeat_interleave(2, 1)), c=conv(6, 6, 1), n=norm(3)), {"n": None}),
+    "repeat_interleave back": Case(lambda: Net(lambda m, x: m.n(m.c(x).repeat_interleave(2, 1)), c=conv(3, 3), n=norm()), {"n": "copies"}),
+    "addcmul": Case(lambda: with_parameters(lambda m, x: m.n(torch.addcmul(m.p, m.c(x), m.q, value=2)), c=conv(), n=norm()), {"n": None}),
+    "lerp": Case(lambda: with_parameters(lambda m, x: m.n(torch.lerp(m.c(x), m.d(x), m.p)), c=conv(), d=conv(), n=norm()), {"n": None}),
+    "filled where masked": Case(lambda: Net(lambda m, x: m.n(m.c(x).masked_fill(x[:, :1] > 0, 0.0)), c=conv(), n=norm()), {"n": "does not change with the units"}),
+    "one of two": Case(lambda: Net(lambda m, x: m.n(torch.where(x[:, :1] > 0, m.c(x), m.d(x))), c=conv(), d=conv(), n=norm()), {"n": None}),
+    "chosen by itself": Case(lambda: Net(lambda m, x: (lambda y: m.n(torch.where(y > 0, y, 0.5 * y)))(m.c(x)), c=conv(), n=norm()), {"n": "gt"}),
+    "patches": Case(lambda: Net(lambda m, x: m.l(F.unfold(m.n(x), 2).mT), n=norm(3), l=nn.Linear(12, 4)), {"n": None}),
+    "padded patches": Case(lambda: Net(lambda m, x: m.l(F.unfold(m.n(x), 3, padding=1).mT), n=norm(3), l=nn.Linear(27, 4)), {"n": "pads with zeros"}),
+    "tiles": Case(lambda: Net(lambda m, x: m.n(F.fold(m.l(x.flatten(2)[:, :, :16].mT).mT, (8, 8), 2, stride=2)), l=nn.Linear(3, 24), n=norm()), {"n": None}),
+    "patches that overlap": Case(lambda: Net(lambda m, x: m.n(F.fold(m.l(x.flatten(2)[:, :, :49].mT).mT, (8, 8), 2)), l=nn.Linear(3, 24), n=norm()), {"n": "overlap"}),
+    "sampled": Case(lambda: Net(lambda m, x: m.n(F.grid_sample(m.c(x), F.affine_grid(torch.eye(2, 3).to(x).repeat(len(x), 1, 1), x.shape, False), padding_mode="border", align_corners=False)), c=conv(), n=norm()), {"n": None}),
+    "sampled zeros": Case(lambda: Net(lambda m, x: m.n(F.grid_sample(m.c(x), F.affine_grid(torch.eye(2, 3).to(x).repeat(len(x), 1, 1), x.shape, False), align_corners=False)), c=conv(), n=norm()), {"n": "samples zeros"}),
+    "matrix on the left": Case(lambda: with_parameters(lambda m, x: (m.t @ m.n(m.c(x).relu()).flatten(2) + m.p.flatten(1)).sigmoid(), c=conv(), n=norm()), {"n": None}),
+    "matrix on the left, no shift": Case(lambda: with_parameters(lambda m, x: (m.t @ m.n(m.c(x).relu()).flatten(2)).sigmoid(), c=conv(), n=norm()), {"n": "sigmoid"}),
+    "softmax times a table": Case(lambda: with_parameters(lambda m, x: m.n((m.c(x).flatten(2).mT.softmax(-1) @ m.t).mT.unflatten(2, (8, 8))), c=conv(), n=norm()), {"n": None}),
+    "softmax before a convolution": Case(lambda: with_parameters(lambda m, x: m.n(F.conv1d(m.c(x).flatten(2).softmax(-1), m.t[:, :, None])), c=conv(), n=nn.BatchNorm1d(6)), {"n": "none can be added"}),
+    "scale back, shift on": Case(lambda: with_parameters(lambda m, x: torch.exp(m.n(m.c(x) * x[:, :1].sigmoid()) - m.p), c=conv(), n=norm()), {"n": None}),
+    "shift back, scale on": Case(lambda: with_parameters(lambda m, x: m.c(m.n(x.repeat(1, 2, 1, 1) + m.p)), c=conv(6, 2), n=norm()), {"n": None}),
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),
-    "called twice": Case(lambda: Net(called_twice, c=conv(), n1=norm(), n2=norm()), {"n1": TWICE, "n2": TWICE}),
+    "called twice": Case(lambda: Net(called_twice, c=conv(), n1=norm(), n2=norm()), {"n1": None, "n2": TWICE}),
     "called twice, once bare": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + F.relu(m.c(x.flip(-1))), c=conv(), n=norm()), {"n": TWICE}),
     "shared head": Case(lambda: Net(shared_head, c=conv(), n=norm()), {"n": None}),
     "norm shared between sites": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + m.n(F.silu(m.d(x))), c=conv(), d=conv(), n=norm()), {"n": "silu"}),
@@ -368,7 +410,7 @@ CASES: dict[str, Case] = {
     "norm held in a list": Case(listed, {"n": "also refers to it"}),
     "contents read by numpy": Case(lambda: Net(numpy_reader, c=conv(), n=norm()), {"n": "leave PyTorch"}),
     "data attribute": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + y.data, c=conv(), n=norm()), {"n": ".data"}),
-    "weight data attribute": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight.data)), c=conv(), n=norm()), {"n": "none can be added"}),
+    "weight data attribute": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight.data)), c=conv(), n=norm()), {"n": "leave PyTorch"}),
     "old weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=_old_weight_norm(conv()), n=norm()), {"n": None}),
     "weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=parametrizations.weight_norm(conv()), n=norm()), {"n": None}),
     "spectral_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=parametrizations.spectral_norm(conv()), n=norm()), {"n": "mv"}),

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfuse.capture import evaluation_mode, forked_random_state
+from bnfuse import tree
+from bnfuse.capture import WriteWatch, evaluation_mode, forked_random_state, untouched
 from bnfuse.graph import Graph, Kind, Node, Storage, Value
 
 _BIASED = {
@@ -103,19 +105,28 @@ class _Witness(TorchDispatchMode):
 
 def _ask(node: Node, place: str) -> bool:
     module, call = node.call.module, node.call
-    if not call.plain or len(call.inputs) != 1:
-        return False
-    value = call.inputs[0]
     reference = next(module.parameters(recurse=False), None)
     device = reference.device if reference is not None else None
+    if call.plain and len(call.inputs) == 1:
+        value = call.inputs[0]
+        args: tuple[Any, ...] = (torch.zeros(value.shape, dtype=value.dtype, device=device),)
+        kwargs: dict[str, Any] = {}
+    elif call.arguments is not None:
+        args, kwargs = tree.map_tensors(
+            call.arguments, lambda t: torch.zeros_like(t, device=device) if t.is_meta else t
+        )
+    else:
+        return False
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(module))
         stack.enter_context(forked_random_state())
+        watch = stack.enter_context(untouched(module))
         parameter = stack.enter_context(_placed(module, place, node.outputs[0].shape[_channel_axis(node)], device))
         stack.enter_context(torch.inference_mode())
+        stack.enter_context(WriteWatch(module, watch))
         witness = stack.enter_context(_Witness(parameter))
         try:
-            module.forward(torch.zeros(value.shape, dtype=value.dtype, device=device))
+            module.forward(*args, **kwargs)
         except Exception:  # noqa: BLE001 (whatever it raises, the answer is no)
             return False
     return bool(witness.seen == [node.operator])

@@ -16,7 +16,7 @@ from bnfuse.errors import FusionError, InputError, VerificationError
 from bnfuse.judge import judge
 from bnfuse.plan import Handler, Plan, total
 from bnfuse.planning import Draft, Options, report
-from bnfuse.rewrite import rewrite
+from bnfuse.rewrite import fused_copy, rewrite
 from bnfuse.verify import compare_outputs, run
 from bnfuse.wrappers import copy_model, unwrap
 
@@ -73,16 +73,15 @@ def fuse(
     )
     """
     inner, wrap = _unwrapped(model)
-    target = inner if inplace else copy_model(inner)
-    flags = [(module, module.training) for module in target.modules()]
+    if inner.training:
+        log.info("%s is in training mode; its evaluation behaviour is fused", type(inner).__name__)
+    flags = [(module, module.training) for module in inner.modules()]
     try:
-        if target.training:
-            log.info("%s is in training mode; its evaluation behaviour is fused", type(inner).__name__)
-            target.eval()
+        source = inner.eval() if inplace else _in_evaluation(inner)
         options = Options.of(keep, also, layers, handlers)
-        draft = Draft(target, example_inputs, options)
+        draft = Draft(source, example_inputs, options, contents=verify or budget is not None)
         made = draft.plan() if budget is None else within_budget(draft, budget)
-        made = carry_out(made, inner, target, draft, verify, inplace)
+        made, target = carry_out(made, source, draft, verify, inplace)
         report(made)
     except BaseException:
         for module, flag in flags:
@@ -93,31 +92,34 @@ def fuse(
 
 
 def carry_out(
-    made: Plan, original: nn.Module, target: nn.Module, draft: Draft, verify: bool = True, inplace: bool = False
-) -> Plan:
-    """Rewrite ``target`` by a plan and verify it against ``original``, which is ``target`` itself if ``inplace``.
+    made: Plan, source: nn.Module, draft: Draft, verify: bool = True, inplace: bool = False
+) -> tuple[Plan, nn.Module]:
+    """Carry a plan out on a copy of ``source``, or on ``source`` itself, and verify the result.
 
     Returns:
-        The plan that was carried out: without the norms that the code around them looks at as objects.
+        The plan that was carried out, without the norms that the code around them looks at as objects; and the model.
 
     Raises:
-        VerificationError: the outputs differ; ``target`` is as it was.
+        VerificationError: the outputs differ; ``source`` is as it was.
     """
     while True:
-        undo = rewrite(made, target)
+        undo = rewrite(made, source, undoable=verify) if inplace else None
+        target = source if inplace else fused_copy(made, source)
         if not verify or not made.fused:
-            return made
+            return made, target
         try:
-            _verify(made, original, target, draft, undo if inplace else None)
-            return made
+            _verify(made, source, target, draft, undo)
+            return made, target
         except VerificationError:
-            undo()
+            if undo is not None:
+                undo()
             better = draft.without_misfits(made)
             if better is None:
                 raise
             made = better
         except BaseException:
-            undo()
+            if undo is not None:
+                undo()
             raise
 
 
@@ -143,9 +145,8 @@ def plan(
         InputError, NoNormError, FusionError: as for :func:`fuse`.
     """
     inner, _ = _unwrapped(model)
-    if inner.training and any(type(module).train is not nn.Module.train for module in inner.modules()):
-        inner = copy_model(inner).eval()  # its own train() may do more than set flags
-    draft = Draft(inner, example_inputs, Options.of(keep, also, layers, handlers))
+    options = Options.of(keep, also, layers, handlers)
+    draft = Draft(_in_evaluation(inner), example_inputs, options, contents=budget is not None)
     made = draft.plan() if budget is None else within_budget(draft, budget)
     report(made)
     return replace(made, witness=draft.witness(made))
@@ -166,10 +167,18 @@ def apply_plan(plan: Plan, model: nn.Module, inplace: bool = False) -> nn.Module
             raise FusionError(f"The plan does not fit the model: it holds no {name}. Make a new plan.") from None
         if tensor is None or not (total(tensor) == expected or math.isnan(expected)):
             raise FusionError(f"{name} has changed since the plan was made. Make a new plan for the model as it is.")
-    target = inner if inplace else copy_model(inner)
-    rewrite(plan, target)
+    if inplace:
+        rewrite(plan, inner)
+    target = inner if inplace else fused_copy(plan, inner)
     target.eval()
     return model if inplace else wrap(target)
+
+
+def _in_evaluation(model: nn.Module) -> nn.Module:
+    """The model, or a copy in evaluation mode where its own ``train()`` may do more than set flags."""
+    if model.training and any(type(module).train is not nn.Module.train for module in model.modules()):
+        return copy_model(model).eval()
+    return model
 
 
 def _unwrapped(model: object) -> tuple[nn.Module, Any]:

@@ -13,9 +13,8 @@ from bnfuse.errors import InputError
 from bnfuse.norms import Norm
 from bnfuse.plan import Plan, Reason
 from bnfuse.planning import Draft
-from bnfuse.rewrite import rewrite
+from bnfuse.rewrite import fused_copy
 from bnfuse.verify import compare_outputs, run
-from bnfuse.wrappers import copy_model
 
 
 def within_budget(draft: Draft, budget: float) -> Plan:
@@ -60,8 +59,7 @@ def _error(draft: Draft, plan: Plan) -> float:
     """Relative L2 error of the worst output."""
     if not plan.fused:
         return 0.0
-    fused = copy_model(draft.model)
-    rewrite(plan, fused)
+    fused = fused_copy(plan, draft.model)
     args, kwargs = draft.inputs
     comparison = compare_outputs(draft.output, run(fused, args, kwargs))
     return max((math.inf if output.problem else output.relative_l2 for output in comparison.outputs), default=0.0)

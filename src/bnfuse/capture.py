@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfuse import tree
+from bnfuse import hollow, tree
 from bnfuse.errors import InputError
 from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 
@@ -97,26 +97,66 @@ class Capture:
     stateful: bool
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Container[str] | None = None,
+) -> Capture:
     """Run ``model(*args, **kwargs)`` in evaluation mode and record it.
 
     The tensors among the arguments are cloned first, since a model may write to its input.
 
+    Args:
+        known: names of the operators that are to be recorded whole. Any other is recorded as the operators that it
+            is made of, where PyTorch knows them (``hstack`` is ``cat``). None records all of them whole.
+
     Raises:
         InputError: the model does not run on these inputs.
     """
+    try:
+        return _run(model, args, kwargs, known, False)
+    except _FailedError as failed:
+        raise InputError(_does_not_run(model, args, kwargs, failed.error)) from failed.error
+
+
+def capture_hollow(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Container[str] | None = None
+) -> Capture:
+    """The same without the arithmetic, and without an output: see :mod:`bnfuse.hollow`.
+
+    Raises:
+        NeedsContentsError: the model looks at contents.
+        Exception: whatever else it raised.
+    """
+    return _run(model, args, kwargs, known, True)
+
+
+class _FailedError(Exception):
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Container[str] | None,
+    without_contents: bool,
+) -> Capture:
     args, kwargs = tree.map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
     with evaluation_mode(model), forked_random_state(), untouched(model) as watch, torch.inference_mode():
-        recorder = _Recorder(model, watch)
+        recorder = _Recorder(model, watch, known, without_contents)
         for tensor in (tensor for _, tensor in tree.tensors((args, kwargs))):
             recorder.enter(tensor)
         with eager(model), recorder.module_calls(), recorder, _EscapeWatch(recorder):
             try:
                 output = model(*args, **kwargs)
             except Exception as error:
-                raise InputError(_does_not_run(model, args, kwargs, error)) from error
+                raise _FailedError(error) from error
         recorder.leave(output)
-    return Capture(recorder.graph(), output, recorder.looks, recorder.stateful)
+    return Capture(recorder.graph(), None if without_contents else output, recorder.looks, recorder.stateful)
 
 
 @contextlib.contextmanager
@@ -178,16 +218,18 @@ class _Watch:
         """What the run stored in attributes and in the containers that they hold."""
         for module, before in self.attributes:
             for name, value in module.__dict__.items():
-                if name not in before or before[name] is not value:
+                if before.get(name, _MISSING) is not value:
                     yield f"{type(module).__name__}.{name}", value
-        for container, copy in self.containers:
-            if _differs(container, copy):
-                yield f"a {type(container).__name__} of the model", container
+        for container, _ in self._changed_containers():
+            yield f"a {type(container).__name__} of the model", container
+
+    def _changed_containers(self) -> list[tuple[Any, Any]]:
+        return [(now, before) for now, before in self.containers if (now or before) and _differs(now, before)]
 
     def replaced(self) -> Iterator[Tensor]:
         """Parameters and buffers in whose place the run put others."""
-        for container, copy in self.containers:
-            if isinstance(container, dict) and isinstance(copy, dict) and _differs(container, copy):
+        for container, copy in self._changed_containers():
+            if isinstance(container, dict) and isinstance(copy, dict):
                 for name, value in copy.items():
                     if isinstance(value, Tensor) and container.get(name) is not value:
                         yield value
@@ -197,10 +239,9 @@ class _Watch:
             if _differs(module.__dict__, before):
                 module.__dict__.clear()
                 module.__dict__.update(before)
-        for container, copy in self.containers:
-            if _differs(container, copy):
-                container.clear()
-                container.extend(copy) if isinstance(container, list) else container.update(copy)
+        for container, copy in self._changed_containers():
+            container.clear()
+            container.extend(copy) if isinstance(container, list) else container.update(copy)
         for tensor, memory in self.assigned.values():
             if _memory(tensor) != _memory(memory):
                 tensor.data = memory
@@ -209,11 +250,14 @@ class _Watch:
                 tensor.data.copy_(contents)
 
 
+_MISSING = object()
+
+
 def _differs(container: Any, before: Any) -> bool:
     if len(container) != len(before):
         return True
     if isinstance(container, dict):
-        return any(name not in before or before[name] is not value for name, value in container.items())
+        return any(before.get(name, _MISSING) is not value for name, value in container.items())
     if isinstance(container, list):
         return any(a is not b for a, b in zip(container, before, strict=True))
     return bool(container != before)
@@ -272,9 +316,11 @@ class _Operator:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module, watch: _Watch) -> None:
+    def __init__(self, model: nn.Module, watch: _Watch, whole: Container[str] | None, without_contents: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
+        self.whole = whole
+        self.hollow = without_contents
         self.nodes: list[Node] = []
         self.values = 0
         self.leaves: dict[int, Value] = {}
@@ -449,9 +495,41 @@ class _Recorder(TorchDispatchMode):
                 if leaf.tensor is not None:  # a parameter, written to itself or through a view
                     leaf.pin("it is written to during the run")
                     self.watch.before_write(leaf.tensor)
-        result = func(*args, **kwargs)
-        self._record(func, operator, bound, tensors, inputs, written, result)
+        if self.hollow and not all(value.independent for value in inputs):
+            result = hollow.compute(func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+        if self.whole is None or operator.name in self.whole or written or not self._split(func, args, kwargs, result):
+            self._record(func, operator, bound, tensors, inputs, written, result)
         return result
+
+    def _split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        """Record an operator as those that it is made of; False if that is not known.
+
+        The model gets what the operator itself made, and the values of what its parts made.
+        """
+        parts = _parts(func)
+        results = _flat(result)
+        if parts is None or not results:
+            return False
+        recorded, own = len(self.nodes), len(self.call.nodes)
+        with torch._C.DisableTorchFunction(), self:
+            made = _flat(parts(*args, **kwargs))
+        values = [self.known(tensor) for tensor in made]
+        fits = len(results) == len(values) and all(
+            value is not None and value.shape == tuple(tensor.shape) and value.dtype == tensor.dtype
+            for tensor, value in zip(results, values, strict=True)
+        )
+        if not fits:
+            for node in self.nodes[recorded:]:
+                for value in node.inputs:
+                    value.consumers = [other for other in value.consumers if other is not node]
+            del self.nodes[recorded:], self.call.nodes[own:]
+            return False
+        for tensor, part in zip(results, values, strict=True):
+            if part is not None and self.known(tensor) is not part:
+                self._tag(tensor, part)
+        return True
 
     def _bind(self, argument: Any, tensors: list[Tensor], inputs: list[Value]) -> Any:
         if isinstance(argument, Tensor):
@@ -516,7 +594,10 @@ class _Recorder(TorchDispatchMode):
     def escape(self, tensor: Tensor, how: str) -> None:
         value = self.known(tensor)
         if value is not None:
-            value.pin(f"its contents leave PyTorch by {how}")
+            if value.dtype.is_floating_point or not value.independent:  # an index has no units that could change
+                value.pin(f"its contents leave PyTorch by {how}")
+            if self.hollow and not value.independent and how != ".data":
+                raise hollow.NeedsContentsError(how)
 
     # Module calls -----------------------------------------------------------------------------------------------
 
@@ -543,6 +624,8 @@ class _Recorder(TorchDispatchMode):
             given = [*args, *(value for name, value in kwargs.items() if name == "input")]
             call.plain = len(given) == len(args) + len(kwargs) == 1 and isinstance(given[0], Tensor)
             call.plain = call.plain and isinstance(output, Tensor)
+            if not call.plain and any(place in module._parameters for place in ("weight", "bias")):
+                call.arguments = tree.map_tensors((args, kwargs), _like)
             if kwargs:
                 call.inputs += [self.value(tensor) for _, tensor in tree.tensors(kwargs)]
             call.outputs = [self.value(tensor) for _, tensor in tree.tensors(output)]
@@ -603,6 +686,16 @@ class _EscapeWatch(TorchFunctionMode):
             self.recorder.in_literal = False
 
 
+_FEW = 64
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """A tensor that stands for another one without keeping its contents, unless it is a few whole numbers."""
+    if tensor.numel() <= _FEW and not tensor.is_floating_point():
+        return tensor.detach().clone()
+    return torch.empty_like(tensor, device="meta")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """True if a hook of the caller's runs around the module's forward.
 
@@ -619,6 +712,25 @@ def _has_global_hooks() -> bool:
     return any(id not in _OWN_HOOKS for registry in registries for id in registry)
 
 
+_SUMS_AND_PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "addcmul": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.mul(tensor1, tensor2), alpha=value),
+    "addcdiv": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.div(tensor1, tensor2), alpha=value),
+    "lerp": lambda self, end, weight: torch.add(self, torch.mul(torch.sub(end, self), weight)),
+    "baddbmm": lambda self, batch1, batch2, beta=1, alpha=1: torch.add(
+        torch.mul(self, beta), torch.bmm(batch1, batch2), alpha=alpha
+    ),
+}
+"""Operators with a kernel of their own that are sums and products of others; the names are those of their schemas."""
+
+
+@functools.cache
+def _parts(func: Any) -> Callable[..., Any] | None:
+    """A function of the same arguments that is made of several operators, None if there is none."""
+    if func._can_decompose():
+        return lambda *args, **kwargs: func.decompose(*args, **kwargs)
+    return _SUMS_AND_PRODUCTS.get(_operator(func).name)
+
+
 @functools.cache
 def _operator(func: Any) -> _Operator:
     schema = func._schema
@@ -628,6 +740,8 @@ def _operator(func: Any) -> _Operator:
     )
     if schema.name == "aten::view" and schema.overload_name == "dtype":
         name = "view.dtype"
+    if schema.overload_name == "Sequence":
+        name = f"{name}.Sequence"  # of several tensors, each by itself
     if schema.name == "aten::detach_":
         written = ()  # it changes what is known of the tensor's history, and no element
     if namespace != "aten":

@@ -12,8 +12,8 @@ import copy
 import importlib
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import bnfuse
 from bnfuse.errors import BnFuseError
 from bnfuse.report.tables import Column, Table
 from bnfuse.report.terminal import show
+from bnfuse.timing import by_turns, threads, timed
 
 IMAGE_SIZE = 224
 ROUNDS = 60
@@ -160,33 +161,15 @@ def _without_norms(model: nn.Module) -> nn.Module:
 
 
 def _latencies(networks: Mapping[str, nn.Module], inputs: Tensor) -> Table:
-    """Time the networks by turns and on one thread, so that other work of the machine disturbs them alike."""
-    names = list(networks)
-    milliseconds: dict[str, list[float]] = {name: [] for name in names}
-    with torch.inference_mode(), _one_thread():
-        for turn in range(_WARM_UP_ROUNDS + ROUNDS):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                started = time.perf_counter()
-                networks[name](inputs)
-                elapsed = 1000 * (time.perf_counter() - started)
-                if turn >= _WARM_UP_ROUNDS:
-                    milliseconds[name].append(elapsed)
-    medians = {name: statistics.median(times) for name, times in milliseconds.items()}
+    """Time the networks by turns, on one thread."""
+    measures = {name: timed(partial(network, inputs)) for name, network in networks.items()}
+    with torch.inference_mode(), threads(1):
+        seconds = by_turns(measures, ROUNDS, _WARM_UP_ROUNDS)
+    medians = {name: 1000 * statistics.median(times) for name, times in seconds.items()}
     rows = tuple((name, f"{median:.2f}", f"{median / medians['original']:.3f}") for name, median in medians.items())
     shape = "x".join(map(str, inputs.shape))
     title = f"Latency: median of {ROUNDS} runs each, by turns; input {shape}, one thread"
     return Table(title, (Column("network"), Column("ms", True), Column("ratio", True)), rows)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _package(module: str, package: str) -> Any:

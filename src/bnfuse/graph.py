@@ -112,6 +112,8 @@ class ModuleCall:
     Attributes:
         path: the module's first name in the model, None for a module that the model does not hold.
         plain: True if it was given one positional argument and nothing else.
+        arguments: of a call that is not plain, the positional and keyword arguments with tensors on the meta device
+            in place of all that are large.
     """
 
     path: str | None
@@ -122,6 +124,7 @@ class ModuleCall:
     inputs: list[Value] = field(default_factory=list)
     outputs: list[Value] = field(default_factory=list)
     plain: bool = False
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     @property
     def is_standard(self) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from bnfuse import tree
 from bnfuse.capture import has_hooks
 from bnfuse.graph import Graph, ModuleCall, Node, Value
 from bnfuse.plan import Reason
@@ -188,9 +189,7 @@ def _referenced_elsewhere(model: nn.Module) -> dict[int, str]:
     """Modules that are also held by plain attributes (a list, a bound method), by id, with the place."""
     found: dict[int, str] = {}
     for name, module in model.named_modules():
-        for attribute, value in module.__dict__.items():
-            if attribute in ("_modules", "_parameters", "_buffers"):
-                continue
+        for attribute, value in tree.plain_attributes(module):
             for other in _modules_in(value, 3):
                 found[id(other)] = f"{name}.{attribute}" if name else attribute
     return found

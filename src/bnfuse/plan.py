@@ -130,6 +130,15 @@ class Plan:
         """The norms that stay."""
         return tuple(decision for decision in self.decisions if not decision.fused)
 
+    def does_the_same(self, other: Plan) -> bool:
+        """True if both remove the same norms by the same edits, up to the rounding of float64."""
+        return (
+            [decision.fused for decision in self.decisions] == [decision.fused for decision in other.decisions]
+            and set(self.replacements) == set(other.replacements)
+            and len(self.edits) == len(other.edits)
+            and all(_same_edit(a, b) for a, b in zip(self.edits, other.edits, strict=True))
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, without the contents of the edits."""
         return {
@@ -165,6 +174,15 @@ class Plan:
         from bnfuse.report.text import plan_text
 
         return plan_text(self)
+
+
+def _same_edit(a: Edit, b: Edit) -> bool:
+    same = (a.names, a.shape, a.created, a.handler) == (b.names, b.shape, b.created, b.handler)
+    return (
+        same
+        and len(a.factors) == len(b.factors)
+        and all(x.inverse == y.inverse and x.same_as(y) for x, y in zip(a.factors, b.factors, strict=True))
+    )
 
 
 def total(tensor: torch.Tensor) -> float:

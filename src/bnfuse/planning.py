@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import logging
@@ -12,15 +13,17 @@ from typing import Any
 from torch import nn
 
 from bnfuse.absent import add_absent
-from bnfuse.capture import Capture, capture
+from bnfuse.capture import Capture, capture, capture_hollow
 from bnfuse.errors import InputError, NoNormError
 from bnfuse.graph import Graph, Node, Value
 from bnfuse.handled import add_handled
+from bnfuse.hollow import NeedsContentsError
 from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Handler, Plan, Reason, total
-from bnfuse.rehearse import holds, needed_in_place, varying
+from bnfuse.rehearse import holds, larger, needed_in_place, varying
 from bnfuse.rewrite import rewrite
+from bnfuse.rules import RULES
 from bnfuse.solve import solve
 from bnfuse.wrappers import copy_model
 
@@ -50,17 +53,41 @@ def _strings(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
+@dataclass(frozen=True)
+class _Solution:
+    """A plan and what it was made with.
+
+    Attributes:
+        kept: norms that were to stay.
+        different: operators whose numbers are others at another size.
+        forbidden: modules that must work in place.
+        out_of_place: modules that are to work out of place.
+    """
+
+    plan: Plan
+    kept: Mapping[Norm, Reason]
+    different: set[Node]
+    forbidden: list[nn.Module]
+    out_of_place: tuple[nn.Module, ...]
+
+
 class Draft:
     """One run of a model, from which plans are made.
 
     Attributes:
         inputs: (args, kwargs) that the model ran on.
-        output: what it returned.
+        output: what it returned, None for a run without arithmetic.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, options: Options) -> None:
-        self.model = model
-        record, args, kwargs = captured(model, example_inputs)
+    def __init__(self, model: nn.Module, example_inputs: Any, options: Options, contents: bool = True) -> None:
+        """Run the model; ``contents=False`` is for a run without arithmetic, where the model allows it."""
+        record, args, kwargs = captured(model, example_inputs, contents)
+        self._look(model, record, args, kwargs, options)
+
+    def _look(
+        self, model: nn.Module, record: Capture, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    ) -> None:
+        self.model, self.options = model, options
         self.inputs = (args, kwargs)
         self.record, self.output, self.graph = record, record.output, record.graph
         self.handlers = options.handlers
@@ -83,8 +110,9 @@ class Draft:
             rehearsed: try the plan on other inputs too, where the code of the model gives reason to.
         """
         kept = {**self.kept, **(kept or {})}
-        plan = self._solved(kept)
-        if not rehearsed or not (self.record.looks or self.record.stateful) or self._holds(plan):
+        solution = self._solved(kept)
+        plan = solution.plan
+        if not rehearsed or not (self.record.looks or self.record.stateful) or self._holds(solution):
             return plan
         reason = Reason("without it the model would give something else for other inputs, which its code treats apart")
         fused = [norm for norm, decision in zip(self.norms, plan.decisions, strict=True) if decision.fused]
@@ -93,11 +121,44 @@ class Draft:
             others = {other: reason for other in fused if other is not norm}
             if not self._holds(self._solved({**kept, **others})):
                 bad[norm] = reason
-        plan = self._solved({**kept, **bad})
-        return plan if bad and self._holds(plan) else self._solved({**kept, **dict.fromkeys(fused, reason)})
+        solution = self._solved({**kept, **bad})
+        return (
+            solution.plan
+            if bad and self._holds(solution)
+            else self._solved({**kept, **dict.fromkeys(fused, reason)}).plan
+        )
 
-    def _holds(self, plan: Plan) -> bool:
-        return not plan.fused or holds(self.model, plan, *self.inputs, self.record.stateful)
+    def _holds(self, solution: _Solution) -> bool:
+        """True if the plan holds for other inputs: if it would be made for them too, or in trials."""
+        if not solution.plan.fused:
+            return True
+        if not self.record.stateful and not solution.different:
+            try:
+                return self._made_elsewhere(solution)
+            except NeedsContentsError:
+                pass  # the code looks at contents, so that other contents must be tried
+        return holds(self.model, solution.plan, *self.inputs, self.record.stateful)
+
+    def _made_elsewhere(self, solution: _Solution) -> bool:
+        """True if the model runs at no other size, or the plan made from what runs there is the same."""
+        for args, kwargs in larger(*self.inputs):
+            try:
+                record = capture_hollow(self.model, args, kwargs, known=RULES)
+            except Exception:  # noqa: BLE001 (a size that the model does not take)
+                continue
+            other = Draft.__new__(Draft)
+            other._look(self.model, record, args, kwargs, self.options)
+            if [norm.label for norm in other.norms] != [norm.label for norm in self.norms]:
+                return False
+            kept = {
+                norm: solution.kept[own]
+                for norm, own in zip(other.norms, self.norms, strict=True)
+                if own in solution.kept
+            }
+            made, assumed = solve(type(self.model).__name__, other.graph, other.norms, kept, (), solution.forbidden)
+            same = assumed.out_of_place == solution.out_of_place and solution.plan.does_the_same(made)
+            return same or holds(self.model, solution.plan, *self.inputs, self.record.stateful)
+        return True
 
     def without_misfits(self, plan: Plan) -> Plan | None:
         """A plan that keeps the norms without which the code around them does something else; None if there are none.
@@ -110,25 +171,25 @@ class Draft:
         reason = Reason("without it the code around it does something else: it looks at the module")
         bad = {}
         for norm in fused:
-            alone = self._solved({**self.kept, **{other: reason for other in fused if other is not norm}})
+            alone = self._solved({**self.kept, **{other: reason for other in fused if other is not norm}}).plan
             if not self._fits(alone):
                 bad[norm] = reason
-        return self._solved({**self.kept, **bad}) if bad else None
+        return self._solved({**self.kept, **bad}).plan if bad else None
 
     def _fits(self, plan: Plan) -> bool:
         """True if the fused model runs the operators of the original but those of the norms that are gone."""
         fused = copy_model(self.model)
-        rewrite(plan, fused)
+        rewrite(plan, fused)  # as in place, where an object of the model's may still hold the norm
         gone = {id(self.model.get_submodule(replacement.names[0])) for replacement in plan.replacements}
         expected = [node.operator for node in self.graph.nodes if id(node.call.module) not in gone]
         try:
-            graph = capture(fused, *self.inputs).graph
+            graph = capture(fused, *self.inputs, known=RULES).graph
         except InputError:
             return False
         add_handled(fused, graph, self.handlers)
         return [node.operator for node in graph.nodes] == expected
 
-    def _solved(self, kept: Mapping[Norm, Reason]) -> Plan:
+    def _solved(self, kept: Mapping[Norm, Reason]) -> _Solution:
         name, graph = type(self.model).__name__, self.graph
         checked: set[Node] = set()
         different: set[Node] = set()
@@ -144,8 +205,9 @@ class Draft:
             checked |= new
             different |= varied
             forbidden += needed
-        names = {id(module): name for name, module in self.model.named_modules()}
-        return replace(made, out_of_place=tuple(names[id(module)] for module in assumed.out_of_place))
+        names = {id(module): name for name, module in self.model.named_modules()} if assumed.out_of_place else {}
+        plan = replace(made, out_of_place=tuple(names[id(module)] for module in assumed.out_of_place))
+        return _Solution(plan, kept, different, forbidden, assumed.out_of_place)
 
     def witness(self, plan: Plan) -> dict[str, float]:
         """A number for every tensor that the plan was made from, by name."""
@@ -168,15 +230,24 @@ def report(plan: Plan) -> None:
             log.info("%s: kept, %s", decision.norm, "; ".join(map(str, decision.reasons)))
 
 
-def captured(model: nn.Module, example_inputs: Any) -> tuple[Capture, tuple[Any, ...], dict[str, Any]]:
+def captured(
+    model: nn.Module, example_inputs: Any, contents: bool = True
+) -> tuple[Capture, tuple[Any, ...], dict[str, Any]]:
     """Run the model on the inputs, or on the first of the inferred ones that it takes."""
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+        if not contents:
+            with contextlib.suppress(NeedsContentsError, Exception):  # then it runs for real, and fails if it must
+                return capture_hollow(model, args, kwargs, known=RULES)
+        return capture(model, args, kwargs, known=RULES)
+
     if example_inputs is not None:
         args, kwargs = normalise(example_inputs)
-        return capture(model, args, kwargs), args, kwargs
+        return run(args, kwargs), args, kwargs
     tried = []
     for candidate in candidates(model):
         try:
-            return capture(model, candidate.args, candidate.kwargs), candidate.args, candidate.kwargs
+            return run(candidate.args, candidate.kwargs), candidate.args, candidate.kwargs
         except InputError as error:
             cause = error.__cause__
             what = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
@@ -217,6 +288,8 @@ def _pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
     """A parameter that also belongs to a module that did not run may be read there another time."""
     ran = {id(call.module) for call in graph.calls}
     for value in dict.fromkeys(graph.leaves.values()):
+        if len(value.names) == 1:
+            continue
         owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in value.names}
         if len({id(owner) for owner in owners.values()}) > 1:
             idle = [name for name, owner in owners.items() if id(owner) not in ran]

@@ -1,9 +1,15 @@
-"""Carrying a plan out on a module tree: a transaction, all edits or none."""
+"""Carrying a plan out on a module tree: a transaction, all edits or none.
+
+A copy is made with the new weights in it, so that every weight is read once and written once. In place, everything
+that can fail is done or tried before the first weight is written.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,20 +17,63 @@ from torch import Tensor, nn
 
 from bnfuse.errors import FusionError
 from bnfuse.plan import Edit, Handler, Plan, Replacement
-from bnfuse.units import Unit
+from bnfuse.units import Unit, add, multiply, scaled
+from bnfuse.wrappers import copy_model, shared_memory
 
-_CHUNK = 1 << 20
-"""Elements of a weight that are edited at a time, which bounds the float64 memory."""
+_CHUNK = 1 << 16
+"""Elements of a weight that are edited at a time: few enough to stay in the processor's cache in float64."""
 
 
-def rewrite(plan: Plan, model: nn.Module) -> Callable[[], None]:
+def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
+    """A copy of ``model`` on which the plan is carried out; every number is computed in float64 and rounded once.
+
+    Raises:
+        FusionError, InputError: as :func:`rewrite` and :func:`bnfuse.wrappers.copy_model`.
+    """
+    shared = shared_memory(model)
+    stand_ins: dict[int, Any] = {}
+    new_weights: dict[Edit, nn.Parameter] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for edit in plan.edits:
+            old = None if edit.created or edit.handler else _weight(model, edit)
+            if type(old) is nn.Parameter and id(old) not in shared:
+                new = torch.empty_like(old)
+                for write in _writes(old, new, edit):
+                    write.target.copy_(write.values())
+                new_weights[edit] = stand_ins[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
+        for replacement in plan.replacements:
+            if not replacement.keep:
+                norm = _norm(model, replacement)
+                stand_ins[id(norm)] = _identity(norm)
+    copied = copy_model(model, stand_ins)
+    # A class with a __deepcopy__ of its own may make the copy from something else.
+    rest = replace(
+        plan,
+        edits=tuple(edit for edit in plan.edits if edit not in new_weights or not _holds(copied, edit, new_weights)),
+        replacements=tuple(
+            replacement for replacement in plan.replacements if type(_norm(copied, replacement)) is not nn.Identity
+        ),
+    )
+    rewrite(rest, copied)
+    return copied
+
+
+def _holds(model: nn.Module, edit: Edit, new_weights: dict[Edit, nn.Parameter]) -> bool:
+    return all(getattr(*_owner(model, name), None) is new_weights[edit] for name in edit.names)
+
+
+def rewrite(plan: Plan, model: nn.Module, undoable: bool = True) -> Callable[[], None]:
     """Apply every edit and replacement of the plan to ``model`` itself.
 
     Edited parameters keep their identity, class, dtype, device, memory format and ``requires_grad``; every number is
     computed in float64 and rounded once.
 
+    Args:
+        undoable: keep copies of the weights that change. Without them an interrupt (Ctrl-C) takes effect once all
+            weights are written.
+
     Returns:
-        A function that puts everything back, bit by bit.
+        A function that puts everything back, bit by bit; it does nothing if not ``undoable``.
 
     Raises:
         FusionError: the model lacks a module or parameter of the plan, or an edit overflows its dtype. The model is
@@ -38,27 +87,33 @@ def rewrite(plan: Plan, model: nn.Module) -> Callable[[], None]:
 
     try:
         with torch.inference_mode(False), torch.no_grad():  # new parameters are trainable, whatever the caller's mode
+            weights = [(edit, _weight(model, edit)) for edit in plan.edits if not edit.created and not edit.handler]
             for edit in plan.edits:
-                _apply_edit(model, edit, undo)
+                if edit.handler is not None:
+                    _handle(model, edit, edit.handler, undo)
+                elif edit.created:
+                    _create([_owner(model, name) for name in edit.names], edit, undo)
             for name in plan.out_of_place:
                 _switch_off(model.get_submodule(name), undo)
             for replacement in plan.replacements:
                 _replace(model, replacement, undo)
+            if undoable:
+                for edit, tensor in weights:
+                    undo.append(_restorer_of(tensor))
+                    for write in _writes(tensor, tensor, edit):
+                        write.target.copy_(write.values())
+            else:
+                for edit, tensor in weights:
+                    _check_range(tensor, edit)
+                _carry_through([write for edit, tensor in weights for write in _writes(tensor, tensor, edit)], undo)
     except BaseException:
         roll_back()
         raise
     return roll_back
 
 
-def _apply_edit(model: nn.Module, edit: Edit, undo: list[Callable[[], None]]) -> None:
-    if edit.handler is not None:
-        _handle(model, edit, edit.handler, undo)
-        return
-    owners = [_owner(model, name) for name in edit.names]
-    if edit.created:
-        _create(owners, edit, undo)
-        return
-    owner, place = owners[0]
+def _weight(model: nn.Module, edit: Edit) -> Tensor:
+    owner, place = _owner(model, edit.names[0])
     tensor = getattr(owner, place, None)
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != edit.shape:
         got = "nothing" if not isinstance(tensor, Tensor) else f"shape {tuple(tensor.shape)}"
@@ -66,45 +121,107 @@ def _apply_edit(model: nn.Module, edit: Edit, undo: list[Callable[[], None]]) ->
             f"The plan does not fit the model at {edit.names[0]}:\n  got:      {got}\n"
             f"  expected: shape {edit.shape}\nMake a new plan for this model."
         )
+    return tensor
+
+
+def _restorer_of(tensor: Tensor) -> Callable[[], None]:
     before = tensor.detach().clone(memory_format=torch.preserve_format)
-    undo.append(lambda: _write(tensor, before))
-    data = tensor.data
-    for part, factors in _chunks(data, edit.factors):
-        new = part.to("cpu", torch.float64)
-        for unit in factors:
-            new = _edited(new, unit)
-        rounded = new.to(data.dtype)
-        if not bool((torch.isfinite(rounded) | ~torch.isfinite(part.cpu())).all()):
+
+    def restore() -> None:
+        tensor.data.copy_(before)
+
+    return restore
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Write:
+    """New contents ``scale*source + shift`` of a part of a weight."""
+
+    name: str
+    source: Tensor
+    target: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def values(self) -> Tensor:
+        """In the dtype of the weight; raises FusionError if they leave its range."""
+        dtype = self.target.dtype
+        values = _edited(self.source.to("cpu", torch.float64, copy=True), self.scale, self.shift).to(dtype)
+        total = values.sum(dtype=torch.float32 if dtype.itemsize < 4 else dtype)
+        if not math.isfinite(total) and not bool((torch.isfinite(values) | ~torch.isfinite(self.source.cpu())).all()):
             raise FusionError(
-                f"{edit.names[0]} would leave the range of {data.dtype}. Convert the model to float32 first "
+                f"{self.name} would leave the range of {dtype}. Convert the model to float32 first "
                 f"(model.float()), or keep the norm that it takes up (keep=...)."
             )
-        part.copy_(rounded)
+        return values
 
 
-def _write(tensor: Tensor, contents: Tensor) -> None:
-    tensor.data.copy_(contents)
-
-
-def _edited(tensor: Tensor, unit: Unit) -> Tensor:
-    if unit.scale is not None:
-        tensor = tensor * unit.scale
-    return tensor if unit.shift is None else tensor + unit.shift
-
-
-def _chunks(tensor: Tensor, factors: tuple[Unit, ...]) -> Any:
-    """Views of the tensor, of bounded size, each with the factors that belong to it."""
-    if tensor.numel() <= _CHUNK or tensor.dim() == 0:
-        yield tensor, factors
+def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
+    """The parts of a weight, of bounded size, each with the scale and shift that belong to it."""
+    scale, shift = _composed(edit.factors)
+    source, target = source.data, target.data
+    rows = max(1, _CHUNK * source.shape[0] // max(source.numel(), 1)) if source.dim() else 1
+    if not source.dim() or rows >= source.shape[0]:
+        yield _Write(edit.names[0], source, target, scale, shift)
         return
-    rows = max(1, _CHUNK * tensor.shape[0] // tensor.numel())
-    for start in range(0, tensor.shape[0], rows):
-        size = min(rows, tensor.shape[0] - start)
+    for start in range(0, source.shape[0], rows):
+        size = min(rows, source.shape[0] - start)
 
-        def cut(part: Tensor, start: int = start, size: int = size) -> Tensor:
-            return part.narrow(0, start, size) if part.shape[0] > 1 else part
+        def cut(part: Tensor | None, start: int = start, size: int = size) -> Tensor | None:
+            return part if part is None or part.dim() == 0 or part.shape[0] == 1 else part.narrow(0, start, size)
 
-        yield tensor.narrow(0, start, size), tuple(unit.map(cut) for unit in factors)
+        yield _Write(
+            edit.names[0], source.narrow(0, start, size), target.narrow(0, start, size), cut(scale), cut(shift)
+        )
+
+
+def _composed(factors: tuple[Unit, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """``scale*old + shift`` of all factors in turn."""
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    for unit in factors:
+        scale, shift = multiply(scale, unit.scale), add(scaled(shift, unit.scale), unit.shift)
+    return scale, shift
+
+
+def _edited(tensor: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """``scale*tensor + shift``, in the memory of the tensor."""
+    if scale is not None:
+        tensor = tensor.mul_(scale)
+    return tensor if shift is None else tensor.add_(shift)
+
+
+def _check_range(tensor: Tensor, edit: Edit) -> None:
+    """Raise FusionError if the new contents would overflow."""
+    scale, shift = (0.0 if part is None else float(part.abs().amax()) for part in _composed(edit.factors))
+    largest = float(tensor.abs().amax()) if tensor.numel() else 0.0
+    if not largest * max(scale, 1.0) + shift < torch.finfo(tensor.dtype).max:
+        for write in _writes(tensor, tensor, edit):
+            write.values()
+
+
+def _carry_through(writes: list[_Write], undo: list[Callable[[], None]]) -> None:
+    """Write all of them: an interrupt is put off, since half of the weights would be worth nothing."""
+    interrupt: KeyboardInterrupt | None = None
+    place = 0
+    made: tuple[int, Tensor] | None = None
+    while place < len(writes):
+        try:
+            undo.clear()  # from here on there is no way back
+            if made is None or made[0] != place:
+                made = (place, writes[place].values())
+            writes[place].target.copy_(made[1])
+            place += 1
+        except KeyboardInterrupt as raised:
+            interrupt = raised
+    if interrupt is not None:
+        raise interrupt
+
+
+# Modules ------------------------------------------------------------------------------------------------------------
 
 
 def _handle(model: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[[], None]]) -> None:
@@ -142,9 +259,7 @@ def _create(owners: list[tuple[nn.Module, str]], edit: Edit, undo: list[Callable
         raise FusionError(f"The plan does not fit the model: {edit.names[0]} should be an empty place for a parameter.")
     like = next(itertools.chain(owner.parameters(recurse=False), owner.parameters(), owner.buffers()))
     contents = torch.full(edit.shape, 1.0 if place == "weight" else 0.0, dtype=torch.float64)
-    for unit in edit.factors:
-        contents = _edited(contents, unit)
-    data = contents.expand(edit.shape).to(device=like.device, dtype=like.dtype).contiguous()
+    data = _edited(contents, *_composed(edit.factors)).to(device=like.device, dtype=like.dtype).contiguous()
     if not bool(torch.isfinite(data).all()):
         raise FusionError(f"{edit.names[0]} would leave the range of {like.dtype}. Convert the model to float32 first.")
     owner._parameters[place] = nn.Parameter(data, requires_grad=like.requires_grad)
@@ -152,18 +267,27 @@ def _create(owners: list[tuple[nn.Module, str]], edit: Edit, undo: list[Callable
 
 
 def _replace(model: nn.Module, replacement: Replacement, undo: list[Callable[[], None]]) -> None:
-    parent, place = _owner(model, replacement.names[0])
-    norm = parent._modules.get(place)
-    if norm is None:
-        raise FusionError(f"The plan does not fit the model: it holds no module {replacement.names[0]}.")
+    norm = _norm(model, replacement)
     kept = [norm.get_submodule(name) for name in replacement.keep]
-    new = nn.Identity() if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
-    if not kept:
-        new.training = norm.training
+    new = _identity(norm) if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
     for name in replacement.names:
         parent, place = _owner(model, name)
         undo.append(lambda parent=parent, place=place: parent._modules.__setitem__(place, norm))  # type: ignore[misc]
         parent._modules[place] = new
+
+
+def _norm(model: nn.Module, replacement: Replacement) -> nn.Module:
+    parent, place = _owner(model, replacement.names[0])
+    norm = parent._modules.get(place)
+    if norm is None:
+        raise FusionError(f"The plan does not fit the model: it holds no module {replacement.names[0]}.")
+    return norm
+
+
+def _identity(norm: nn.Module) -> nn.Identity:
+    identity = nn.Identity()
+    identity.training = norm.training
+    return identity
 
 
 def _switch_off(module: nn.Module, undo: list[Callable[[], None]]) -> None:

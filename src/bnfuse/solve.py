@@ -11,6 +11,7 @@ The graph and its tensors are only read.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,21 +23,29 @@ from torch import Tensor, nn
 from bnfuse.aliasing import Memory
 from bnfuse.graph import Graph, Kind, Node, Value
 from bnfuse.layout import Layouts
+from bnfuse.limits import Limits, fixed
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
-from bnfuse.rules.norms import affine, offset
+from bnfuse.rules.norms import FARTHEST, affine, offset
 from bnfuse.rules.registry import Rule, link, same
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit
+from bnfuse.units import IDENTITY, SAFE_SCALE, NotInvertibleError, Unit, add, multiply, reciprocal, scaled
 
 _MAX_BACKTRACKS = 200
 
-_FARTHEST = {torch.float64: 1e6, torch.float32: 300.0, torch.float16: 30.0, torch.bfloat16: 30.0}
-"""How many standard deviations a mean may lie from 0, by precision, for a norm to be folded into what comes after it.
+_BOTH = "both"
+"""The direction of a norm whose scale goes one way and whose shift the other."""
 
-The norm takes the mean away before anything is rounded. Folded forward, the mean goes through the next layer and is
-taken away from its output, whose rounding error it has multiplied by about this number.
-"""
+
+_LARGEST_SHIFT = {torch.float64: 1e7, torch.float32: 1e4, torch.float16: 100.0, torch.bfloat16: 100.0}
+"""The largest shift, in the units that values had at first, of a tensor that something else still reads."""
+
+_NEARBY = 24
+"""Operators that the first round of attempts looks at."""
+
+
+class _TooFarError(Exception):
+    """A trial has not come to its end within its limit."""
 
 
 class Refusal(Exception):
@@ -55,9 +64,11 @@ class Network:
         self.varying = varying
         self.memory = Memory(forbidden)
         self.layouts = Layouts(graph.nodes)
+        self.limits = Limits(graph.nodes)
         self.assumed: set[Node] = set()
         self.removed: set[Node] = set()
         self.edits: dict[Value, list[Unit]] = {}
+        self.placed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
         self._contents: dict[Value, Tensor] = {}
 
     def content(self, value: Value) -> Tensor:
@@ -108,11 +119,26 @@ class Network:
 
     def accept(self, trial: Trial) -> None:
         self.removed.update(trial.targets)
+        for node in trial.targets:
+            if node.data is not None:
+                self.limits.unite(node.data, node.outputs[0])
         self.assumed |= trial.assumed
+        for value, unit in trial.units.items():
+            if not unit.is_identity and not value.independent and trial.is_read(value):
+                self.placed[value] = self.composed(value, unit)
         for value, requests in trial.edits.items():
             unit = next(iter(requests.values()))
             self.edits.setdefault(value, []).append(unit)
             self._contents.pop(value, None)
+
+    def composed(self, value: Value, unit: Unit) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of all units that a value has been given, with another one."""
+        before = self.placed.get(value, (None, None))
+        try:
+            s, t = unit.direct()
+        except NotInvertibleError:
+            return before  # a dead channel, which nothing that stays can read
+        return multiply(before[0], s), add(scaled(before[1], s), t)
 
 
 def _initial(value: Value) -> Tensor:
@@ -145,8 +171,9 @@ class _Choice:
 class Trial:
     """One attempt to remove one norm in one direction; see :class:`bnfuse.rules.Trial` for what rules may call."""
 
-    def __init__(self, network: Network, targets: Collection[Node] = ()) -> None:
+    def __init__(self, network: Network, targets: Collection[Node] = (), limit: int | None = None) -> None:
         self.network = network
+        self._steps_left = math.inf if limit is None else limit
         self.targets = set(targets)
         self.units: dict[Value, Unit] = {}
         self.edits: dict[Value, dict[Node, Unit]] = {}
@@ -185,12 +212,21 @@ class Trial:
                 self._refuse_value(value, value.pinned, unit)
             if not value.dtype.is_floating_point:
                 self._refuse_value(value, f"it holds {value.dtype}", unit)
+            broken = self.network.limits.refusal(value, unit)
+            if broken is not None:
+                raise Refusal(*broken)
             self.units[value] = unit
         self._trail.append(value)
         for node in value.consumers if value.producer is None else (value.producer, *value.consumers):
             if node not in self._queued:
                 self._queued.add(node)
                 self._queue.append(node)
+
+    def share(self, node: Node, parameter: Value, other: Node, value: Value, unit: Unit) -> None:
+        try:
+            self.demand(value, unit)
+        except Refusal as refusal:
+            raise Refusal(_shared(parameter, node, other), refusal.scale) from None
 
     def postpone(self, node: Node) -> bool:
         if node is self._choosing:
@@ -226,6 +262,9 @@ class Trial:
         if node in self.network.varying:
             self.refuse(node, "its numbers depend on the size or the contents of the input", scale=True)
         self.assumed.add(node)
+
+    def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
+        return self.network.placed.get(value, (None, None))
 
     def is_edited(self, value: Value) -> bool:
         return value in self.network.edits
@@ -263,6 +302,7 @@ class Trial:
                 break
         self._collect_leaves()
         self._check_edits()
+        self._check_shifts()
 
     def _drain(self) -> None:
         while self._queue:
@@ -279,6 +319,9 @@ class Trial:
             if node.operator in ABSORBERS:
                 self._touched[node] = None
             rule = RULES.get(node.operator)
+            self._steps_left -= 1
+            if self._steps_left < 0:
+                raise _TooFarError
             if rule is not None:
                 self._apply(rule, node)
             else:
@@ -351,11 +394,40 @@ class Trial:
             node, unit = next(iter(requests.items()))
             for other in value.consumers:
                 if other not in requests or not _agree(unit, requests[other]):
-                    text = f"{label} is used more than once, and not every use asks for the same edit: see {other}"
-                    raise Refusal(Reason(text, node.operator, node.call.label), False)
+                    raise Refusal(_shared(value, node, other), False)
+            if value in self.network.edits and self._scaled_up(value, unit) > SAFE_SCALE:
+                text = "it would have to undo a scale of (nearly) 0"  # little by little, with what went before
+                raise Refusal(Reason(text, node.operator, node.call.label), True)
             if value.dtype is torch.float16 and not self._in_range(value, unit):
                 text = f"{label} would leave the range of {value.dtype}"
                 raise Refusal(Reason(text, node.operator, node.call.label), True)
+
+    def is_read(self, value: Value) -> bool:
+        """True if an operator that stays reads the value."""
+        return any(node not in self.targets and node not in self.network.removed for node in value.consumers)
+
+    def _check_shifts(self) -> None:
+        """A shift that is much larger than what is left of the values takes away their digits."""
+        for value, unit in self.units.items():
+            if unit.is_identity or value.independent or not self.is_read(value):
+                continue
+            scale, shift = self.network.composed(value, unit)
+            if scale is None or shift is None:
+                continue
+            alive = scale != 0
+            largest = float((shift.abs() / scale.abs().where(alive, torch.inf)).amax())
+            if largest > _LARGEST_SHIFT.get(value.dtype, 0.0):
+                node = value.producer
+                where = (None, None) if node is None else (node.operator, node.call.label)
+                text = f"its values would be {largest:.0e} times smaller than their shift, which costs precision"
+                raise Refusal(Reason(text, *where), False)
+
+    def _scaled_up(self, value: Value, unit: Unit) -> float:
+        """The largest factor that an element of a parameter is multiplied by in all."""
+        scale: Tensor | None = None
+        for other in (*self.network.edits[value], unit):
+            scale = multiply(scale, other.scale)
+        return 1.0 if scale is None or not scale.numel() else float(scale.abs().amax())
 
     def _in_range(self, value: Value, unit: Unit) -> bool:
         if value.kind is Kind.LAYER:
@@ -363,14 +435,13 @@ class Trial:
         return float(edited(self.content(value), unit).abs().amax()) <= torch.finfo(value.dtype).max
 
     def _refuse_value(self, value: Value, text: str, unit: Unit) -> NoReturn:
-        if value.producer is not None:
-            node = value.producer
-            reason = Reason(f"its output cannot change units: {text}", node.operator, node.call.label)
-        else:
-            what = "an input" if value.kind is Kind.INPUT else "a tensor"
-            label = " = ".join(value.names) or f"{what} of shape {'x'.join(map(str, value.shape))}"
-            reason = Reason(f"{label} cannot change units: {text}")
-        raise Refusal(reason, unit.scale is not None)
+        raise Refusal(fixed(value, text), unit.scale is not None)
+
+
+def _shared(parameter: Value, node: Node, other: Node) -> Reason:
+    label = " = ".join(parameter.names) or "a weight"
+    text = f"{label} is used more than once, and not every use asks for the same edit: see {other}"
+    return Reason(text, node.operator, node.call.label)
 
 
 def _agree(a: Unit, b: Unit) -> bool:
@@ -410,9 +481,12 @@ def solve(
         decisions[norm] = decision
         if decision.fused:
             replacements.append(Replacement(norm.names, norm.keep))
+    gone = {name for replacement in replacements for name in replacement.names}
     edits = tuple(
         Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT, value.handler)
         for value, factors in network.edits.items()
+        # A norm may be edited before it goes itself.
+        if value.handler is not None or not all(name.rpartition(".")[0] in gone for name in value.names)
     )
     switched = tuple(network.memory.switched)
     plan = Plan(model, tuple(decisions[norm] for norm in norms), edits, tuple(replacements))
@@ -446,19 +520,27 @@ def _stay(norm: Norm, reasons: tuple[Reason, ...]) -> Decision:
 
 
 def _attempt(network: Network, norm: Norm) -> Decision:
-    reasons = []
-    for direction, demands in _ways(network, norm):
-        trial = Trial(network, [node for site in norm.sites for node in site.nodes])
-        try:
-            trial.run(demands())
-            _check_memory(network, norm)
-        except Refusal as refusal:
-            reasons.append(replace(refusal.reason, direction=direction))
-            continue
-        network.accept(trial)
-        into = dict.fromkeys(_layer_name(value) for value in trial.edits)
-        return Decision(norm.label, norm.kind, norm.channels, True, direction, tuple(into))
-    return _stay(norm, tuple(reasons))
+    """Try every way; what can be settled nearby comes first, since it touches nothing else."""
+    reasons: dict[str, Reason] = {}
+    open_ways = list(_ways(network, norm))
+    for limit in (_NEARBY, None):
+        for way in list(open_ways):
+            direction, demands = way
+            trial = Trial(network, [node for site in norm.sites for node in site.nodes], limit)
+            try:
+                trial.run(demands())
+                _check_memory(network, norm)
+            except _TooFarError:
+                continue
+            except Refusal as refusal:
+                open_ways.remove(way)
+                if direction != _BOTH:
+                    reasons[direction] = replace(refusal.reason, direction=direction)
+                continue
+            network.accept(trial)
+            into = dict.fromkeys(_layer_name(value) for value in trial.edits)
+            return Decision(norm.label, norm.kind, norm.channels, True, direction, tuple(into))
+    return _stay(norm, tuple(reasons[direction] for direction in ("backward", "forward")))
 
 
 def _layer_name(value: Value) -> str:
@@ -486,34 +568,55 @@ def _check_memory(network: Network, norm: Norm) -> None:
 
 
 def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[], dict[Value, Unit]]]]:
-    def units(direction: str) -> dict[Value, Unit]:
-        demands: dict[Value, Unit] = {}
-        for site in norm.sites:
-            x, y = site.x, site.y
-            a, c = _affine(network, site)
-            if not bool((torch.isfinite(a) & torch.isfinite(c)).all()):
-                raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
-            far = max(offset(node, Trial(network)) for node in site.nodes)
-            if direction == "forward" and far > _FARTHEST.get(site.x.dtype, 0.0):
-                text = f"a mean lies {far:.0f} standard deviations from 0, which costs precision in the layers after it"
-                raise Refusal(Reason(text, None, norm.label), True)
-            unit = Unit.of(a, c, inverse=direction == "forward")
-            moved, fixed = (y, x) if direction == "forward" else (x, y)
-            for value, demand in ((moved, unit), (fixed, IDENTITY)):
-                if value in demands and not _agree(demands[value], demand):
-                    raise Refusal(Reason("it is applied to its own output", None, norm.label), True)
-                demands[value] = demand
-        return demands
+    """What to try, in turn: all of ``a*x + c`` goes back, or on, or the scale goes one way and the shift the other."""
 
-    yield "backward", lambda: units("backward")
-    yield "forward", lambda: units("forward")
+    maps: list[tuple[Site, Tensor, Tensor]] = []
+
+    def demands(scale: str, shift: str) -> dict[Value, Unit]:
+        result: dict[Value, Unit] = {}
+        if not maps:
+            maps.extend((site, *_affine(network, site)) for site in norm.sites)
+        for site, a, c in maps:
+            if not math.isfinite(float(a.sum() + c.sum())):
+                raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
+            if shift == "forward":
+                far = max(offset(node, Trial(network)) for node in site.nodes)
+                if far > FARTHEST.get(site.x.dtype, 0.0):
+                    text = (
+                        f"a mean lies {far:.0f} standard deviations from 0, "
+                        "which costs precision in the layers after it"
+                    )
+                    raise Refusal(Reason(text, None, norm.label), True)
+            if scale == "backward":
+                units = (Unit.of(a, c), IDENTITY) if shift == scale else (Unit.of(a, None), Unit.of(None, c, True))
+            elif shift == scale:
+                units = (IDENTITY, Unit.of(a, c, inverse=True))
+            else:  # a*x + c = a*(x + c/a)
+                units = (Unit.of(None, c * _reciprocal(norm, a)), Unit.of(a, None, inverse=True))
+            for value, demand in zip((site.x, site.y), units, strict=True):
+                if value in result and not _agree(result[value], demand):
+                    raise Refusal(Reason("it is applied to its own output", None, norm.label), True)
+                result[value] = demand
+        return result
+
+    yield "backward", lambda: demands("backward", "backward")
+    yield "forward", lambda: demands("forward", "forward")
+    yield _BOTH, lambda: demands("backward", "forward")
+    yield _BOTH, lambda: demands("forward", "backward")
+
+
+def _reciprocal(norm: Norm, scale: Tensor) -> Tensor:
+    try:
+        return reciprocal(scale)
+    except NotInvertibleError:
+        raise Refusal(Reason("it would have to undo a scale of (nearly) 0", None, norm.label), True) from None
 
 
 def _affine(network: Network, site: Site) -> tuple[Tensor, Tensor]:
     """(a, c) of the whole site: its steps composed."""
-    a, c = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for node in site.nodes:
+    first, *rest = site.nodes
+    a, c = affine(first, Trial(network))
+    for node in rest:
         factor, term = affine(node, Trial(network))
         a, c = a * factor, c * factor + term
-    shape = torch.broadcast_shapes(a.shape, c.shape)
-    return a.expand(shape), c.expand(shape)
+    return (a, c) if a.shape == c.shape else (a.expand_as(c + a), c.expand_as(c + a))

@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Set
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 Function = Callable[[Tensor], Tensor]
@@ -22,6 +23,7 @@ DEEPEST = 40
 
 _ATOMS = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType, nn.Module)
 _SEQUENCES = (list, tuple, deque)
+_CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
 
 
 def tensors(tree: object) -> list[tuple[str, Tensor]]:
@@ -40,6 +42,20 @@ def tensors(tree: object) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     _collect(tree, "", 0, {}, found)
     return found
+
+
+_SIMPLE = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
+_REGISTRIES = frozenset({"_modules", "_parameters", "_buffers"})
+
+
+def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module holds by name beside its registries, without numbers, texts and empty containers."""
+    for name, value in module.__dict__.items():
+        kind = type(value)
+        if kind in _SIMPLE or name in _REGISTRIES or (kind in _CONTAINERS and not value):
+            continue
+        if kind is not tuple or not all(type(item) in _SIMPLE for item in value):
+            yield name, value
 
 
 def map_tensors(tree: Any, function: Function) -> Any:

@@ -174,9 +174,8 @@ def _visit(here: Visit, known: Callable[[str], str | None]) -> None:
         zoo.wake_(zoo.randomise_(model, here.seed, dead=0.0), here.seed)
         sample = _running(here, model, form)
     with here.measure("fuse"):
-        fused = copy_model(model)
-        draft = Draft(fused, sample.args, Options())
-        here.note(fingerprint=fingerprint(fused, draft.graph))
+        draft = Draft(model, sample.args, Options())
+        here.note(fingerprint=fingerprint(model, draft.graph))
         assert here.row.fingerprint is not None
         same_as = known(here.row.fingerprint)
         if same_as is not None:
@@ -184,7 +183,7 @@ def _visit(here: Visit, known: Callable[[str], str | None]) -> None:
             raise Stop
         plan = draft.plan()
     with here.measure("verify"):
-        plan = carry_out(plan, model, fused, draft)
+        plan, fused = carry_out(plan, model, draft)
         fused.eval()
     del draft
     _decided(here, plan)

@@ -46,6 +46,14 @@ def attention(node: Node, trial: Trial) -> None:
     mix_rows(node, trial, v, y, averages, {len(v.shape) - 2, *([len(v.shape) - 3] if repeated else [])})
 
 
+@rule("softmax")
+def fixed(node: Node, trial: Trial) -> None:
+    """They pass nothing, but what a softmax makes is known to sum to one."""
+    for value in (*node.inputs, *node.outputs):
+        if not (trial.unit(value) or IDENTITY).is_identity:
+            trial.refuse(node, "it passes no change of units", scale=True)
+
+
 def mix_rows(node: Node, trial: Trial, v: Value, y: Value, averages: bool, mixed: set[int]) -> None:
     """Tie v and ``y = A @ v``: the units must be uniform along the mixed axes."""
     if len(v.shape) != len(y.shape):

@@ -1,11 +1,18 @@
-r"""Einstein sums of two tensors, one of which is made of parameters.
+r"""Einstein sums of two tensors, one of which is made of parameters, and products of matrices, which are such sums.
 
 In ``y = sum x*w`` each axis has a letter. A scale of y along letters that w has is a scale of w; so is the inverse of
 a scale of x along letters that w has. There is no bias: a shift ``q`` of x goes on as the inverse shift ``sum q*w`` of
 y, and the output takes no other.
+
+A product of matrices has the letters of its batch axes, of the rows, of what is summed and of the columns; an axis of
+size 1 that is broadcast has a letter of its own.
 """
 
 from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,79 +22,107 @@ from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, multiply, scaled
 
 
-def _operands(node: Node) -> tuple[Value, str, Value, str, str] | None:
-    """(x, its letters, w, its letters, the letters of y); None where the rule does not apply."""
-    equation = node.bound["equation"].replace(" ", "")
-    given, arrow, result = equation.partition("->")
-    letters = given.split(",")
-    values = node.bound["tensors"]
-    if not arrow or "." in equation or len(values) != 2 or any(len(set(part)) != len(part) for part in letters):
+@dataclass(frozen=True)
+class Operands:
+    """``y = sum x*w`` with w made of parameters, and the letters of the axes of each."""
+
+    x: Value
+    of_x: str
+    w: Value
+    of_w: str
+    y: Value
+    of_y: str
+
+    def absorbs(self, trial: Trial) -> bool:
+        """True if w has an axis for all units that x and y have now."""
+        given = ((trial.unit(self.x), self.of_x), (trial.unit(self.y), self.of_y))
+        return all(letters[axis] in self.of_w for unit, letters in given if unit for axis in unit.axes())
+
+
+def operands(node: Node) -> Operands | None:
+    """The parts of a sum of two tensors, one of which is made of parameters; None if it is no such sum."""
+    y = node.outputs[0]
+    if node.operator == "einsum":
+        given, arrow, of_y = node.bound["equation"].replace(" ", "").partition("->")
+        letters, values = given.split(","), list(node.bound["tensors"])
+        if not arrow or "." in given:
+            return None
+    else:
+        values = list(node.inputs)
+        *letters, of_y = _of_matrices([value.shape for value in values], y.shape)
+    if len(values) != 2 or any(len(set(part)) != len(part) for part in letters):
         return None
-    pairs = sorted(zip(values, letters, strict=True), key=lambda pair: pair[0].independent)
-    (x, of_x), (w, of_w) = pairs
-    return (x, of_x, w, of_w, result) if w.independent and not x.independent else None
+    (x, of_x), (w, of_w) = sorted(zip(values, letters, strict=True), key=lambda pair: pair[0].independent)
+    return Operands(x, of_x, w, of_w, y, of_y) if w.independent and not x.independent else None
+
+
+def _of_matrices(shapes: Sequence[Sequence[int]], result: Sequence[int]) -> list[str]:
+    """The letters of two factors and of their product: batch axes a, b, ..., rows r, summed s, columns c."""
+    batch = string.ascii_lowercase[: len(result) - sum(len(shape) > 1 for shape in shapes)]
+    letters = []
+    for shape, matrix in zip(shapes, ("rs", "sc"), strict=True):
+        own = batch[len(batch) - len(shape) + 2 :] if len(shape) > 2 else ""
+        sizes = result[len(batch) - len(own) : len(batch)]
+        spread = "".join(
+            letter if size == full else letter.upper() for letter, size, full in zip(own, shape, sizes, strict=False)
+        )
+        letters.append(spread + (matrix if len(shape) > 1 else "s"))
+    rows, columns = ("r" if "r" in letters[0] else ""), ("c" if "c" in letters[1] else "")
+    return [*letters, batch + rows + columns]
 
 
 @rule("einsum")
 def check(node: Node, trial: Trial) -> None:
-    operands = _operands(node)
-    if operands is None:
+    parts = operands(node)
+    if parts is None:
         for value in (*node.inputs, *node.outputs):
             if not (trial.unit(value) or IDENTITY).is_identity:
                 trial.refuse(node, "it passes no change of units", scale=True)
         return
-    x, of_x, _, of_w, of_y = operands
-    for value, letters in ((x, of_x), (node.outputs[0], of_y)):
-        unit = trial.unit(value) or IDENTITY
-        if any(letters[axis] not in of_w for axis in unit.axes()):
-            trial.refuse(node, "its parameter has no axis for the units", scale=True)
-    of_input = trial.unit(x)
-    if of_input is not None and of_input.shift is not None and trial.unit(node.outputs[0]) is None:
-        carried = _carried(node, trial, of_input)
-        trial.demand(node.outputs[0], Unit.of(None, carried, inverse=True))
+    if not parts.absorbs(trial):
+        trial.refuse(node, "its parameter has no axis for the units", scale=True)
+    of_input = trial.unit(parts.x)
+    if of_input is not None and of_input.shift is not None and trial.unit(parts.y) is None:
+        trial.demand(parts.y, Unit.of(None, _carried(node, parts, trial, of_input), inverse=True))
 
 
-def _carried(node: Node, trial: Trial, unit: Unit) -> Tensor | None:
+def _carried(node: Node, parts: Operands, trial: Trial, unit: Unit) -> Tensor | None:
     """``sum q*w`` for the shift q of x, as a tensor that broadcasts against y."""
-    operands = _operands(node)
-    assert operands is not None
-    x, of_x, w, of_w, of_y = operands
     try:
         _, q = unit.inverted()
     except NotInvertibleError:
         trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
     if q is None:
         return None
-    if any(letter not in of_y and letter not in of_w for letter in of_x):
+    if any(letter not in parts.of_y and letter not in parts.of_w for letter in parts.of_x):
         trial.refuse(node, "it adds up a shift as often as there are elements")
     # Letters that x alone has are uniform, so one element stands for all.
-    kept = [axis for axis, letter in enumerate(of_x) if letter in of_w]
-    full = q.reshape([q.shape[axis] for axis in kept]).expand([x.shape[axis] for axis in kept])
-    letters = "".join(of_x[axis] for axis in kept)
-    result = "".join(letter for letter in of_y if letter in of_w)
-    carried = torch.einsum(f"{letters},{of_w}->{result}", full, trial.content(w))
+    kept = [axis for axis, letter in enumerate(parts.of_x) if letter in parts.of_w]
+    full = q.reshape([q.shape[axis] for axis in kept]).expand([parts.x.shape[axis] for axis in kept])
+    letters = "".join(parts.of_x[axis] for axis in kept)
+    result = "".join(letter for letter in parts.of_y if letter in parts.of_w)
+    carried = torch.einsum(f"{letters},{parts.of_w}->{result}", full, trial.content(parts.w))
     sizes = dict(zip(result, carried.shape, strict=True))
-    return carried.reshape([sizes.get(letter, 1) for letter in of_y])
+    return carried.reshape([sizes.get(letter, 1) for letter in parts.of_y])
 
 
 @absorber("einsum")
 def absorb(node: Node, trial: Trial) -> None:
-    operands = _operands(node)
-    if operands is None:
+    parts = operands(node)
+    if parts is None:
         return
-    x, of_x, w, of_w, of_y = operands
-    of_input, of_output = trial.unit(x) or IDENTITY, trial.unit(node.outputs[0]) or IDENTITY
+    of_input, of_output = trial.unit(parts.x) or IDENTITY, trial.unit(parts.y) or IDENTITY
     try:
         p, _ = of_input.inverted()
         s, t = of_output.direct()
     except NotInvertibleError:
         trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
-    rest = add(t, scaled(_carried(node, trial, of_input), s))
+    rest = add(t, scaled(_carried(node, parts, trial, of_input), s))
     if rest is not None and bool((rest.abs() > 1e-12 * (1.0 if t is None else float(t.abs().max()))).any()):
         trial.refuse(node, "it has no bias to take up a shift, and none can be added")
-    scale = multiply(_on(p, of_x, of_w), _on(s, of_y, of_w))
+    scale = multiply(_on(p, parts.of_x, parts.of_w), _on(s, parts.of_y, parts.of_w))
     if scale is not None:
-        trial.edit(node, w, Unit(scale))
+        trial.edit(node, parts.w, Unit(scale))
 
 
 def _on(scale: Tensor | None, letters: str, of_w: str) -> Tensor | None:

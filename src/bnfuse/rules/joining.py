@@ -7,7 +7,8 @@ settled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ class _Piece:
     def elements(self) -> slice | Tensor:
         stop = self.start + (self.size - 1) * self.step + 1
         return slice(self.start, stop, self.step) if self.index is None else self.index
+
+
+@dataclass(frozen=True, eq=False)
+class _JoinedUnit(Unit):
+    """The unit of a whole, with the units of the pieces that it was joined from, which need no second look."""
+
+    parts: Mapping[Value, Unit | None] = field(default_factory=dict)
 
 
 @rule("cat", "concat", "concatenate")
@@ -76,48 +84,78 @@ def unbind(node: Node, trial: Trial) -> None:
 
 @rule("select")
 def select(node: Node, trial: Trial) -> None:
-    whole, index = node.inputs[0], node.argument("index")
-    axis = node.argument("dim", 0) % len(whole.shape)
-    if not isinstance(index, int):
+    if not isinstance(node.argument("index"), int):
         trial.refuse(node, "its index is a tensor", scale=True)
-    piece = _Piece(node.outputs[0], index % whole.shape[axis], 1, dropped=True)
-    _settle(node, trial, whole, [piece], axis, chosen=True)
+    _take(node, trial)
 
 
 @rule("slice", "narrow")
 def take_slice(node: Node, trial: Trial) -> None:
-    whole, part = node.inputs[0], node.outputs[0]
-    axis = node.argument("dim", 0) % len(whole.shape)
-    start = node.argument("start") or 0
-    if not isinstance(start, int):
+    if not isinstance(node.argument("start") or 0, int):
         trial.refuse(node, "its start is a tensor", scale=True)
-    size = whole.shape[axis]
-    start = min(max(start + size, 0) if start < 0 else start, size)
-    piece = _Piece(part, start, part.shape[axis], node.argument("step", 1))
-    _settle(node, trial, whole, [piece], axis, chosen=True)
+    _take(node, trial)
 
 
 @rule("index_select", "index")
 def take_index(node: Node, trial: Trial) -> None:
     """Elements of one axis, by a table of numbers that does not depend on the input."""
-    whole, part = node.inputs[0], node.outputs[0]
-    if node.operator == "index_select":
-        axis, index = node.bound["dim"] % len(whole.shape), node.bound["index"]
-    else:
-        places = [(axis, index) for axis, index in enumerate(node.bound["indices"]) if index is not None]
-        axis, index = places[0]
-        if len(places) > 1:
-            trial.refuse(node, "it takes elements by several indices", scale=True)
-    if not index.independent or index.dtype != torch.int64 or len(index.shape) != 1:
+    if node.operator == "index" and sum(index is not None for index in node.bound["indices"]) > 1:
+        trial.refuse(node, "it takes elements by several indices", scale=True)
+    taken = _taken(node, trial)
+    if taken is None:
         trial.refuse(node, "its index is not a plain list of numbers", scale=True)
-    numbers = trial.content(index) % whole.shape[axis]
-    of_part = trial.unit(part)
-    if of_part is not None and numbers.unique().numel() != numbers.numel():
+    axis, piece = taken
+    whole, of_part = node.inputs[0], trial.unit(piece.value)
+    assert piece.index is not None
+    if of_part is not None and piece.index.unique().numel() != piece.index.numel():
         unit = trial.unit(whole) or IDENTITY
-        if not of_part.same_as(_part(unit, _Piece(part, 0, part.shape[axis], index=numbers), axis)):
+        if not of_part.same_as(_part(unit, piece, axis)):
             trial.refuse(node, "it takes an element more than once", scale=True)
         return
-    _settle(node, trial, whole, [_Piece(part, 0, part.shape[axis], index=numbers)], axis, chosen=True)
+    _settle(node, trial, whole, [piece], axis, chosen=True)
+
+
+def _take(node: Node, trial: Trial) -> None:
+    taken = _taken(node, trial)
+    assert taken is not None
+    axis, piece = taken
+    _settle(node, trial, node.inputs[0], [piece], axis, chosen=True)
+
+
+def _taken(node: Node, trial: Trial) -> tuple[int, _Piece] | None:
+    """The axis along which an operator takes a piece by numbers in the code, and the piece; None if it does not."""
+    whole, part = node.inputs[0], node.outputs[0]
+    axis = node.argument("dim", 0) % len(whole.shape)
+    size = whole.shape[axis]
+    if node.operator == "select":
+        index = node.argument("index")
+        return (axis, _Piece(part, index % size, 1, dropped=True)) if isinstance(index, int) else None
+    if node.operator in ("slice", "narrow"):
+        start = node.argument("start") or 0
+        if not isinstance(start, int):
+            return None
+        start = min(max(start + size, 0) if start < 0 else start, size)
+        return axis, _Piece(part, start, part.shape[axis], node.argument("step", 1))
+    if node.operator == "index_select":
+        index = node.bound["index"]
+    elif node.operator == "index":
+        [(axis, index)] = [(axis, index) for axis, index in enumerate(node.bound["indices"]) if index is not None]
+    else:
+        return None
+    if not index.independent or index.dtype != torch.int64 or len(index.shape) != 1:
+        return None
+    return axis, _Piece(part, 0, part.shape[axis], index=trial.content(index) % whole.shape[axis])
+
+
+def _siblings(node: Node, trial: Trial, whole: Value, axis: int) -> list[_Piece]:
+    """Pieces that other operators take along the same axis, as ``y[:, 2:]`` beside ``y[:, :2]``."""
+    pieces = []
+    for other in whole.consumers:
+        if other is not node and other.inputs[0] is whole and other.operator in ("select", "slice", "narrow"):
+            taken = _taken(other, trial)
+            if taken is not None and taken[0] == axis:
+                pieces.append(taken[1])
+    return pieces
 
 
 def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: int, chosen: bool = False) -> None:
@@ -126,15 +164,24 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
     if unit is not None:
         if chosen and axis in unit.axes():
             trial.assume(node)
+        made_of = unit.parts if isinstance(unit, _JoinedUnit) else {}
         for piece in pieces:
+            if piece.value in made_of and made_of[piece.value] is trial.unit(piece.value):
+                continue
             part = _part(unit, piece, axis)
             if not (part.is_identity and trial.unit(piece.value) is None):
                 trial.demand(piece.value, part)
         return
     units = [(piece, unit) for piece in pieces if (unit := trial.unit(piece.value))]
     if any(not unit.is_identity for _, unit in units) and not trial.postpone(node):
+        if chosen:
+            units += [
+                (piece, unit) for piece in _siblings(node, trial, whole, axis) if (unit := trial.unit(piece.value))
+            ]
         try:
-            joined = {whole: _joined(units, whole, axis)}
+            made = _joined(units, whole, axis)
+            made_of = {} if chosen else {piece.value: trial.unit(piece.value) for piece in pieces}
+            joined = {whole: _JoinedUnit(made.scale, made.shift, made.inverse, made_of)}
             spread = _spread(units, axis) if chosen else None
             if chosen and spread is None:
                 trial.assume(node)

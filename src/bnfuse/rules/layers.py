@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph import Kind, Node, Value
+from bnfuse.rules import einsum
 from bnfuse.rules.attention import is_softmax, mix_rows
 from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply, per_channel
@@ -101,9 +102,13 @@ def _any(numbers: int | list[int], besides: int = 0) -> bool:
     return any(number != besides for number in ([numbers] if isinstance(numbers, int) else numbers))
 
 
-@rule(*LAYERS, "bmm")
+def _layer_or_none(node: Node) -> _Layer | None:
+    return None if node.operator in ("bmm", "mv") else _layer(node)
+
+
+@rule(*LAYERS, "bmm", "mv")
 def check(node: Node, trial: Trial) -> None:
-    layer = None if node.operator == "bmm" else _layer(node)
+    layer = _layer_or_none(node)
     if layer is None:
         _product(node, trial)
         return
@@ -120,6 +125,8 @@ def check(node: Node, trial: Trial) -> None:
         others = (layer.x, layer.w, layer.b)
         if all(value is not other for other in others) and not (trial.unit(value) or IDENTITY).is_identity:
             trial.refuse(node, "its offsets cannot change units", scale=True)
+    if len(layer.w.consumers) > 1:
+        _share(node, trial, layer)
     of_x = trial.unit(layer.x)
     if of_x is not None and of_x.shift is not None:
         if not layer.uniform:
@@ -131,6 +138,18 @@ def check(node: Node, trial: Trial) -> None:
             trial.assume(node)  # that its own code pads nothing at another size either
         if layer.b is None:
             _pass_on(node, trial, layer, of_x)
+
+
+def _share(node: Node, trial: Trial, layer: _Layer) -> None:
+    """Other uses of the weight take the same units, so that they ask for the same edit of it."""
+    for other in layer.w.consumers:
+        there = _layer_or_none(other) if other is not node and other.operator == node.operator else None
+        if there is None or there.w is not layer.w or there.x is layer.w:
+            continue
+        for mine, theirs in ((layer.x, there.x), (layer.y, there.y)):
+            unit = trial.unit(mine)
+            if unit is not None and not unit.is_identity and len(mine.shape) == len(theirs.shape):
+                trial.share(node, layer.w, other, theirs, unit)
 
 
 def _pass_on(node: Node, trial: Trial, layer: _Layer, unit: Unit) -> None:
@@ -148,6 +167,9 @@ def _pass_on(node: Node, trial: Trial, layer: _Layer, unit: Unit) -> None:
 def _product(node: Node, trial: Trial) -> None:
     """``A @ v`` of two tensors that depend on the input, or with a matrix on the left."""
     a, v = node.inputs[0], node.inputs[-1]
+    if _is_sum(node, trial):
+        einsum.check(node, trial)
+        return
     if node.operator == "addmm" or a is v or len(v.shape) < 2 or len(a.shape) < 2:
         for value in (*node.inputs, *node.outputs):
             if not (trial.unit(value) or IDENTITY).is_identity:
@@ -158,10 +180,30 @@ def _product(node: Node, trial: Trial) -> None:
     mix_rows(node, trial, v, node.outputs[0], is_softmax(a), {len(v.shape) - 2})
 
 
-@absorber(*LAYERS)
+def _is_sum(node: Node, trial: Trial) -> bool:
+    """True if the product is with a matrix of parameters that has an axis for the units; a softmax passes more."""
+    if node.operator == "addmm" or is_softmax(node.inputs[0]):
+        return False
+    parts = einsum.operands(node)
+    return parts is not None and parts.absorbs(trial)
+
+
+def _edit_right_factor(node: Node, trial: Trial) -> None:
+    """A right factor that is a parameter takes the units that were asked of it as an operand."""
+    v = node.inputs[-1]
+    unit = trial.unit(v)
+    if unit is not None and not unit.is_identity and v.producer is None:
+        trial.edit(node, v, Unit(*unit.direct()))
+
+
+@absorber(*LAYERS, "bmm", "mv")
 def absorb(node: Node, trial: Trial) -> None:
-    layer = _layer(node)
+    layer = _layer_or_none(node)
     if layer is None:
+        if _is_sum(node, trial):
+            einsum.absorb(node, trial)
+        else:
+            _edit_right_factor(node, trial)
         return
     x, y = trial.unit(layer.x) or IDENTITY, trial.unit(layer.y) or IDENTITY
     try:
@@ -172,12 +214,16 @@ def absorb(node: Node, trial: Trial) -> None:
     axis_in = None if p is None else channel_vector(p, layer.axis, channels_in, 1.0)
     axis_out = None if s is None else channel_vector(s, layer.axis, channels_out, 1.0)
     scale = multiply(_along_out(layer, axis_out), _along_in(layer, axis_in))
-    if scale is not None:
-        trial.edit(node, layer.w, Unit(scale))
     shift = None if t is None else channel_vector(t, layer.axis, channels_out, 0.0)
     if q is not None:
         carried = _carried(layer, trial.content(layer.w), channel_vector(q, layer.axis, channels_in, 0.0))
         shift = add(shift, multiply(carried, axis_out))
+    features_last = layer.axis == len(layer.x.shape) - 1
+    if layer.b is None and shift is not None and features_last and is_softmax(layer.x):
+        trial.edit(node, layer.w, Unit(scale, _along_out(layer, shift)))  # rows that sum to one hand a shift of w on
+        return
+    if scale is not None:
+        trial.edit(node, layer.w, Unit(scale))
     if layer.b is None:
         if shift is not None and bool((shift.abs() > 1e-12 * _size(t, q)).any()):
             trial.refuse(node, "it has no bias to take up a shift, and none can be added")

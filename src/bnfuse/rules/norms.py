@@ -60,8 +60,29 @@ def offset(node: Node, trial: Trial) -> float:
     """The largest distance of a mean from 0, in standard deviations; 0 for a norm that is written as arithmetic."""
     if node.operator != "batch_norm":
         return 0.0
+    return _distance(node, trial, torch.zeros((), dtype=torch.float64))
+
+
+def _distance(node: Node, trial: Trial, point: Tensor) -> float:
+    """The largest distance of a mean of the input, in its present units, from a point, in standard deviations."""
     _, sigma, mean, _ = _parts(node, trial)
-    return float((mean.abs() / sigma).max())
+    x = node.bound["input"]
+    scale, shift = (
+        None if part is None else channel_vector(part, _CHANNELS, x.shape[_CHANNELS], 0.0) for part in trial.placed(x)
+    )
+    if scale is not None:
+        mean, sigma = mean * scale, sigma * scale.abs()
+    distance = ((mean if shift is None else mean + shift) - point).abs() / sigma
+    return float(distance[sigma > 0].max()) if bool((sigma > 0).any()) else 0.0
+
+
+FARTHEST = {torch.float64: 1e6, torch.float32: 300.0, torch.float16: 30.0, torch.bfloat16: 30.0}
+"""How many standard deviations a mean may lie from 0, by precision.
+
+A norm takes the mean away before anything is rounded. If it is folded into what comes after it, the mean goes through
+the next layer and is taken away from its output, whose rounding error it has multiplied by about this number. If it
+stays and its input takes units with a large shift, the same happens to its input.
+"""
 
 
 def is_step(node: Node) -> bool:
@@ -92,6 +113,9 @@ def batch_norm(node: Node, trial: Trial) -> None:
         unit = trial.unit(value) or IDENTITY
         if not unit.uniform_outside(_CHANNELS):
             trial.refuse(node, "it has one gain and bias per channel", scale=unit.scale is not None)
+    # What it cannot undo is better known now than when it absorbs.
+    (trial.unit(node.bound["input"]) or IDENTITY).inverted()
+    (trial.unit(node.outputs[0]) or IDENTITY).direct()
 
 
 @absorber("batch_norm")
@@ -112,6 +136,10 @@ def absorb_batch_norm(node: Node, trial: Trial) -> None:
     def vector(tensor: Tensor | None, default: float) -> Tensor | None:
         return None if tensor is None else channel_vector(tensor, _CHANNELS, x.shape[_CHANNELS], default)
 
+    if q is not None:
+        far = _distance(node, trial, channel_vector(q, _CHANNELS, x.shape[_CHANNELS], 0.0))
+        if far > max(FARTHEST.get(x.dtype, 0.0), offset(node, trial)):
+            trial.refuse(node, f"a mean would lie {far:.0f} standard deviations from 0, which costs precision")
     gain, ratio, moved, shift = vector(s, 1.0), vector(p, 1.0), vector(q, 0.0), vector(t, 0.0)
     if ratio is not None:
         moved = add(moved, (ratio - 1) * mean)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bnfuse.graph import Node, Value
-from bnfuse.rules.registry import Trial, lift, link, lower, rule
+from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import Unit
 
 
@@ -71,14 +71,14 @@ def pool(node: Node, trial: Trial) -> None:
     _pool(node, trial, axes, node.outputs[0], keep=True, maximum="max" in name, shift=divides)
 
 
-@rule("mean", "amax")
+@rule("mean", "amax", "amin")
 def reduce(node: Node, trial: Trial) -> None:
     rank = len(node.inputs[0].shape)
     dim = node.argument("dim")
     dims = range(rank) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
     axes = {axis % rank for axis in dims} if rank else set()
     keep = bool(node.argument("keepdim", False))
-    _pool(node, trial, axes, node.outputs[0], keep=keep, maximum=node.operator == "amax", shift=True)
+    _pool(node, trial, axes, node.outputs[0], keep=keep, maximum=node.operator != "mean", shift=True)
 
 
 _INTERPOLATIONS = (
@@ -135,26 +135,3 @@ def total(node: Node, trial: Trial) -> None:
         return Unit(wide.scale, None if wide.shift is None else wide.shift / count, wide.inverse)
 
     link(trial, x, y, forward, backward)
-
-
-@rule("maximum", "minimum", "max", "min")
-def extremum(node: Node, trial: Trial) -> None:
-    """The larger of two tensors: both with the same units, and a positive scale."""
-    if "other" not in node.bound:
-        for value in (*node.inputs, *node.outputs):
-            if trial.unit(value) is not None:
-                trial.refuse(node, "it passes no change of units", scale=True)
-        return
-    x, y, z = node.bound["self"], node.bound["other"], node.outputs[0]
-    for value in (x, y, z):
-        unit = trial.unit(value)
-        if unit is not None and not unit.is_identity:
-            if unit.scale is not None and bool((unit.scale < 0).any()):
-                trial.refuse(node, "a maximum passes no negative scale", scale=True)
-            lifted = lift(unit, value, z)
-            for other in (x, y, z):
-                lowered = lower(lifted, other, z)
-                if lowered is None:
-                    trial.refuse(node, "an operand that is broadcast has no axis for the units", scale=True)
-                trial.demand(other, lowered)
-            return

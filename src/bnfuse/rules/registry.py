@@ -28,6 +28,9 @@ class Trial(Protocol):
     def demand(self, value: Value, unit: Unit) -> None:
         """Ask for a unit; refuses if the value has another one already or cannot change."""
 
+    def share(self, node: Node, parameter: Value, other: Node, value: Value, unit: Unit) -> None:
+        """Ask for a unit at another operator that reads the same parameter, so that both ask for the same edit."""
+
     def postpone(self, node: Node) -> bool:
         """Put a choice off until everything that is certain is settled; False if that is now."""
 
@@ -48,6 +51,9 @@ class Trial(Protocol):
 
     def content(self, value: Value) -> Tensor:
         """The present float64 contents, with all edits so far, of what does not depend on the model's inputs."""
+
+    def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of all units that accepted removals have given to the input of a batch norm."""
 
     def is_edited(self, value: Value) -> bool:
         """True if an accepted edit changed the parameter."""

@@ -108,13 +108,15 @@ class _Sum:
         if not open_terms:
             if rest is not None:
                 self.trial.refuse(self.node, "the shifts of its operands do not add up")
-        elif rest is None:
-            for value, _ in open_terms:
-                if scale is not None:
-                    self._demand(value, Unit(scale, None, inverse))
         elif len(open_terms) == 1:
             value, factor = open_terms[0]
-            self._demand(value, Unit(scale, -rest / factor, inverse))
+            if scale is not None or rest is not None:
+                self._demand(value, Unit(scale, None if rest is None else -rest / factor, inverse))
+        elif rest is None:
+            # Two open terms could have opposite shifts: one may yet be given by what else reads it.
+            if scale is not None and not self.trial.postpone(self.node):
+                for value, _ in open_terms:
+                    self._demand(value, Unit(scale, None, inverse))
         elif not self.trial.postpone(self.node):
             self._offer(open_terms, scale, rest, inverse)
 

@@ -1,0 +1,260 @@
+"""How fast a fused network runs: against the original, the other ways to fuse, and the limit.
+
+The limit is the network with the same norms deleted and nothing else changed. What a norm adds must go somewhere,
+though: where the layer has no bias yet, fusing gives it one. So there is a second, fairer limit, in which the layers
+that get a bias from fusing have one too.
+
+Every network runs in both memory formats (as far as it takes images or videos) and at two batch sizes, in a process of
+its own, since ``torch.jit`` never frees what it has optimised. Numbers so small that arithmetic with them is slow are
+flushed to zero, since a network without its norms makes them more easily.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bnfuse
+from bench.child import child
+from bench.networks import NETWORKS, QUICK, Network, forward, selected
+from bench.rivals import attempt, fx_fused, is_right, jit_optimised, without_norms
+from bench.section import Section, Settings, at_most, progress
+from bench.timing import Clock, Effort, Rounds, Spread, measured
+from bnfuse.report.tables import Column, Table
+from bnfuse.timing import threads, timed
+
+LIMIT = 1.02
+BATCHES = (1, 8)
+ORIGINAL, FUSED, DELETED, BIASED = "original", "fused", "deleted", "deleted, with biases"
+FX, JIT = "torch.fx", "torch.jit"
+CANDIDATES = (ORIGINAL, FUSED, DELETED, BIASED, FX, JIT)
+_WRONG_ON_PURPOSE = (DELETED, BIASED)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured of one network, in one memory format, at one batch size.
+
+    Attributes:
+        rounds: the times of everything that works.
+        norms: how many there are, and how many of them fusing leaves.
+        problems: "fails" or "wrong" for each candidate that does not work.
+        errors: what those that fail say.
+    """
+
+    network: str
+    batch: int
+    channels_last: bool
+    norms: tuple[int, int]
+    rounds: Rounds
+    problems: dict[str, str]
+    errors: dict[str, str]
+
+    @property
+    def label(self) -> str:
+        return f"{self.network} batch {self.batch}{' channels_last' if self.channels_last else ''}"
+
+    def ratio(self, limit: str) -> Spread | None:
+        known = self.rounds.has(FUSED) and self.rounds.has(limit)
+        return self.rounds.ratio(FUSED, limit) if known else None
+
+    def to_dict(self) -> dict[str, Any]:
+        ratios = {limit: ratio.to_dict() for limit in (ORIGINAL, DELETED, BIASED) if (ratio := self.ratio(limit))}
+        return {
+            "network": self.network,
+            "batch": self.batch,
+            "channels_last": self.channels_last,
+            "norms": self.norms[0],
+            "left": self.norms[1],
+            "seconds": self.rounds.to_dict(),
+            "fused over": ratios,
+            "problems": self.problems,
+            "errors": self.errors,
+        }
+
+    @staticmethod
+    def from_dict(found: dict[str, Any]) -> Finding:
+        return Finding(
+            network=found["network"],
+            batch=found["batch"],
+            channels_last=found["channels_last"],
+            norms=(found["norms"], found["left"]),
+            rounds=Rounds(found["seconds"]),
+            problems=found["problems"],
+            errors=found["errors"],
+        )
+
+
+def run(settings: Settings) -> Section:
+    """Measure every network."""
+    networks = selected(settings.networks, QUICK if settings.quick else NETWORKS)
+    findings = []
+    for number, network in enumerate(networks, 1):
+        for finding in in_own_process(network, settings):
+            ratio = finding.ratio(DELETED) or "not measured"
+            progress(f"latency [{number}/{len(networks)}] {finding.label}: fused / {DELETED} {ratio}")
+            findings.append(finding)
+    return report(findings)
+
+
+def in_own_process(network: Network, settings: Settings) -> Iterator[Finding]:
+    """Measure one of the networks that this module knows."""
+    with child("bench.latency", network.name, json.dumps(vars(settings))) as process:
+        while found := json.loads(process.ask()):
+            yield Finding.from_dict(found)
+
+
+def main(arguments: list[str]) -> None:
+    """In a process of its own: print every finding as a line of JSON, and an empty one at the end."""
+    name, asked = arguments
+    settings = Settings(**json.loads(asked))
+    network = next(network for network in (*NETWORKS, *QUICK) if network.name == name)
+    effort = settings.effort(seconds=10, least=15, most=75)
+    with threads(settings.threads), flushed_denormals():
+        for finding in examine(network, effort, settings.clock):
+            print(json.dumps(finding.to_dict()), flush=True)
+    print({}, flush=True)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def examine(network: Network, effort: Effort, clock: Clock) -> Iterator[Finding]:
+    """Measure one network, in every memory format and at every batch size."""
+    formats = [torch.contiguous_format, _CHANNELS_LAST.get(len(network.shape) + 1)]
+    for memory_format in formats:
+        if memory_format is None:
+            continue
+        model = network.build().to(memory_format=memory_format)
+        samples = [network.inputs(batch).to(memory_format=memory_format) for batch in BATCHES]
+        plan = bnfuse.plan(model, samples[0])
+        networks: dict[str, nn.Module] = {
+            ORIGINAL: model,
+            FUSED: plan.apply(model),
+            DELETED: without_norms(model, plan),
+            BIASED: without_norms(model, plan, biases=True),
+        }
+        fx, fx_error = attempt(partial(fx_fused, model))
+        for x in samples:
+            candidates: dict[str, Callable[[Tensor], Any]] = dict(networks)
+            errors = {}
+            if fx is None:
+                errors[FX] = fx_error
+            else:
+                candidates[FX] = fx
+            jit, jit_error = attempt(partial(jit_optimised, model, x))
+            if jit is None:
+                errors[JIT] = jit_error
+            else:
+                candidates[JIT] = jit
+            rounds, problems, more = compare(candidates, x, effort, clock)
+            yield Finding(
+                network=network.name,
+                batch=x.shape[0],
+                channels_last=memory_format is not torch.contiguous_format,
+                norms=(len(plan.decisions), len(plan.kept)),
+                rounds=rounds,
+                problems=dict.fromkeys(errors, "fails") | problems,
+                errors=errors | more,
+            )
+
+
+def compare(
+    candidates: dict[str, Callable[[Tensor], Any]], x: Tensor, effort: Effort, clock: Clock
+) -> tuple[Rounds, dict[str, str], dict[str, str]]:
+    """Measure those that run and give what the original gives, but the ones that are wrong on purpose in any case.
+
+    Returns:
+        The times, what is the matter with each other candidate, and what those that fail say.
+    """
+    expected = forward(candidates[ORIGINAL], x)
+    problems, errors = {}, {}
+    for name, candidate in candidates.items():
+        output, error = attempt(partial(forward, candidate, x))
+        if output is None:
+            problems[name], errors[name] = "fails", error
+        elif name not in _WRONG_ON_PURPOSE and not is_right(expected, output):
+            problems[name] = "wrong"
+    with torch.inference_mode():
+        measures = {name: timed(partial(run, x), clock) for name, run in candidates.items() if name not in problems}
+        return measured(measures, effort, warm_up=4), problems, errors
+
+
+def report(findings: list[Finding]) -> Section:
+    """Tables, targets and data of what was measured."""
+    if not findings:
+        return Section(())
+    targets = [
+        at_most(
+            f"fused / {limit}",
+            LIMIT,
+            {finding.label: ratio.median for finding in findings if (ratio := finding.ratio(limit))},
+            3,
+        )
+        for limit in (DELETED, BIASED)
+    ]
+    missing = [finding.label for finding in findings if finding.ratio(DELETED) is None]
+    if missing:
+        targets = [
+            replace(target, text=f"{target.text}; without {', '.join(missing)}", met=False) for target in targets
+        ]
+    tables = (_time_table(findings), _ratio_table(findings))
+    return Section(tables, targets, {"measurements": [finding.to_dict() for finding in findings]})
+
+
+def _time_table(findings: list[Finding]) -> Table:
+    rows = tuple(
+        (
+            *_place(finding),
+            *(
+                f"{finding.rounds.milliseconds(name):.2f}" if finding.rounds.has(name) else finding.problems[name]
+                for name in CANDIDATES
+            ),
+            *map(str, finding.norms),
+            str(finding.rounds.count),
+        )
+        for finding in findings
+    )
+    columns = (*_PLACE, *(Column(head, True) for head in (*CANDIDATES, "norms", "left", "rounds")))
+    return Table("Latency, ms (medians)", columns, rows)
+
+
+def _ratio_table(findings: list[Finding]) -> Table:
+    below = (ORIGINAL, DELETED, BIASED, FX, JIT)
+    columns = list(_PLACE)
+    for name in below:
+        columns += [Column(f"/ {name}", True), Column("quartiles", True)]
+    rows = []
+    for finding in findings:
+        cells = [*_place(finding)]
+        for name in below:
+            ratio = finding.ratio(name)
+            cells += ["", ""] if ratio is None else [f"{ratio.median:.3f}", ratio.range]
+        rows.append(tuple(cells))
+    return Table("Latency of the fused network: medians of the ratios within a round", tuple(columns), tuple(rows))
+
+
+_PLACE = (Column("network"), Column("batch", True), Column("format"))
+
+
+def _place(finding: Finding) -> tuple[str, str, str]:
+    return finding.network, str(finding.batch), "channels_last" if finding.channels_last else "contiguous"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

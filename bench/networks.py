@@ -1,0 +1,205 @@
+"""The networks of the benchmarks: of the zoos, of our own, and synthetic ones of any size."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfuse.zoo import build, randomise_
+
+IMAGE = (3, 224, 224)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and what it takes.
+
+    Attributes:
+        name: as in ``torchvision:resnet18``.
+        factory: builds it with random weights.
+        shape: of one input, without the batch.
+    """
+
+    name: str
+    factory: Callable[[], nn.Module]
+    shape: tuple[int, ...] = IMAGE
+
+    def build(self) -> nn.Module:
+        """The network in evaluation mode, its weights from a fixed seed, its norms far from the identity."""
+        torch.manual_seed(0)
+        return randomise_(self.factory(), 1).eval()
+
+    def inputs(self, batch: int = 1) -> Tensor:
+        """Standard normal, the same in every call."""
+        return torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(0))
+
+
+def zoo(spec: str, shape: tuple[int, ...] = IMAGE) -> Network:
+    """A network of a zoo by its SPEC."""
+    return Network(spec, lambda: build(spec), shape)
+
+
+def mlp(width: int = 1024, blocks: int = 6) -> nn.Module:
+    """Linear-ReLU-BatchNorm: every norm goes forward into the next linear layer."""
+    layers: list[nn.Module] = []
+    for _ in range(blocks):
+        layers += [nn.Linear(width, width), nn.ReLU(), nn.BatchNorm1d(width)]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+class _SpeechBlock(nn.Module):
+    """Depthwise and pointwise convolution over time, as in QuartzNet, with a shortcut."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+        self.pointwise = nn.Conv1d(channels, channels, 1, bias=False)
+        self.norm = nn.BatchNorm1d(channels)
+        self.shortcut = nn.Conv1d(channels, channels, 1, bias=False)
+        self.shortcut_norm = nn.BatchNorm1d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.norm(self.pointwise(self.depthwise(x)))
+        return torch.relu(deep + self.shortcut_norm(self.shortcut(x)))
+
+
+def speech_encoder(channels: int = 256, blocks: int = 8) -> nn.Module:
+    """A 1-D convolutional encoder of mel spectrograms: (batch, 80, frames)."""
+    stem = [nn.Conv1d(80, channels, 11, stride=2, padding=5, bias=False), nn.BatchNorm1d(channels), nn.ReLU()]
+    kernels = [11 + 6 * (index // 2) for index in range(blocks)]
+    return nn.Sequential(*stem, *(_SpeechBlock(channels, kernel) for kernel in kernels), nn.Conv1d(channels, 32, 1))
+
+
+class _VideoBlock(nn.Module):
+    """A convolution over space and one over time, as in R(2+1)D, around which the input goes."""
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.space = nn.Conv3d(inputs, channels, (1, 3, 3), (1, stride, stride), (0, 1, 1), bias=False)
+        self.space_norm = nn.BatchNorm3d(channels)
+        self.time = nn.Conv3d(channels, channels, (3, 1, 1), (stride, 1, 1), (1, 0, 0), bias=False)
+        self.time_norm = nn.BatchNorm3d(channels)
+        self.shortcut = nn.Conv3d(inputs, channels, 1, stride, bias=False)
+        self.shortcut_norm = nn.BatchNorm3d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.time_norm(self.time(torch.relu(self.space_norm(self.space(x)))))
+        return torch.relu(deep + self.shortcut_norm(self.shortcut(x)))
+
+
+def video_network(channels: int = 32) -> nn.Module:
+    """A 3-D convolutional classifier: (batch, 3, frames, height, width)."""
+    stem = [nn.Conv3d(3, channels, 3, (1, 2, 2), 1, bias=False), nn.BatchNorm3d(channels), nn.ReLU()]
+    widths = [channels, channels, 2 * channels, 4 * channels]
+    blocks = [_VideoBlock(a, b, 1 if a == b else 2) for a, b in itertools.pairwise(widths)]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+
+
+NETWORKS: tuple[Network, ...] = (
+    *map(
+        zoo,
+        (
+            "torchvision:resnet18", "torchvision:resnet50", "torchvision:mobilenet_v2",
+            "torchvision:mobilenet_v3_large", "torchvision:efficientnet_b0", "timm:efficientnet_b0",
+            "torchvision:densenet121", "timm:mixnet_s", "timm:levit_128s", "timm:hrnet_w18_small",
+            "timm:convmixer_1024_20_ks9_p14",
+        ),
+    ),
+    Network("own:mlp", mlp, (1024,)),
+    Network("own:speech_encoder", speech_encoder, (80, 400)),
+    Network("own:video_network", video_network, (3, 8, 112, 112)),
+)  # fmt: skip
+
+QUICK: tuple[Network, ...] = (
+    zoo("torchvision:mobilenet_v3_small", (3, 64, 64)),
+    Network("own:small_mlp", lambda: mlp(64, 3), (64,)),
+    Network("own:small_speech_encoder", lambda: speech_encoder(32, 2), (80, 50)),
+)
+
+
+def selected(pattern: str, networks: Sequence[Network]) -> list[Network]:
+    """The networks whose name matches."""
+    return [network for network in networks if matches(pattern, network.name)]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the name, with or without the zoo, matches the glob pattern."""
+    return any(fnmatch.fnmatchcase(form, pattern) for form in (name, name.partition(":")[2]))
+
+
+def forward(model: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """One forward pass."""
+    with torch.inference_mode():
+        return model(x)
+
+
+# Growth -------------------------------------------------------------------------------------------------------------
+
+_CHANNELS = 8
+
+
+def chain(norms: int) -> nn.Module:
+    """So many times convolution, norm, ReLU: (batch, 8, height, width)."""
+    layers: list[nn.Module] = []
+    for _ in range(norms):
+        layers += [nn.Conv2d(_CHANNELS, _CHANNELS, 1, bias=False), nn.BatchNorm2d(_CHANNELS), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class _Branch(nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(_CHANNELS)
+        self.convolution = nn.Conv2d(_CHANNELS, _CHANNELS, 1)
+        with torch.no_grad():
+            self.convolution.weight.mul_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = self.convolution(self.norm(x))
+        return x + added
+
+
+def residual_stream(norms: int) -> nn.Module:
+    """One tensor that so many branches read and add to, each behind a norm of its own: (batch, 8, height, width).
+
+    The branches weigh less the more they are, so that the sum stays bounded.
+    """
+    stem, head = nn.Conv2d(_CHANNELS, _CHANNELS, 1), nn.Conv2d(_CHANNELS, _CHANNELS, 1)
+    return nn.Sequential(stem, *(_Branch(1 / norms) for _ in range(norms)), head)
+
+
+class _DenseLayer(nn.Module):
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(inputs)
+        self.squeeze = nn.Conv2d(inputs, _CHANNELS, 1, bias=False)
+        self.squeeze_norm = nn.BatchNorm2d(_CHANNELS)
+        self.convolution = nn.Conv2d(_CHANNELS, _CHANNELS, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.squeeze(torch.relu(self.norm(x)))
+        new: Tensor = self.convolution(torch.relu(self.squeeze_norm(x)))
+        return new
+
+
+class DenseBlock(nn.Module):
+    """Every layer reads what all before it have made, as in DenseNet; two norms in each: (batch, 8, height, width)."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_DenseLayer(_CHANNELS * (index + 1)) for index in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [x]
+        for layer in self.layers:
+            made.append(layer(torch.cat(made, 1)))
+        return torch.cat(made, 1)
+
+
+GROWTH_SHAPE = (_CHANNELS, 4, 4)

@@ -1,0 +1,182 @@
+r"""Running a model without its arithmetic, to see its operators alone.
+
+What an operator makes of the model's input is left unwritten: memory of the right shape, strides and dtype, which
+costs nothing until it is touched. The operators that cost most are known here; all others run as they are, on whatever
+the memory holds. Everything that does not depend on the input (weights that are computed, tables, masks) is real.
+
+Code that looks at the contents of such a tensor cannot be run like this: :class:`NeedsContentsError` says so, and any
+other error that the unwritten numbers lead to means the same. Then the model is run for real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NeedsContentsError(BaseException):
+    """The code looks at contents. No ``Exception``, so that no handler of the model's own catches it."""
+
+
+_DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator returns that depends on the input, unwritten where that is known to be enough.
+
+    What does not fit together is left to the operator itself, which raises.
+    """
+    schema = func._schema
+    namespace, name = schema.name.split("::")
+    needs = any(tag in func.tags for tag in _DYNAMIC) or not any("Tensor" in str(kind.type) for kind in schema.returns)
+    if needs or namespace != "aten" or (name == "index" and _masked(args[1])):
+        raise NeedsContentsError(schema.name)
+    if name in _IN_PLACE and isinstance(args[0], Tensor):
+        return args[0]
+    make = _MADE.get(name)
+    made = make(*args, **kwargs) if make is not None else None
+    return func(*args, **kwargs) if made is None else made
+
+
+def _masked(indices: Sequence[Tensor | None]) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def _dense(x: Tensor) -> torch.memory_format | None:
+    """The format in which the tensor is dense, None for any other."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+        return torch.channels_last_3d
+    return None
+
+
+def _like(x: Tensor, *_: Any, **options: Any) -> Tensor | None:
+    return torch.empty_like(x) if _dense(x) is not None and not options.get("out") else None
+
+
+def _like_both(x: Any, y: Any, *_: Any, **options: Any) -> Tensor | None:
+    """Of two operands: the format is that of the one that is not broadcast."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        tensor = x if isinstance(x, Tensor) else y
+        number = y if isinstance(x, Tensor) else x
+        fits = tensor.is_floating_point() and isinstance(number, (int, float))
+        return _like(tensor) if fits and "rounding_mode" not in options else None
+    if x.dtype != y.dtype or not x.is_floating_point() or "rounding_mode" in options:
+        return None
+    shape = torch.broadcast_shapes(x.shape, y.shape)
+    full = [tensor for tensor in (x, y) if tensor.shape == shape]
+    if not full or (len(full) == 2 and x.stride() != y.stride()):
+        return None
+    return _like(full[0])
+
+
+def _batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Tensor | None, var: Any, training: bool, *_: Any
+) -> Tensor | None:
+    form = _dense(x)
+    if training or form is None or x.dim() < 2 or mean is None or mean.numel() != x.shape[1]:
+        return None
+    return torch.empty_like(x, memory_format=form)
+
+
+def _layer_norm(x: Tensor, shape: Sequence[int], *_: Any) -> Tensor | None:
+    return _like(x) if x.is_contiguous() and list(x.shape[x.dim() - len(shape) :]) == list(shape) else None
+
+
+def _group_norm(x: Tensor, groups: int, weight: Tensor | None = None, *_: Any) -> Tensor | None:
+    fits = weight is not None and weight.numel() == x.shape[1] and x.shape[1] % groups == 0
+    return _like(x) if fits and x.is_contiguous() else None
+
+
+def _softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor | None:
+    return _like(x) if dtype is None and x.is_floating_point() and -x.dim() <= dim < x.dim() else None
+
+
+def _convolved(spatial: int) -> Callable[..., Tensor | None]:
+    def shape(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor | None:
+        form = _dense(x)
+        if x.dim() != spatial + 2 or isinstance(padding, str) or form is None or not weight.is_contiguous():
+            return None
+        if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+            return None
+        strides, pads, steps = (
+            [given] * spatial if isinstance(given, int) else list(given) * (spatial // len(given))
+            for given in (stride, padding, dilation)
+        )
+        sizes = [
+            (size + 2 * pad - step * (kernel - 1) - 1) // by + 1
+            for size, pad, step, kernel, by in zip(x.shape[2:], pads, steps, weight.shape[2:], strides, strict=True)
+        ]
+        if min(sizes) <= 0:
+            return None
+        return torch.empty((x.shape[0], weight.shape[0], *sizes), dtype=x.dtype, device=x.device, memory_format=form)
+
+    return shape
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    if weight.dim() != 2 or x.dim() < 2 or x.dtype != weight.dtype or x.shape[-1] != weight.shape[1]:
+        return None
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor | None:
+    if x.dim() < 2 or y.dim() < 2 or x.dtype != y.dtype or x.shape[-1] != y.shape[-2]:
+        return None
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    return x.new_empty((*batch, x.shape[-2], y.shape[-1]))
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    first = tensors[0]
+    forms = {_dense(tensor) for tensor in tensors}
+    same = all(tensor.dtype == first.dtype and tensor.dim() == first.dim() for tensor in tensors)
+    if not same or forms != {torch.contiguous_format}:
+        return None
+    dim %= first.dim()
+    if any(
+        a != b for tensor in tensors for i, (a, b) in enumerate(zip(tensor.shape, first.shape, strict=True)) if i != dim
+    ):
+        return None
+    shape = list(first.shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return first.new_empty(shape)
+
+
+_ELEMENTWISE = (
+    "relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu",
+    "celu", "selu", "mish", "softplus", "clamp", "clamp_min", "clamp_max", "exp", "sqrt", "rsqrt", "neg", "abs",
+)  # fmt: skip
+_BINARY = ("add", "sub", "mul", "div")
+
+_MADE: dict[str, Callable[..., Tensor | None]] = {
+    **dict.fromkeys(_ELEMENTWISE, _like),
+    **dict.fromkeys(_BINARY, _like_both),
+    "batch_norm": _batch_norm,
+    "softmax": _softmax,
+    "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "conv1d": _convolved(1),
+    "conv2d": _convolved(2),
+    "conv3d": _convolved(3),
+    "linear": _linear,
+    "matmul": _product,
+    "bmm": _product,
+    "cat": _joined,
+}
+
+_IN_PLACE = {f"{name}_" for name in (*_ELEMENTWISE, *_BINARY)}

@@ -1,0 +1,137 @@
+"""Runs without arithmetic: the same record as of a real run, and the same errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+import bnfuse
+from bnfuse.capture import capture, capture_hollow
+from bnfuse.graph import Graph
+from bnfuse.hollow import NeedsContentsError
+from bnfuse.rules import RULES
+from bnfuse.zoo import build
+
+IMAGE = (2, 6, 9, 8)
+
+
+class Net(nn.Module):
+    """A function of (self, x), with two parameters."""
+
+    def __init__(self, function: Callable[..., Any], *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.w = nn.Parameter(torch.randn(shape)) if shape else None
+        self.v = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    "conv": (lambda m, x: F.conv2d(x, m.w, None, 2, (1, 0)), (4, 6, 3, 3)),
+    "conv, grouped": (lambda m, x: F.conv2d(x, m.w, None, 1, 0, (2, 1), 3), (9, 2, 3, 2)),
+    "conv, of the wrong width": (lambda m, x: F.conv2d(x, m.w), (4, 5, 3, 3)),
+    "conv, of too large a kernel": (lambda m, x: F.conv2d(x, m.w), (4, 6, 12, 3)),
+    "conv, channels last": (lambda m, x: F.conv2d(x.to(memory_format=torch.channels_last), m.w), (4, 6, 3, 3)),
+    "conv, turned": (lambda m, x: F.conv2d(x.transpose(2, 3), m.w), (4, 6, 3, 3)),
+    "conv, without a batch": (lambda m, x: F.conv2d(x[0], m.w), (4, 6, 3, 3)),
+    "conv1d": (lambda m, x: F.conv1d(x.flatten(2), m.w, stride=2), (4, 6, 3)),
+    "conv3d": (lambda m, x: F.conv3d(x[:, None], m.w, padding=1), (4, 1, 3, 3, 3)),
+    "linear": (lambda m, x: F.linear(x, m.w, None), (5, 8)),
+    "linear, of the wrong width": (lambda m, x: F.linear(x, m.w, None), (5, 7)),
+    "norm": (lambda m, x: F.batch_norm(x, m.v, m.v.abs(), m.v, m.v), ()),
+    "norm, turned": (lambda m, x: F.batch_norm(x.permute(0, 1, 3, 2), m.v, m.v.abs(), m.v, m.v), ()),
+    "norm, of the wrong width": (lambda m, x: F.batch_norm(x[:, :4], m.v, m.v.abs(), m.v, m.v), ()),
+    "layer norm": (lambda m, x: F.layer_norm(x, (9, 8)), ()),
+    "layer norm, of the wrong shape": (lambda m, x: F.layer_norm(x, (8, 9)), ()),
+    "group norm": (lambda m, x: F.group_norm(x, 3, m.v, m.v), ()),
+    "group norm, of the wrong number": (lambda m, x: F.group_norm(x, 4, m.v, m.v), ()),
+    "activations": (lambda m, x: F.hardswish(F.silu(x).clamp(min=0.1)) + F.gelu(x.mT).mT, ()),
+    "in place": (lambda m, x: F.relu(x.exp(), inplace=True).add_(1).mul_(m.v[:, None, None]), ()),
+    "broadcast": (lambda m, x: (x.mT * m.v[:, None, None]) / x.mean((2, 3), keepdim=True), ()),
+    "with numbers": (lambda m, x: 2 * (x - 1) + (x > 0) * 3 + torch.div(x, 2, rounding_mode="floor"), ()),
+    "types": (lambda m, x: x.half() + x.double() * x.int(), ()),
+    "products": (lambda m, x: (x @ x.mT) @ m.w, (2, 6, 9, 3)),
+    "product of the wrong width": (lambda m, x: x @ m.w, (7, 3)),
+    "softmax": (lambda m, x: torch.softmax(x, 1) + torch.softmax(x, -1, dtype=torch.float32), ()),
+    "softmax over no axis": (lambda m, x: torch.softmax(x, 4), ()),
+    "joined": (lambda m, x: torch.cat([x, x.relu(), x[:, :2]], 1), ()),
+    "joined, turned": (lambda m, x: torch.cat([x.mT, x.mT], -1), ()),
+    "joined, of other sizes": (lambda m, x: torch.cat([x, x[..., 1:]], 1), ()),
+    "views": (lambda m, x: x.relu().flatten(2).unflatten(2, (3, -1)).unbind(1)[2][:, ::2].squeeze(), ()),
+    "squeezed in place": (lambda m, x: x[:, :1].clone().squeeze_(1).unsqueeze_(0), ()),
+    "pooled": (lambda m, x: F.adaptive_avg_pool2d(F.max_pool2d(x, 3, 2, 1), 2), ()),
+    "by the shape": (lambda m, x: x.reshape(x.shape[0], -1)[:, : len(x)], ()),
+}
+
+
+def recorded(graph: Graph) -> list[Any]:
+    """Everything about a graph but the contents of its tensors."""
+    return [
+        (
+            node.operator,
+            [value.index for value in node.inputs],
+            [
+                (value.shape, value.strides, value.dtype, value.pinned, value.independent, value.storage.version)
+                for value in node.outputs
+            ],
+        )
+        for node in graph.nodes
+    ]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_same_record(name: str) -> None:
+    function, shape = FUNCTIONS[name]
+    model, x = Net(function, *shape), torch.randn(IMAGE)
+    if " of the wrong " in name or name.endswith(("sizes", "kernel", "no axis")):
+        with pytest.raises(bnfuse.InputError):
+            capture(model, (x,), {}, known=RULES)
+        with pytest.raises(Exception, match=r"."):
+            capture_hollow(model, (x,), {}, known=RULES)
+        return
+    real, hollow = capture(model, (x,), {}, known=RULES), capture_hollow(model, (x,), {}, known=RULES)
+    assert recorded(hollow.graph) == recorded(real.graph)
+    assert (hollow.looks, hollow.stateful, hollow.output) == (real.looks, real.stateful, None)
+
+
+LOOKING: dict[str, Callable[..., Any]] = {
+    "if": lambda m, x: x if x.mean() > 0 else -x,
+    "item": lambda m, x: x * x.max().item(),
+    "numpy": lambda m, x: x * float(x.numpy().max()),
+    "list": lambda m, x: x * x[0, 0, 0].tolist()[0],
+    "nonzero": lambda m, x: x.flatten()[x.flatten() > 0],
+    "masked": lambda m, x: x.masked_select(x > 0),
+    "other library": lambda m, x: deform_conv2d(x, torch.zeros(2, 2, 9, 8), torch.zeros(1, 6, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_a_model_that_looks_at_contents(name: str) -> None:
+    model, x = Net(LOOKING[name]), torch.randn(IMAGE)
+    with pytest.raises(NeedsContentsError):
+        capture_hollow(model, (x,), {})
+    capture(model, (x,), {})
+
+
+def test_what_does_not_depend_on_the_input_is_real() -> None:
+    model = Net(lambda m, x: F.conv2d(x, m.w / m.w.norm()), 4, 6, 3, 3)
+    graph = capture_hollow(model, (torch.randn(IMAGE),), {}).graph
+    weight = graph.nodes[-1].inputs[1]
+    assert weight.independent
+    assert not graph.nodes[-1].outputs[0].independent
+
+
+@pytest.mark.parametrize("spec", ["torchvision:shufflenet_v2_x0_5", "timm:levit_128s", "timm:mixnet_s"])
+def test_networks(spec: str) -> None:
+    model, x = build(spec).eval(), torch.randn(1, 3, 224, 224)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert recorded(capture_hollow(model, (x,), {}).graph) == recorded(capture(model, (x,), {}).graph)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
