@@ -155,7 +155,7 @@ def samples(model: nn.Module, known: Form | None, seed: int = 0) -> Iterator[Sam
     """
     if known is not None:
         for size in known.sizes:
-            yield _sample(known.make, known.batch, size, seed, free=size == known.sizes[0] and max(size) > 0)
+            yield _sample(known.make, known.batch, size, seed, free=0 < size[0] * size[1] <= _MANY_PIXELS)
         return
     declared = _declared_sizes(model)
     first = image_channels(model)

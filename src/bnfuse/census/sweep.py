@@ -14,7 +14,7 @@ import resource
 import signal
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +31,7 @@ _PRELOADED = {"torchvision": "torchvision.models", "timm": "timm", "pytorchcv": 
 _POLL = 0.5
 _GRACE = 10.0
 _ATTEMPTS = 3
+_SERVER_LOST = 255  # what multiprocessing says of a process whose server ended
 
 
 def heading(zoo: str, settings: Settings) -> dict[str, Any]:
@@ -80,15 +81,17 @@ class Sweep:
             if row.fingerprint is not None and row.outcome == FUSED
         }
         self.working: list[_Visit] = []
+        self.waiting: deque[Job] = deque()
+        self.lost: Counter[Job] = Counter()
 
     def run(self, todo: Sequence[Job]) -> None:
         """Visit every model; on KeyboardInterrupt those at work are dropped."""
-        waiting = deque(todo)
+        self.waiting.extend(todo)
         try:
             with _one_thread():
-                while waiting or self.working:
-                    while waiting and len(self.working) < self.jobs:
-                        self.working.append(self._start(waiting.popleft()))
+                while self.waiting or self.working:
+                    while self.waiting and len(self.working) < self.jobs:
+                        self.working.append(self._start(self.waiting.popleft()))
                     self._listen()
         finally:
             for visit in self.working:
@@ -142,6 +145,10 @@ class Sweep:
         row, job = visit.row, visit.job
         if row is None:
             code = visit.process.exitcode
+            if code == _SERVER_LOST and not failure and self.lost[job] < _ATTEMPTS - 1:
+                self.lost[job] += 1
+                self.waiting.appendleft(job)
+                return
             failure = failure or (_signal(-code) if code is not None and code < 0 else f"it ended with status {code}")
             outcome = NOT_OURS.get(visit.phase, CRASHED)
             seconds = {"total": round(time.monotonic() - visit.started, 3)}

@@ -52,7 +52,7 @@ EXACT = 1e-9
 _NEARLY = 1e-3
 """An error below this may be that of a cast to float32 in the code of a model."""
 
-_FLOOR = 0.25
+_FLOOR = 1.0
 """Least variance of a channel, as a share of its norm's mean variance: statistics of two samples are rough."""
 
 NOT_OURS = {"build": NOT_BUILT, "run": NOT_RUN, "forward": NOT_RUN}
