@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import prepared
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 import bnfuse
+from bnfuse import hollow
 from bnfuse.capture import capture, capture_hollow
 from bnfuse.graph import Graph
 from bnfuse.hollow import NeedsContentsError
+from bnfuse.planning import Draft, Options
 from bnfuse.rules import RULES
 from bnfuse.zoo import build
 
@@ -135,3 +138,25 @@ def test_networks(spec: str) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert recorded(capture_hollow(model, (x,), {}).graph) == recorded(capture(model, (x,), {}).graph)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_error_of_unwritten_numbers_is_no_size_that_the_model_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is then tried in numbers, where it turns out that the code pads at other sizes."""
+
+    class Padding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 2)
+            self.table = nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(F.pad(self.norm(x), (0, x.shape[-1] % 2)))
+            place = torch.sigmoid(y.mean((1, 2, 3))).round().long()
+            return y + F.embedding(place, self.table)[:, :, None, None]
+
+    monkeypatch.setitem(hollow._MADE, "sigmoid", lambda x: torch.full_like(x, 1e6))
+    model, x = prepared(Padding()), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    with pytest.raises(IndexError):
+        capture_hollow(model, (x,), {})
+    for plan in (bnfuse.plan(model, x), Draft(model, x, Options()).plan()):
+        assert not plan.fused

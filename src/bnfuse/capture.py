@@ -129,7 +129,10 @@ def capture_hollow(
         NeedsContentsError: the model looks at contents.
         Exception: whatever else it raised.
     """
-    return _run(model, args, kwargs, known, True)
+    try:
+        return _run(model, args, kwargs, known, True)
+    except _FailedError as failed:
+        raise failed.error from None
 
 
 class _FailedError(Exception):

@@ -21,7 +21,7 @@ from bnfuse.hollow import NeedsContentsError
 from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Handler, Plan, Reason, total
-from bnfuse.rehearse import holds, larger, needed_in_place, varying
+from bnfuse.rehearse import holds, larger, needed_in_place, runs_hollow, varying
 from bnfuse.rewrite import rewrite
 from bnfuse.rules import RULES
 from bnfuse.solve import solve
@@ -158,7 +158,9 @@ class Draft:
             made, assumed = solve(type(self.model).__name__, other.graph, other.norms, kept, (), solution.forbidden)
             same = assumed.out_of_place == solution.out_of_place and solution.plan.does_the_same(made)
             return same or holds(self.model, solution.plan, *self.inputs, self.record.stateful)
-        return True
+        return runs_hollow(self.model, *self.inputs) or holds(
+            self.model, solution.plan, *self.inputs, self.record.stateful
+        )
 
     def without_misfits(self, plan: Plan) -> Plan | None:
         """A plan that keeps the norms without which the code around them does something else; None if there are none.

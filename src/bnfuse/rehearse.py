@@ -15,6 +15,8 @@ something for the next call something else in the next call. Then the fused mode
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -49,19 +51,35 @@ def varying(
 ) -> set[Node]:
     """Those of the nodes whose numbers are others at another size; all of them if the runs cannot be compared."""
     different: set[Node] = set()
-    runs = _RUNS
-    for larger_args, larger_kwargs in larger(args, kwargs):
-        other = _graph(model, larger_args, larger_kwargs)
-        if other is None:
-            continue
-        runs -= 1
+    for other in itertools.islice(_others(model, args, kwargs), _RUNS):
         there = dict(zip(_places(other), other.nodes, strict=True))
         for place, node in zip(_places(graph), graph.nodes, strict=True):
             if node in nodes and (place not in there or not _same_numbers(node, there[place])):
                 different.add(node)
-        if runs == 0:
-            break
     return different
+
+
+def _others(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Graph]:
+    """What runs at other sizes, as far as the model takes them."""
+    found = False
+    for inputs in larger(args, kwargs):
+        graph = _graph(model, *inputs)
+        found |= graph is not None
+        if graph is not None:
+            yield graph
+    if not found and not runs_hollow(model, args, kwargs):
+        for inputs in larger(args, kwargs):
+            with contextlib.suppress(InputError):
+                yield capture(model, *inputs, known=RULES).graph
+
+
+def runs_hollow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if a run without arithmetic works on inputs that the model takes, so that elsewhere the size is to blame."""
+    try:
+        capture_hollow(model, args, kwargs)
+    except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
+        return False
+    return True
 
 
 def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph | None:
@@ -70,7 +88,7 @@ def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> G
         return capture_hollow(model, args, kwargs, known=RULES).graph
     except NeedsContentsError:
         pass
-    except Exception:  # noqa: BLE001 (a size that the model does not take)
+    except Exception:  # noqa: BLE001 (a size that the model does not take, unless the unwritten numbers are to blame)
         return None
     try:
         return capture(model, args, kwargs, known=RULES).graph
@@ -100,11 +118,14 @@ def needed_in_place(
     try:
         for module in modules:
             setattr(module, "inplace", False)  # noqa: B010
-        other = _graph(model, args, kwargs)
+        try:
+            other = capture_hollow(model, args, kwargs, known=RULES).graph
+        except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
+            other = capture(model, args, kwargs, known=RULES).graph
     finally:
         for module in modules:
             setattr(module, "inplace", True)  # noqa: B010
-    return () if other is not None and _steps(graph) == _steps(other) else modules
+    return () if _steps(graph) == _steps(other) else modules
 
 
 def _steps(graph: Graph) -> list[tuple[str, list[int], list[bool]]]:
