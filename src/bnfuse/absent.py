@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse import tree
-from bnfuse.capture import WriteWatch, evaluation_mode, forked_random_state, untouched
+from bnfuse.capture import WriteWatch, eager, evaluation_mode, forked_random_state, untouched
 from bnfuse.graph import Graph, Kind, Node, Storage, Value
 
 _BIASED = {
@@ -123,6 +123,7 @@ def _ask(node: Node, place: str) -> bool:
         watch = stack.enter_context(untouched(module))
         parameter = stack.enter_context(_placed(module, place, node.outputs[0].shape[_channel_axis(node)], device))
         stack.enter_context(torch.inference_mode())
+        stack.enter_context(eager())
         stack.enter_context(WriteWatch(module, watch))
         witness = stack.enter_context(_Witness(parameter))
         try:

@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def _run(
         recorder = _Recorder(model, watch, known, without_contents)
         for tensor in (tensor for _, tensor in tree.tensors((args, kwargs))):
             recorder.enter(tensor)
-        with eager(model), recorder.module_calls(), recorder, _EscapeWatch(recorder):
+        with eager(), recorder.module_calls(), recorder, _EscapeWatch(recorder):
             try:
                 output = model(*args, **kwargs)
             except Exception as error:
@@ -166,13 +167,15 @@ def _run(
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module's training flag False, and as it was afterwards. Overridden ``train`` methods are not called."""
     flags = [(module, module.training) for module in model.modules()]
-    for module, _ in flags:
-        module.training = False
     try:
+        for module, flag in flags:
+            if flag:
+                module.training = False
         yield
     finally:
         for module, flag in flags:
-            module.training = flag
+            if module.training is not flag:
+                module.training = flag
 
 
 @contextlib.contextmanager
@@ -201,13 +204,15 @@ class _Watch:
     def __init__(self, model: nn.Module) -> None:
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.assigned: dict[int, tuple[Tensor, Tensor]] = {}
-        self.attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-        self.containers = [
-            (value, value.copy())
+        self.attributes = [(module, module.__dict__.copy()) for module in model.modules()]
+        containers = [
+            value
             for _, attributes in self.attributes
             for value in attributes.values()
             if isinstance(value, (dict, list, set)) and hasattr(value, "copy")
         ]
+        self.empty = [container for container in containers if not container]  # most of them, and most stay so
+        self.containers = [(container, container.copy()) for container in containers if container]
 
     def before_assignment(self, tensor: Tensor) -> None:
         """``tensor.data = other`` changes no element: the old memory is put back."""
@@ -220,14 +225,16 @@ class _Watch:
     def changed(self) -> Iterator[tuple[str, Any]]:
         """What the run stored in attributes and in the containers that they hold."""
         for module, before in self.attributes:
-            for name, value in module.__dict__.items():
-                if before.get(name, _MISSING) is not value:
-                    yield f"{type(module).__name__}.{name}", value
+            if _differs(module.__dict__, before):
+                for name, value in module.__dict__.items():
+                    if before.get(name, _MISSING) is not value:
+                        yield f"{type(module).__name__}.{name}", value
         for container, _ in self._changed_containers():
             yield f"a {type(container).__name__} of the model", container
 
     def _changed_containers(self) -> list[tuple[Any, Any]]:
-        return [(now, before) for now, before in self.containers if (now or before) and _differs(now, before)]
+        filled = [(now, ()) for now in self.empty if now]
+        return filled + [(now, before) for now, before in self.containers if _differs(now, before)]
 
     def replaced(self) -> Iterator[Tensor]:
         """Parameters and buffers in whose place the run put others."""
@@ -260,9 +267,11 @@ def _differs(container: Any, before: Any) -> bool:
     if len(container) != len(before):
         return True
     if isinstance(container, dict):
+        if all(map(is_, container, before)):  # names in the same order, which is quick to compare
+            return not all(map(is_, container.values(), before.values()))
         return any(before.get(name, _MISSING) is not value for name, value in container.items())
     if isinstance(container, list):
-        return any(a is not b for a, b in zip(container, before, strict=True))
+        return not all(map(is_, container, before))
     return bool(container != before)
 
 
@@ -276,17 +285,21 @@ def untouched(model: nn.Module) -> Iterator[_Watch]:
         watch.restore()
 
 
-@contextlib.contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
-    """Compiled submodules run eagerly, so that their operators are seen."""
-    if any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules()):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
+def eager() -> contextlib.AbstractContextManager[object]:
+    """Compiled functions and modules run eagerly, so that their operators are seen."""
+    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading it takes seconds
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
 
 
-class WriteWatch(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    """For use under :func:`eager`, where no compiler meets the mode's own code."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would wrap every call, which takes longer than the call
+
+
+class WriteWatch(_Mode):
     """Has the contents of a model's tensors saved just before an operator writes to them."""
 
     def __init__(self, model: nn.Module, watch: _Watch) -> None:
@@ -318,7 +331,7 @@ class _Operator:
     written: tuple[str, ...]
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(_Mode):
     def __init__(self, model: nn.Module, watch: _Watch, whole: Container[str] | None, without_contents: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
@@ -353,20 +366,24 @@ class _Recorder(TorchDispatchMode):
 
     def _register_leaves(self, model: nn.Module) -> None:
         """Parameters and buffers by identity; equal memory is one value, overlapping memory is pinned."""
-        persistent = {
-            id(buffer)
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if name not in module._non_persistent_buffers_set
-        }
+        kinds: dict[int, Kind] = {}
         tensors: dict[int, tuple[Tensor, list[str]]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            tensors.setdefault(id(parameter), (parameter, []))[1].append(name)
-            persistent.add(id(parameter))
-        for name, tensor in model.named_buffers(remove_duplicate=False):
-            tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
+        buffers: dict[int, tuple[Tensor, list[str]]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            prefix = f"{path}." if path else ""
+            for place, tensor in module._parameters.items():
+                if tensor is not None:
+                    kinds[id(tensor)] = Kind.PARAMETER
+                    tensors.setdefault(id(tensor), (tensor, []))[1].append(prefix + place)
+            for place, tensor in module._buffers.items():
+                if tensor is not None:
+                    if place not in module._non_persistent_buffers_set:
+                        kinds[id(tensor)] = Kind.PARAMETER
+                    buffers.setdefault(id(tensor), (tensor, []))[1].append(prefix + place)
+        for key, (tensor, names) in buffers.items():
+            tensors.setdefault(key, (tensor, []))[1].extend(names)
         for key, (tensor, names) in tensors.items():
-            self._register_leaf(tensor, Kind.PARAMETER if key in persistent else Kind.CONSTANT, tuple(names))
+            self._register_leaf(tensor, kinds.get(key, Kind.CONSTANT), tuple(names))
 
     def _register_leaf(self, tensor: Tensor, kind: Kind, names: tuple[str, ...] = ()) -> Value:
         memory = _memory(tensor)
@@ -704,15 +721,17 @@ def has_hooks(module: nn.Module) -> bool:
 
     PyTorch's own hooks that recompute a weight (weight_norm, spectral_norm, pruning) read no activations.
     """
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     if _has_global_hooks():
         return True
+    if not module._forward_pre_hooks and not module._forward_hooks:
+        return False
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     return any(not type(getattr(hook, "__self__", hook)).__module__.startswith("torch.nn.utils.") for hook in hooks)
 
 
 def _has_global_hooks() -> bool:
     registries = (module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks)
-    return any(id not in _OWN_HOOKS for registry in registries for id in registry)
+    return any(not _OWN_HOOKS.issuperset(registry) for registry in registries)
 
 
 _SUMS_AND_PRODUCTS: dict[str, Callable[..., Tensor]] = {
@@ -803,7 +822,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def _overlaps_itself(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return True
-    return any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return not tensor.is_contiguous() and any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _does_not_run(model: nn.Module, args: Any, kwargs: Any, error: Exception) -> str:

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfuse.capture import eager
 from bnfuse.tree import map_tensors, tensors
 from bnfuse.verify import (
     TOLERANCE,
@@ -132,8 +131,7 @@ class _Judge:
     def run_in_float64(self, model: nn.Module) -> Any:
         args, kwargs = map_tensors(self.inputs, _to_float64)
         self.wide.lifted = []
-        with eager(model):
-            return run_under(model, args, kwargs, self.seed, self.wide)
+        return run_under(model, args, kwargs, self.seed, self.wide)
 
     def decide(self, fuse_in_float64: Callable[[nn.Module], nn.Module]) -> Verdict:
         try:

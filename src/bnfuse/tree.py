@@ -39,6 +39,8 @@ def tensors(tree: object) -> list[tuple[str, Tensor]]:
     """
     if isinstance(tree, Tensor):
         return [("", tree)]
+    if type(tree) is tuple and len(tree) == 1 and isinstance(tree[0], Tensor):  # what most modules are called with
+        return [("[0]", tree[0])]
     found: list[tuple[str, Tensor]] = []
     _collect(tree, "", 0, {}, found)
     return found

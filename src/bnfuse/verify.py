@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfuse.capture import WriteWatch, evaluation_mode, forked_random_state, untouched
+from bnfuse.capture import WriteWatch, eager, evaluation_mode, forked_random_state, untouched
 from bnfuse.errors import InputError
 from bnfuse.tree import map_tensors, tensors
 
@@ -473,7 +473,7 @@ def run_under(
         untouched(model) as watch,
     ):
         args, kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
-        with WriteWatch(model, watch), mode:
+        with eager(), WriteWatch(model, watch), mode:
             output = model(*args, **kwargs)
         # What lives in a buffer is about to be put back to its old values.
         kept = {_address(buffer) for buffer in model.buffers()} - {0}

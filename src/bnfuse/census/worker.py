@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from bnfuse import tree, zoo, zoo_inputs
 from bnfuse.api import carry_out
-from bnfuse.capture import eager
 from bnfuse.census import rivals
 from bnfuse.census.ledger import (
     CRASHED,
@@ -311,10 +310,8 @@ def _in_float64(model: nn.Module, fused: nn.Module, inputs: tuple[Any, ...]) -> 
     else:
         if error is None or not EXACT < error < _NEARLY:
             return exact, error, False
-    with eager(model):
-        exact = run_under(model, inputs, {}, 0, InFloat64())
-    with eager(fused):
-        found = run_under(fused, inputs, {}, 0, InFloat64())
+    exact = run_under(model, inputs, {}, 0, InFloat64())
+    found = run_under(fused, inputs, {}, 0, InFloat64())
     return exact, _error(exact, found, strict=True), True
 
 
