@@ -822,7 +822,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def _overlaps_itself(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return True
-    return not tensor.is_contiguous() and any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return not tensor.is_contiguous() and any(size > 1 and step == 0 for size, step in sizes)
 
 
 def _does_not_run(model: nn.Module, args: Any, kwargs: Any, error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class Site:
 
     nodes: tuple[Node, ...]
 
-    @property
+    @functools.cached_property
     def x(self) -> Value:
         x = self.nodes[0].data
         assert x is not None

@@ -32,7 +32,7 @@ class NotInvertibleError(Exception):
     """A scale is 0, or too close to 0 or infinity, to be inverted."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen, since thousands are made; nothing writes to one
 class Unit:
     """A change of units of one tensor.
 

@@ -447,16 +447,19 @@ def _widest(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------- running
 
 
-def run(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], seed: int = 0) -> Any:
+def run(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], seed: int = 0, writes: bool = True) -> Any:
     """Run a model once in evaluation mode and inference mode, and leave no trace.
 
     The model sees a copy of the inputs and random generators set to ``seed``.  Afterwards training flags,
     buffers, attributes (caches that the run filled) and random generators are as before.
 
+    Args:
+        writes: False for a model that is known to write to none of its parameters and buffers.
+
     Raises:
         Exception: whatever the model raises.
     """
-    return run_under(model, args, kwargs, seed, nullcontext())
+    return run_under(model, args, kwargs, seed, nullcontext(), writes)
 
 
 def run_under(
@@ -465,6 +468,7 @@ def run_under(
     kwargs: Mapping[str, Any],
     seed: int,
     mode: AbstractContextManager[object],
+    writes: bool = True,
 ) -> Any:
     with (
         torch.inference_mode(),
@@ -473,7 +477,7 @@ def run_under(
         untouched(model) as watch,
     ):
         args, kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
-        with eager(), WriteWatch(model, watch), mode:
+        with eager(), WriteWatch(model, watch) if writes else nullcontext(), mode:
             output = model(*args, **kwargs)
         # What lives in a buffer is about to be put back to its old values.
         kept = {_address(buffer) for buffer in model.buffers()} - {0}

@@ -79,8 +79,8 @@ def copy_model(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> 
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
             f"Fuse it in place: bnfuse.fuse(model, inputs, inplace=True)."
         ) from error
-    held = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    if any(id(tensor) in held for tensor in (*copied.parameters(), *copied.buffers())):
+    held = set(map(id, held_tensors(model)))
+    if any(id(tensor) in held for tensor in held_tensors(copied)):
         raise InputError(
             f"A copy of {type(model).__name__} shares parameters with it (a __deepcopy__ of its own), so it would "
             f"change with the copy. Fuse it in place: bnfuse.fuse(model, inputs, inplace=True)."
@@ -104,7 +104,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if kind in _DICTIONARIES:
         memo[id(value)] = made = kind()
         for key, item in value.items():
-            made[key if type(key) in _SAME else copy.deepcopy(key, memo)] = _copied(item, memo)
+            new_key = key if type(key) in _SAME else copy.deepcopy(key, memo)
+            made[new_key] = item if type(item) in _SAME else _copied(item, memo)
         return made
     if kind is tuple and all(type(item) in _SAME for item in value):
         return value
@@ -114,7 +115,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if type(state) is not dict:
         return copy.deepcopy(value, memo)
     memo[id(value)] = module = object.__new__(kind)
-    module.__setstate__({name: _copied(item, memo) for name, item in state.items()})
+    module.__setstate__({name: item if type(item) in _SAME else _copied(item, memo) for name, item in state.items()})
     return module
 
 
@@ -132,10 +133,21 @@ def _is_copied_by_state(kind: type[nn.Module]) -> bool:
     return not own & _COPYING
 
 
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """Every parameter and buffer once, in one walk over the modules."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        for registry in (module._parameters, module._buffers):
+            for tensor in registry.values():
+                if tensor is not None:
+                    found[id(tensor)] = tensor
+    return list(found.values())
+
+
 def shared_memory(model: nn.Module) -> dict[int, int]:
     """The storage of every parameter and buffer whose memory another one has too, by the ``id`` of the tensor."""
     storages: dict[int, list[Tensor]] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in held_tensors(model):
         if tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor):
             storages.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
     return {id(tensor): storage for storage, tensors in storages.items() if len(tensors) > 1 for tensor in tensors}

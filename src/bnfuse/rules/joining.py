@@ -7,8 +7,9 @@ settled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from bnfuse.rules.registry import Trial, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """Elements start, start+step, ... (size of them) of an axis, or those of an index; dropped if the axis is gone."""
 
     value: Value
@@ -27,27 +27,36 @@ class _Piece:
     size: int
     step: int = 1
     dropped: bool = False
-    index: Tensor | None = None
+    table: Tensor | None = None
 
     @property
     def elements(self) -> slice | Tensor:
         stop = self.start + (self.size - 1) * self.step + 1
-        return slice(self.start, stop, self.step) if self.index is None else self.index
+        return slice(self.start, stop, self.step) if self.table is None else self.table
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _JoinedUnit(Unit):
-    """The unit of a whole, with the units of the pieces that it was joined from, which need no second look."""
+    """The unit of a whole, and where it was joined from which units of pieces: they need no second look there."""
 
+    node: Node | None = None
     parts: Mapping[Value, Unit | None] = field(default_factory=dict)
+
+    def stands(self, node: Node, trial: Trial) -> bool:
+        """True if the node joined it, and its pieces have the units that they had then."""
+        return node is self.node and all(trial.unit(value) is part for value, part in self.parts.items())
 
 
 @rule("cat", "concat", "concatenate")
 def concatenate(node: Node, trial: Trial) -> None:
-    whole = node.outputs[0]
+    whole, values = node.outputs[0], node.bound["tensors"]
+    if trial.unit(whole) is None:  # most visits end here: a dense block visits it once for each of its pieces
+        units = (trial.unit(value) for value in values)
+        if all(part is None or part.is_identity for part in units) or trial.postpone(node):
+            return
     axis = node.argument("dim", 0) % len(whole.shape)
     pieces, start = [], 0
-    for value in node.bound["tensors"]:
+    for value in values:
         if value.shape == (0,) and len(whole.shape) != 1:
             continue  # the empty tensor that torch.cat lets pass
         pieces.append(_Piece(value, start, value.shape[axis]))
@@ -106,8 +115,8 @@ def take_index(node: Node, trial: Trial) -> None:
         trial.refuse(node, "its index is not a plain list of numbers", scale=True)
     axis, piece = taken
     whole, of_part = node.inputs[0], trial.unit(piece.value)
-    assert piece.index is not None
-    if of_part is not None and piece.index.unique().numel() != piece.index.numel():
+    assert piece.table is not None
+    if of_part is not None and piece.table.unique().numel() != piece.table.numel():
         unit = trial.unit(whole) or IDENTITY
         if not of_part.same_as(_part(unit, piece, axis)):
             trial.refuse(node, "it takes an element more than once", scale=True)
@@ -144,7 +153,7 @@ def _taken(node: Node, trial: Trial) -> tuple[int, _Piece] | None:
         return None
     if not index.independent or index.dtype != torch.int64 or len(index.shape) != 1:
         return None
-    return axis, _Piece(part, 0, part.shape[axis], index=trial.content(index) % whole.shape[axis])
+    return axis, _Piece(part, 0, part.shape[axis], table=trial.content(index) % whole.shape[axis])
 
 
 def _siblings(node: Node, trial: Trial, whole: Value, axis: int) -> list[_Piece]:
@@ -162,13 +171,11 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
     """Tie the whole to its pieces. ``chosen``: by numbers in the code, and pieces may leave something over."""
     unit = trial.unit(whole)
     if unit is not None:
+        if isinstance(unit, _JoinedUnit) and unit.stands(node, trial):
+            return
         if chosen and axis in unit.axes():
             trial.assume(node)
-        made_of = unit.parts if isinstance(unit, _JoinedUnit) else {}
-        for piece in pieces:
-            if piece.value in made_of and made_of[piece.value] is trial.unit(piece.value):
-                continue
-            part = _part(unit, piece, axis)
+        for piece, part in zip(pieces, _parts(unit, pieces, axis), strict=True):
             if not (part.is_identity and trial.unit(piece.value) is None):
                 trial.demand(piece.value, part)
         return
@@ -180,8 +187,10 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
             ]
         try:
             made = _joined(units, whole, axis)
-            made_of = {} if chosen else {piece.value: trial.unit(piece.value) for piece in pieces}
-            joined = {whole: _JoinedUnit(made.scale, made.shift, made.inverse, made_of)}
+            if not chosen:
+                made_of = {piece.value: trial.unit(piece.value) for piece in pieces}
+                made = _JoinedUnit(made.scale, made.shift, made.inverse, node, made_of)
+            joined = {whole: made}
             spread = _spread(units, axis) if chosen else None
             if chosen and spread is None:
                 trial.assume(node)
@@ -206,6 +215,30 @@ def _part(unit: Unit, piece: _Piece, axis: int) -> Unit:
 
     cut_unit = unit.map(cut)
     return Unit.of(cut_unit.scale, cut_unit.shift, cut_unit.inverse)
+
+
+def _parts(unit: Unit, pieces: list[_Piece], axis: int) -> Iterator[Unit]:
+    """The unit of each piece. Most pieces of a long concatenation keep their units, which one look at all tells."""
+    if len(pieces) < 2 or any(piece.dropped or piece.step != 1 or piece.table is not None for piece in pieces):
+        for piece in pieces:
+            yield _part(unit, piece, axis)
+        return
+    scaled, shifted = (
+        None if tensor is None else (tensor != default).movedim(axis, 0).flatten(1).any(1).tolist()
+        for tensor, default in ((unit.scale, 1), (unit.shift, 0))
+    )
+
+    def cut(tensor: Tensor | None, changed: list[bool] | None, piece: _Piece) -> Tensor | None:
+        if tensor is None or changed is None:
+            return None
+        uniform = len(changed) == 1
+        if not any(changed if uniform else changed[piece.start : piece.start + piece.size]):
+            return None
+        return tensor if uniform else tensor.narrow(axis, piece.start, piece.size)
+
+    for piece in pieces:
+        scale, shift = cut(unit.scale, scaled, piece), cut(unit.shift, shifted, piece)
+        yield Unit(scale, shift, unit.inverse and not (scale is None and shift is None))
 
 
 def _joined(units: list[tuple[_Piece, Unit]], whole: Value, axis: int) -> Unit:
