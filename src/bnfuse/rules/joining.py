@@ -181,7 +181,7 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
         try:
             made = _joined(units, whole, axis)
             made_of = {} if chosen else {piece.value: trial.unit(piece.value) for piece in pieces}
-            joined = {whole: _JoinedUnit(made.scale, made.shift, made.inverse, made_of)}
+            joined = {whole: _JoinedUnit(made.scale, made.shift, made.inverse, parts=made_of)}
             spread = _spread(units, axis) if chosen else None
             if chosen and spread is None:
                 trial.assume(node)
