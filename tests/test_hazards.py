@@ -108,7 +108,7 @@ def beside(
     layer: nn.Module,
     forward: Callable[..., Any] = lambda m, x: m.c(x) + m.n(x),
     norm: nn.Module | None = None,
-    **others: nn.Module,
+    **others: nn.Module | Tensor,
 ) -> Net:
     return Net(forward, c=layer, n=norm or nn.BatchNorm2d(3), **others)
 
@@ -408,6 +408,7 @@ CASES: dict[str, Case] = {
     "beside a convolution, by the size": Case(lambda: beside(conv(3, 3), lambda m, x: torch.add(m.n(x), m.c(x), alpha=x.shape[-1])), {"n": "depend on the size"}),
     "beside a convolution, in place": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x).add_(m.n(x)).relu_()), {"n": None}),
     "beside a convolution, by sum": Case(lambda: beside(conv(3, 3), lambda m, x: sum([m.n(x), m.c(x), x])), {"n": None}),
+    "beside a convolution and a table": Case(lambda: beside(conv(3, 3), lambda m, x: 2 - (m.c(x) + m.t) + torch.tensor(0.5) + (m.n(x) - m.t), t=torch.randn(3, 1, 1)), {"n": None}),
     "beside a convolution, dropout": Case(lambda: beside(conv(3, 3), lambda m, x: F.dropout(m.c(x), 0.5, m.training) + m.n(x).contiguous()), {"n": None}),
     "beside a convolution, copied": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x.contiguous()) + m.n(x.clone())), {"n": None}),
     "beside a large kernel": Case(lambda: beside(nn.Conv2d(3, 3, (5, 3), padding=(4, 1), dilation=(2, 1))), {"n": None}),

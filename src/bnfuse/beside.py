@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,19 +116,20 @@ def _origin(value: Value, removed: Collection[Node]) -> Value:
 
 
 def _terms(node: Node) -> dict[Value, float] | None:
-    """What a sum counts each of its tensors, numbers left out; None if it is no sum of tensors of its own shape."""
+    """What a sum counts each of its operands that have its own shape; None if it is no sum."""
     if node.operator not in ("add", "sub", "rsub"):
         return None
     alpha = node.argument("alpha", 1)
     first, second = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[node.operator]
     x, y = node.bound["self"], node.bound["other"]
     z = node.outputs[0]
-    tensors = [(term, factor) for term, factor in ((x, first), (y, second)) if isinstance(term, Value)]
-    alike = all((term.shape, term.dtype) == (z.shape, z.dtype) for term, _ in tensors)
-    numbers: list[Any] = [first, *(term for term in (x, y) if not isinstance(term, Value))]
-    if x is y or not alike or alpha == 0 or any(isinstance(number, complex) for number in numbers):
+    if x is y or alpha == 0 or isinstance(alpha, complex):
         return None
-    return {term: float(factor) for term, factor in tensors}
+    return {
+        term: float(factor)
+        for term, factor in ((x, first), (y, second))
+        if isinstance(term, Value) and (term.shape, term.dtype) == (z.shape, z.dtype)
+    }
 
 
 def absorb(sibling: Sibling, site: Site, a: Tensor, c: Tensor, trial: Trial) -> None:
