@@ -347,6 +347,60 @@ def summed_branches(g: Builder) -> None:
     activate(g, y)
 
 
+@block(3)
+def norm_beside(g: Builder) -> None:
+    """A layer and a norm on one tensor, added up; now and then something is in the way."""
+    x = g.pick(2, 3, 4, 4, 4, 5)
+    if g.chance(0.6):
+        x = g.emit(g.one_of("F.relu($0)", "F.silu($0)"), x)
+    other = x
+    if g.chance(0.2):
+        other = g.emit(g.one_of("$0.clone()", "$0.contiguous()", "$0.detach()", "$0.flip(1)", "F.relu($0)"), x)
+    layers = [layer_beside(g, other) for _ in range(g.one_of(1, 1, 2))]
+    if g.chance(0.5):
+        layers = [norm(g, y) for y in layers]
+    if g.chance(0.15):
+        layers[0] = g.emit(g.one_of("F.gelu($0)", "F.dropout($0, 0.5, False)", "$0.clone()", "$0.flip(-1)"), layers[0])
+    if g.chance(0.1):
+        g.emit(g.one_of("$0.mul_(2)", "$0.relu_()"), x, outputs=0)
+    beside = [norm(g, x) for _ in range(g.one_of(1, 1, 1, 2))]
+    z, *rest = g.random.sample([*layers, *beside], len(layers) + len(beside))
+    for y in rest:
+        code = g.one_of(
+            "$0 + $1", "$0 + $1", "$1 + $0", "$0.add_($1)", "$1.add_($0)", "$0 - $1", "$1 - $0", "sum([$0, $1])",
+            "torch.add($0, $1, alpha=0.5)", "torch.sub($0, $1, alpha=2)", "torch.rsub($0, $1)", "1 - $0 - $1",
+            "$0 + F.silu($1)" if g.chance(0.3) else "$0 + $1",
+        )  # fmt: skip
+        z = g.emit(code, z, y)
+    activate(g, z, 0.8)
+
+
+def layer_beside(g: Builder, x: str) -> str:
+    """A layer that keeps the shape, as people write it and as they seldom do."""
+    channels, n = g.shape(x)[1], len(g.shape(x)) - 2
+    if n == 0:
+        return linear(g, x, channels)
+    if g.chance(0.5):
+        return convolution(g, x, channels, keep_size=True)
+    groups = g.random.choice(divisors(channels, channels))
+    kind = g.one_of("even", "gap", "wide", "transposed", "side", "one")
+    options = {
+        "even": f"{g.one_of(2, 4)}, padding='same', dilation={g.one_of(1, 2)}",
+        "gap": "2, padding=1, dilation=2",
+        "wide": f"{g.one_of(3, 5)}, padding='same', dilation=2",
+        "transposed": g.one_of("3, padding=1", "1", "3, padding=2, dilation=2", "2, padding=1, dilation=2"),
+        "side": "3",
+        "one": "1",
+    }[kind]
+    if kind == "side":
+        margins = g.one_of("(2, 0)", "(0, 2)", "(1, 1)"), g.one_of("(2, 0)", "(0, 2)", "(1, 1)"), "(1, 1)"
+        mode = "" if n == 3 else g.one_of("", "", ", mode='reflect'", ", mode='circular'")
+        x = g.emit(f"F.pad($0, {' + '.join(margins[:n])}{mode})", x)
+    name = "ConvTranspose" if kind == "transposed" else "Conv"
+    layer = g.layer("c", f"nn.{name}{n}d({channels}, {channels}, {options}, groups={groups}, bias={g.chance(0.5)})")
+    return g.apply(layer, x)
+
+
 @block(2)
 def gate(g: Builder) -> None:
     """Squeeze and excite."""

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bnfuse import capture, graph, norms, solve, units
+from bnfuse import beside, capture, graph, norms, solve, units
 from bnfuse.rules import activation, layers, pooling, products, sums
 from bnfuse.rules import norms as norm_rules
 from fuzz.check import bare_algebra, check
@@ -24,7 +24,7 @@ from fuzz.program import Program
 from fuzz.shrink import shrink
 
 NETWORKS = 240
-SEEDS_OF_MUTANTS = range(5000, 5400)
+SEEDS_OF_MUTANTS = range(6100, 6500)
 
 
 @pytest.fixture(autouse=True)
@@ -87,13 +87,13 @@ def negative_scale_through_relu(patch: pytest.MonkeyPatch) -> None:
 
 
 def zero_padding_ignored(patch: pytest.MonkeyPatch) -> None:
-    original = layers._layer
+    original = layers.layer_of
 
     def uniform(node: Any) -> Any:
         layer = original(node)
         return layer and dataclasses.replace(layer, uniform=layer.uniform or not layer.transposed)
 
-    patch.setattr(layers, "_layer", uniform)
+    patch.setattr(layers, "layer_of", uniform)
 
 
 def eps_forgotten(patch: pytest.MonkeyPatch) -> None:
@@ -107,14 +107,14 @@ def eps_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def transposed_weight_taken_for_a_plain_one(patch: pytest.MonkeyPatch) -> None:
-    original = layers._layer
+    original = layers.layer_of
 
     def plain(node: Any) -> Any:
         layer = original(node)
         square = layer and node.operator.startswith("conv_transpose") and layer.channels_in == layer.channels_out
         return dataclasses.replace(layer, transposed=False) if square else layer
 
-    patch.setattr(layers, "_layer", plain)
+    patch.setattr(layers, "layer_of", plain)
 
 
 def shared_parameters_ignored(patch: pytest.MonkeyPatch) -> None:
@@ -175,6 +175,19 @@ def unequal_units_taken_for_equal(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(units.Unit, "same_as", lambda self, other: True)
 
 
+def middle_tap_taken_for_its_own(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(beside, "_taps", lambda sibling, trial: tuple(size // 2 for size in sibling.layer.w.shape[2:]))
+
+
+def layer_of_another_tensor_taken_for_one_beside(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(beside, "_origin", lambda value, removed: None)
+
+
+def factors_of_a_norm_beside_forgotten(patch: pytest.MonkeyPatch) -> None:
+    original = beside._terms
+    patch.setattr(beside, "_terms", lambda node: (terms := original(node)) and dict.fromkeys(terms, 1.0))
+
+
 def _same(unit: Any) -> Any:
     return unit
 
@@ -185,6 +198,8 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     views_not_pinned: r"[a-z]_\(|\+= |\] = ", hooks_ignored: "hook", numbers_of_the_shape_trusted: "shape|len|numel",
     memory_not_watched: r"inplace|Act|[a-z]_\(", run_leaves_traces: "", padded_zeros_counted: "avg_pool|AvgPool",
     sign_of_a_sum_forgotten: "sub| - ", shift_through_a_number_unscaled: "", unequal_units_taken_for_equal: "",
+    middle_tap_taken_for_its_own: r"pad\(|, 2, padding|, 4, padding",
+    layer_of_another_tensor_taken_for_one_beside: r"\+", factors_of_a_norm_beside_forgotten: r"sub| - |alpha",
 }  # fmt: skip
 """Mutants, with what a program must mention to be worth a try (which only saves time)."""
 

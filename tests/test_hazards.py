@@ -104,6 +104,27 @@ class NormWithActivation(nn.BatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
+def beside(
+    layer: nn.Module,
+    forward: Callable[..., Any] = lambda m, x: m.c(x) + m.n(x),
+    norm: nn.Module | None = None,
+    **others: nn.Module | Tensor,
+) -> Net:
+    return Net(forward, c=layer, n=norm or nn.BatchNorm2d(3), **others)
+
+
+def branches(m: Any, x: Tensor) -> Tensor:
+    """RepVGG's block."""
+    x = m.a(x).relu()
+    return (m.k(m.c(x)) + m.l(m.d(x)) + m.n(x)).relu()
+
+
+def hooked_beside() -> nn.Module:
+    net = beside(conv(3, 3))
+    net.c.register_forward_hook(lambda module, args, output: None)
+    return net
+
+
 def tied(forward: Callable[..., Any] = lambda m, x: m.b(m.n(m.a(x)))) -> nn.Module:
     net = Net(forward, a=conv(3, 3), n=norm(3), b=conv(3, 3))
     net.b.weight = net.a.weight
@@ -380,6 +401,54 @@ CASES: dict[str, Case] = {
     "softmax before a convolution": Case(lambda: with_parameters(lambda m, x: m.n(F.conv1d(m.c(x).flatten(2).softmax(-1), m.t[:, :, None])), c=conv(), n=nn.BatchNorm1d(6)), {"n": "none can be added"}),
     "scale back, shift on": Case(lambda: with_parameters(lambda m, x: torch.exp(m.n(m.c(x) * x[:, :1].sigmoid()) - m.p), c=conv(), n=norm()), {"n": None}),
     "shift back, scale on": Case(lambda: with_parameters(lambda m, x: m.c(m.n(x.repeat(1, 2, 1, 1) + m.p)), c=conv(6, 2), n=norm()), {"n": None}),
+    # Beside a layer on the same tensor.
+    "beside a convolution": Case(lambda: beside(conv(3, 3)), {"n": None}),
+    "beside a convolution, subtracted": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x) - m.n(x)), {"n": None}),
+    "beside a convolution, counted twice": Case(lambda: beside(conv(3, 3), lambda m, x: torch.sub(m.n(x), m.c(x), alpha=2)), {"n": None}),
+    "beside a convolution, by the size": Case(lambda: beside(conv(3, 3), lambda m, x: torch.add(m.n(x), m.c(x), alpha=x.shape[-1])), {"n": "depend on the size"}),
+    "beside a convolution, in place": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x).add_(m.n(x)).relu_()), {"n": None}),
+    "beside a convolution, by sum": Case(lambda: beside(conv(3, 3), lambda m, x: sum([m.n(x), m.c(x), x])), {"n": None}),
+    "beside a convolution and a table": Case(lambda: beside(conv(3, 3), lambda m, x: 2 - (m.c(x) + m.t) + torch.tensor(0.5) + (m.n(x) - m.t), t=torch.randn(3, 1, 1)), {"n": None}),
+    "beside a convolution, dropout": Case(lambda: beside(conv(3, 3), lambda m, x: F.dropout(m.c(x), 0.5, m.training) + m.n(x).contiguous()), {"n": None}),
+    "beside a convolution, copied": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x.contiguous()) + m.n(x.clone())), {"n": None}),
+    "beside a large kernel": Case(lambda: beside(nn.Conv2d(3, 3, (5, 3), padding=(4, 1), dilation=(2, 1))), {"n": None}),
+    "beside an even kernel": Case(lambda: beside(conv(3, 3, 4, padding="same", dilation=2)), {"n": "no tap"}),
+    "beside an even kernel, same": Case(lambda: beside(conv(3, 3, 4, padding="same")), {"n": None}),
+    "beside a kernel with a gap": Case(lambda: beside(conv(3, 3, 2, padding=1, dilation=2)), {"n": "no tap"}),
+    "beside a kernel on one side": Case(lambda: beside(conv(3, 3, padding=0), lambda m, x: m.c(F.pad(x, (2, 0, 0, 2))) + m.n(x)), {"n": None}),
+    "beside reflected padding": Case(lambda: beside(conv(3, 3, padding_mode="reflect")), {"n": None}),
+    "beside padded channels": Case(lambda: beside(conv(4, 3), lambda m, x: m.c(F.pad(x, (0, 0, 0, 0, 1, 0))) + m.n(x)), {"n": "no tap"}),
+    "beside padding by the size": Case(lambda: beside(conv(3, 3, 1), lambda m, x: m.c(F.pad(x, (x.shape[-1] % 2, 0)))[..., -x.shape[-1]:] + m.n(x)), {"n": "output of the model"}),
+    "beside a depthwise convolution": Case(lambda: beside(conv(3, 3, groups=3)), {"n": None}),
+    "beside a grouped convolution": Case(lambda: Net(lambda m, x: m.c(y := F.silu(m.a(x))) + m.n(y), a=conv(), c=conv(6, 6, groups=2), n=norm()), {"n": None}),
+    "beside a transposed convolution": Case(lambda: beside(nn.ConvTranspose2d(3, 3, 3, padding=1)), {"n": None}),
+    "beside a convolution in 1d": Case(lambda: beside(nn.Conv1d(3, 3, 3, padding=1), norm=nn.BatchNorm1d(3)), {"n": None}, ((2, 3, 8),)),
+    "beside a convolution in 3d": Case(lambda: beside(nn.Conv3d(3, 3, 3, padding=1), norm=nn.BatchNorm3d(3)), {"n": None}, ((2, 3, 4, 4, 4),)),
+    "beside a linear layer": Case(lambda: beside(nn.Linear(3, 3), norm=nn.BatchNorm1d(3)), {"n": None}, ((2, 3),)),
+    "beside a linear layer on another axis": Case(lambda: beside(nn.Linear(3, 3), norm=nn.BatchNorm1d(3)), {"n": "axis 1 of its input"}, ((2, 3, 3),)),
+    "beside a product": Case(lambda: beside(nn.Linear(3, 3), lambda m, x: torch.addmm(m.c.bias, x, m.c.weight, alpha=2) + m.n(x), nn.BatchNorm1d(3)), {"n": None}, ((2, 3),)),
+    "beside a frozen norm": Case(lambda: beside(conv(3, 3), norm=FrozenBatchNorm2d(3)), {"n": None}),
+    "two norms beside a convolution": Case(lambda: beside(conv(3, 3), lambda m, x: m.k(x) - m.c(x) + m.n(x), k=norm(3)), {"n": None, "k": None}),
+    "branches, each with a norm": Case(lambda: Net(branches, a=conv(), c=conv(6, 6), d=conv(6, 6, 1), k=norm(), l=norm(), n=norm()), {"k": None, "l": None, "n": None}),
+    "blocks of branches": Case(lambda: Net(lambda m, x: m.q(branches(m.p, branches(m, x))), a=conv(3, 3), c=conv(3, 3), d=conv(3, 3, 1), k=norm(3), l=norm(3), n=norm(3), p=Net(branches, a=nn.Identity(), c=conv(3, 3), d=conv(3, 3, 1), k=norm(3), l=norm(3), n=norm(3)), q=norm(3)), {"k": None, "l": None, "n": None, "p.k": None, "p.l": None, "p.n": None, "q": "relu"}),
+    "block of branches, called twice": Case(lambda: beside(conv(3, 3), lambda m, x: (lambda y: (m.c(x) + m.n(x)) * (m.c(y) + m.n(y)))(-x)), {"n": None}),
+    "norm beside itself": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x) + m.n(x) + m.n(x)), {"n": "input of the model"}),
+    "beside a convolution that skips": Case(lambda: beside(conv(3, 3, stride=2)), {"n": "skips positions"}, ((2, 3, 1, 1),)),
+    "beside a convolution of another tensor": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x.relu()) + m.n(x)), {"n": "input of the model"}),
+    "beside a convolution of shuffled channels": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x.flip(1)) + m.n(x)), {"n": "input of the model"}),
+    "beside a convolution before an activation": Case(lambda: beside(conv(3, 3), lambda m, x: F.gelu(m.c(x)) + m.n(x)), {"n": "input of the model"}),
+    "beside a convolution, before an activation": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x) + F.gelu(m.n(x))), {"n": "input of the model"}),
+    "beside a convolution, dropped at random": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x) + 0 * F.dropout(m.n(x), 0.5, True)), {"n": "input of the model"}),
+    "beside a convolution, multiplied": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x) * m.n(x)), {"n": "input of the model"}),
+    "beside a convolution that others read": Case(lambda: beside(conv(3, 3), lambda m, x: ((y := m.c(x)) + m.n(x), y.relu())), {"n": "input of the model"}),
+    "beside a convolution, read by others": Case(lambda: beside(conv(3, 3), lambda m, x: (m.c(x) + (y := m.n(x)), y.relu())), {"n": "input of the model"}),
+    "beside a convolution with a hook": Case(hooked_beside, {"n": "input of the model"}),
+    "beside a weight that is shared": Case(lambda: beside(conv(3, 3), lambda m, x: m.c(x) + m.n(x) + m.c(x.relu())), {"n": TWICE}),
+    "beside a weight that is computed": Case(lambda: beside(StandardisedConv(3, 3, 1), lambda m, x: F.conv2d(x, 2 * m.c.weight, m.c.bias) + m.n(x)), {"n": "no parameter of its own"}),
+    "beside a function without a bias": Case(lambda: beside(conv(3, 3), lambda m, x: F.conv2d(x, m.c.weight, padding=1) + m.n(x)), {"n": "no bias"}),
+    "beside a convolution, written in between": Case(lambda: beside(conv(3, 3), lambda m, x: (lambda y: m.n(y) + m.c(y.mul_(2)))(F.silu(x))), {"n": "silu"}),
+    "beside a convolution, written to": Case(lambda: beside(conv(3, 3), lambda m, x: (lambda y: m.n(y).add_(m.c(y)))(F.silu(x))), {"n": None}),
+    "beside a convolution, written to and read": Case(lambda: beside(conv(3, 3), lambda m, x: (lambda y: m.n(y).add_(m.c(y)) * y)(F.silu(x))), {"n": "overwrite in place"}),
     # What must stay.
     "output also returned": Case(lambda: Net(lambda m, x: (m.n(y := m.c(x)), y), c=conv(), n=norm()), {"n": OUTPUT}),
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),
@@ -464,3 +533,51 @@ def test_padding_to_even_sizes_where_the_first_axis_is_not_the_batch() -> None:
     )
     plan = bnfuse.plan(prepared(net), torch.randn(2, 4, 5, 6, dtype=torch.float64))
     assert not plan.fused
+
+
+@pytest.mark.parametrize(("mean", "variance", "goes"), [(100.0, 1.0, True), (1e4, 1.0, False), (0.0, 1e8, False)])
+def test_beside_a_convolution_with_large_activations(mean: float, variance: float, goes: bool) -> None:
+    """Much larger numbers than the norm's own would have to cancel in float32."""
+    net = prepared(beside(conv(3, 3)), dead=0.0).float()
+    net.n.running_mean[0], net.n.running_var[0] = mean, variance
+    plan = bnfuse.plan(net, torch.randn(IMAGE))
+    assert bool(plan.fused) == goes
+    assert goes or "beside: conv2d in c (Conv2d): it would have to add much more than the norm gives" in reason(
+        plan, "n"
+    )
+
+
+def test_beside_is_said_where_there_is_a_layer_beside_only() -> None:
+    plan = bnfuse.plan(prepared(beside(conv(3, 3, 4, padding="same", dilation=2))), torch.randn(IMAGE).double())
+    assert [why.direction for why in plan.decisions[0].reasons] == ["backward", "forward", "beside"]
+    plan = bnfuse.plan(prepared(Net(lambda m, x: m.n(x), n=norm(3))), torch.randn(IMAGE).double())
+    assert [why.direction for why in plan.decisions[0].reasons] == ["backward", "forward"]
+
+
+def test_scales_before_and_after_single_entries() -> None:
+    """The norm behind the layer goes first, the one beside it next, then the one behind the sum."""
+    net = Net(
+        lambda m, x: m.k(m.l(m.c(y := m.a(x).relu())) + m.n(y)),
+        a=conv(), c=conv(6, 6, groups=2), l=norm(), n=norm(), k=norm(),
+    )  # fmt: skip
+    prepared(net, dead=0.0).k.weight.data.abs_()
+    plan, _ = fused_and_checked(net, torch.randn(IMAGE, dtype=torch.float64))
+    assert [(decision.norm, decision.direction) for decision in plan.decisions] == [
+        ("l", "backward"),
+        ("n", "beside"),
+        ("k", "backward"),
+    ]
+    [edit] = [edit for edit in plan.edits if edit.names == ("c.weight",)]
+    assert [factor.entries is not None for factor in edit.factors] == [False, True, False]
+    assert "fused beside into c" in str(plan)
+
+
+def test_an_edit_of_entries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bnfuse.rewrite._CHUNK", 20)
+    for options in ({}, {"inplace": True}, {"inplace": True, "verify": False}):
+        net = prepared(Net(branches, a=conv(), c=conv(6, 6), d=conv(6, 6, 1), k=norm(), l=norm(), n=norm()))
+        x = torch.randn(IMAGE, dtype=torch.float64)
+        expected = net(x)
+        fused = bnfuse.fuse(net, x, **options)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+        torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)

@@ -27,6 +27,10 @@ NETWORKS: dict[str, tuple[int, int]] = {
     "timm:levit_128s": (52, 52),
     "timm:visformer_tiny": (28, 28),
     "timm:inception_next_atto": (16, 16),
+    "timm:repvgg_a0": (61, 61),
+    "timm:repghostnet_050": (112, 112),
+    "timm:mobileone_s0": (226, 226),
+    "timm:fastvit_t8": (70, 70),
 }
 
 

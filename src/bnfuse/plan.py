@@ -25,7 +25,7 @@ class Reason:
         text: the reason in words.
         operator: the operator that refused, None if it was no operator.
         module: the module that ran it.
-        direction: "backward" or "forward", the way that was tried; None if none was.
+        direction: "backward", "forward" or "beside", the way that was tried; None if none was.
     """
 
     text: str
@@ -48,7 +48,8 @@ class Decision:
         kind: the class of the norm.
         channels: how many channels it normalises.
         fused: True if it goes.
-        direction: "backward" (into what comes before it) or "forward", None if it stays.
+        direction: "backward" (into what comes before it), "forward", "both" (the scale one way, the shift the other)
+            or "beside" (into a layer that reads what the norm reads), None if it stays.
         into: the names of the layers whose parameters take it up.
         reasons: why it stays, one for each way that was tried; empty if it goes.
     """
@@ -76,7 +77,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Edit:
-    """New contents of one parameter: ``scale*old + shift`` for each factor in turn, in float64, rounded once.
+    """New contents of one parameter: ``scale*old + shift`` (and what is added to single entries) for each factor in
+    turn, in float64, rounded once.
 
     Attributes:
         names: every name of the parameter.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bnfuse.errors import FusionError
 from bnfuse.plan import Edit, Handler, Plan, Replacement
-from bnfuse.units import Unit, add, multiply, scaled
+from bnfuse.units import Entries, Unit, add, multiply, scaled
 from bnfuse.wrappers import copy_model, shared_memory
 
 _CHUNK = 1 << 16
@@ -138,18 +138,17 @@ def _restorer_of(tensor: Tensor) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class _Write:
-    """New contents ``scale*source + shift`` of a part of a weight."""
+    """New contents of a part of a weight."""
 
     name: str
     source: Tensor
     target: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
+    unit: Unit
 
     def values(self) -> Tensor:
         """In the dtype of the weight; raises FusionError if they leave its range."""
         dtype = self.target.dtype
-        values = _edited(self.source.to("cpu", torch.float64, copy=True), self.scale, self.shift).to(dtype)
+        values = _edited(self.source.to("cpu", torch.float64, copy=True), self.unit).to(dtype)
         total = values.sum(dtype=torch.float32 if dtype.itemsize < 4 else dtype)
         if not math.isfinite(total) and not bool((torch.isfinite(values) | ~torch.isfinite(self.source.cpu())).all()):
             raise FusionError(
@@ -161,11 +160,11 @@ class _Write:
 
 def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
     """The parts of a weight, of bounded size, each with the scale and shift that belong to it."""
-    scale, shift = _composed(edit.factors)
+    unit = _composed(edit.factors)
     source, target = source.data, target.data
     rows = max(1, _CHUNK * source.shape[0] // max(source.numel(), 1)) if source.dim() else 1
     if not source.dim() or rows >= source.shape[0]:
-        yield _Write(edit.names[0], source, target, scale, shift)
+        yield _Write(edit.names[0], source, target, unit)
         return
     for start in range(0, source.shape[0], rows):
         size = min(rows, source.shape[0] - start)
@@ -173,32 +172,40 @@ def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
         def cut(part: Tensor | None, start: int = start, size: int = size) -> Tensor | None:
             return part if part is None or part.dim() == 0 or part.shape[0] == 1 else part.narrow(0, start, size)
 
-        yield _Write(
-            edit.names[0], source.narrow(0, start, size), target.narrow(0, start, size), cut(scale), cut(shift)
-        )
+        entries = None if unit.entries is None else unit.entries.rows(start, size)
+        part = Unit(cut(unit.scale), cut(unit.shift), entries=entries)
+        yield _Write(edit.names[0], source.narrow(0, start, size), target.narrow(0, start, size), part)
 
 
-def _composed(factors: tuple[Unit, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """``scale*old + shift`` of all factors in turn."""
+def _composed(factors: tuple[Unit, ...]) -> Unit:
+    """All factors in turn, as one."""
     scale: Tensor | None = None
     shift: Tensor | None = None
+    entries: Entries | None = None
     for unit in factors:
         scale, shift = multiply(scale, unit.scale), add(scaled(shift, unit.scale), unit.shift)
-    return scale, shift
+        entries = None if entries is None else entries.scaled(unit.scale)
+        if unit.entries is not None:
+            entries = unit.entries if entries is None else entries.joined(unit.entries)
+    return Unit(scale, shift, entries=entries)
 
 
-def _edited(tensor: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """``scale*tensor + shift``, in the memory of the tensor."""
-    if scale is not None:
-        tensor = tensor.mul_(scale)
-    return tensor if shift is None else tensor.add_(shift)
+def _edited(tensor: Tensor, unit: Unit) -> Tensor:
+    """The new contents, in the memory of the tensor."""
+    if unit.scale is not None:
+        tensor = tensor.mul_(unit.scale)
+    if unit.shift is not None:
+        tensor = tensor.add_(unit.shift)
+    return tensor if unit.entries is None else unit.entries.add_to(tensor)
 
 
 def _check_range(tensor: Tensor, edit: Edit) -> None:
     """Raise FusionError if the new contents would overflow."""
-    scale, shift = (0.0 if part is None else float(part.abs().amax()) for part in _composed(edit.factors))
+    unit = _composed(edit.factors)
+    scale, shift = (0.0 if part is None else float(part.abs().amax()) for part in (unit.scale, unit.shift))
+    added = 0.0 if unit.entries is None else float(unit.entries.values.abs().sum())
     largest = float(tensor.abs().amax()) if tensor.numel() else 0.0
-    if not largest * max(scale, 1.0) + shift < torch.finfo(tensor.dtype).max:
+    if not largest * max(scale, 1.0) + shift + added < torch.finfo(tensor.dtype).max:
         for write in _writes(tensor, tensor, edit):
             write.values()
 
@@ -259,7 +266,7 @@ def _create(owners: list[tuple[nn.Module, str]], edit: Edit, undo: list[Callable
         raise FusionError(f"The plan does not fit the model: {edit.names[0]} should be an empty place for a parameter.")
     like = next(itertools.chain(owner.parameters(recurse=False), owner.parameters(), owner.buffers()))
     contents = torch.full(edit.shape, 1.0 if place == "weight" else 0.0, dtype=torch.float64)
-    data = _edited(contents, *_composed(edit.factors)).to(device=like.device, dtype=like.dtype).contiguous()
+    data = _edited(contents, _composed(edit.factors)).to(device=like.device, dtype=like.dtype).contiguous()
     if not bool(torch.isfinite(data).all()):
         raise FusionError(f"{edit.names[0]} would leave the range of {like.dtype}. Convert the model to float32 first.")
     owner._parameters[place] = nn.Parameter(data, requires_grad=like.requires_grad)

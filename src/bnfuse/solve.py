@@ -3,8 +3,9 @@
 Removing a norm starts with one demand: the tensor before it takes its units (fold backward), or the tensor after it
 does (fold forward). A demand on a value is a demand on its producer and on every consumer; their rules answer with
 further demands or refuse. When nothing is left to settle, the absorbers turn the units into edits of parameters, and
-an edit stands only if every use of the parameter asks for it. A trial is accepted whole or leaves nothing behind.
-Accepted edits are composed: the next trial sees the network as it would then be.
+an edit stands only if every use of the parameter asks for it. A norm beside a layer may be taken up by that, without
+a demand (:mod:`bnfuse.beside`). A trial is accepted whole or leaves nothing behind. Accepted edits are composed: the
+next trial sees the network as it would then be.
 
 The graph and its tensors are only read.
 """
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from bnfuse import beside
 from bnfuse.aliasing import Memory
 from bnfuse.graph import Graph, Kind, Node, Value
 from bnfuse.layout import Layouts
@@ -36,6 +38,8 @@ _MAX_BACKTRACKS = 200
 _BOTH = "both"
 """The direction of a norm whose scale goes one way and whose shift the other."""
 
+_BESIDE = "beside"
+"""The direction of a norm that a layer beside it takes up."""
 
 _LARGEST_SHIFT = {torch.float64: 1e7, torch.float32: 1e4, torch.float16: 100.0, torch.bfloat16: 100.0}
 """The largest shift, in the units that values had at first, of a tensor that something else still reads."""
@@ -152,10 +156,12 @@ def _initial(value: Value) -> Tensor:
 
 
 def edited(tensor: Tensor, unit: Unit) -> Tensor:
-    """``scale*tensor + shift``."""
+    """The contents after an edit."""
     if unit.scale is not None:
         tensor = tensor * unit.scale
-    return tensor if unit.shift is None else tensor + unit.shift
+    if unit.shift is not None:
+        tensor = tensor + unit.shift
+    return tensor if unit.entries is None else unit.entries.add_to(tensor.clone())
 
 
 @dataclass(frozen=True)
@@ -244,7 +250,7 @@ class Trial:
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
         if unit.is_identity:
             return
-        for part in (unit.scale, unit.shift):
+        for part in (unit.scale, unit.shift, None if unit.entries is None else unit.entries.values):
             if part is not None and not bool(torch.isfinite(part).all()):
                 self.refuse(node, "the edit of a parameter would not be finite", scale=True)
         if value.kind is Kind.COMPUTED:
@@ -288,6 +294,12 @@ class Trial:
                     self._choices.pop()  # no other place for a shift would help
                 if backtracks > _MAX_BACKTRACKS or self._next_alternative() is not None:
                     raise first from None
+
+    def run_beside(self, layers: Sequence[tuple[beside.Sibling, Site, Tensor, Tensor]]) -> None:
+        """Let a layer beside each site of the norm take it up; raises Refusal if one cannot."""
+        for sibling, site, a, c in layers:
+            beside.absorb(sibling, site, a, c, self)
+        self._check_edits()
 
     def _settle(self) -> None:
         while True:
@@ -525,22 +537,22 @@ def _attempt(network: Network, norm: Norm) -> Decision:
     open_ways = list(_ways(network, norm))
     for limit in (_NEARBY, None):
         for way in list(open_ways):
-            direction, demands = way
+            direction, run = way
             trial = Trial(network, [node for site in norm.sites for node in site.nodes], limit)
             try:
-                trial.run(demands())
+                run(trial)
                 _check_memory(network, norm)
             except _TooFarError:
                 continue
             except Refusal as refusal:
                 open_ways.remove(way)
                 if direction != _BOTH:
-                    reasons[direction] = replace(refusal.reason, direction=direction)
+                    reasons.setdefault(direction, replace(refusal.reason, direction=direction))
                 continue
             network.accept(trial)
             into = dict.fromkeys(_layer_name(value) for value in trial.edits)
             return Decision(norm.label, norm.kind, norm.channels, True, direction, tuple(into))
-    return _stay(norm, tuple(reasons[direction] for direction in ("backward", "forward")))
+    return _stay(norm, tuple(reasons[way] for way in ("backward", "forward", _BESIDE) if way in reasons))
 
 
 def _layer_name(value: Value) -> str:
@@ -567,18 +579,22 @@ def _check_memory(network: Network, norm: Norm) -> None:
     memory.merge(norm.sites)
 
 
-def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[], dict[Value, Unit]]]]:
-    """What to try, in turn: all of ``a*x + c`` goes back, or on, or the scale goes one way and the shift the other."""
+def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[Trial], None]]]:
+    """What to try, in turn: a layer beside the norm takes it up, which changes no units; all of ``a*x + c`` goes back,
+    or on; or the scale goes one way and the shift the other."""
 
-    maps: list[tuple[Site, Tensor, Tensor]] = []
+    known: list[tuple[Site, Tensor, Tensor]] = []
+
+    def maps() -> list[tuple[Site, Tensor, Tensor]]:
+        if not known:
+            known.extend((site, *_affine(network, site)) for site in norm.sites)
+        if not all(math.isfinite(float(a.sum() + c.sum())) for _, a, c in known):
+            raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
+        return known
 
     def demands(scale: str, shift: str) -> dict[Value, Unit]:
         result: dict[Value, Unit] = {}
-        if not maps:
-            maps.extend((site, *_affine(network, site)) for site in norm.sites)
-        for site, a, c in maps:
-            if not math.isfinite(float(a.sum() + c.sum())):
-                raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
+        for site, a, c in maps():
             if shift == "forward":
                 far = max(offset(node, Trial(network)) for node in site.nodes)
                 if far > FARTHEST.get(site.x.dtype, 0.0):
@@ -599,10 +615,17 @@ def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[], dict
                 result[value] = demand
         return result
 
-    yield "backward", lambda: demands("backward", "backward")
-    yield "forward", lambda: demands("forward", "forward")
-    yield _BOTH, lambda: demands("backward", "forward")
-    yield _BOTH, lambda: demands("forward", "backward")
+    for layers in zip(*(beside.siblings(site, network.removed) for site in norm.sites), strict=False):
+        if len({layer.node for layer in layers}) == len(layers):  # none twice
+
+            def run(trial: Trial, layers: tuple[beside.Sibling, ...] = layers) -> None:
+                trial.run_beside([(layer, *site) for layer, site in zip(layers, maps(), strict=True)])
+
+            yield _BESIDE, run
+    yield "backward", lambda trial: trial.run(demands("backward", "backward"))
+    yield "forward", lambda trial: trial.run(demands("forward", "forward"))
+    yield _BOTH, lambda trial: trial.run(demands("backward", "forward"))
+    yield _BOTH, lambda trial: trial.run(demands("forward", "backward"))
 
 
 def _reciprocal(norm: Norm, scale: Tensor) -> Tensor:

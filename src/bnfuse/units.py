@@ -32,6 +32,50 @@ class NotInvertibleError(Exception):
     """A scale is 0, or too close to 0 or infinity, to be inverted."""
 
 
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Numbers that are added to single entries of a tensor.
+
+    Attributes:
+        places: for each axis of the tensor, the index of each entry, int64 (n,).
+        values: float64 (n,).
+    """
+
+    places: tuple[Tensor, ...]
+    values: Tensor
+
+    def scaled(self, scale: Tensor | None) -> Entries:
+        """The entries times a scale that broadcasts against the tensor."""
+        if scale is None:
+            return self
+        sizes = (1,) * (len(self.places) - scale.dim()) + tuple(scale.shape)
+        at = tuple(
+            torch.zeros_like(place) if size == 1 else place for place, size in zip(self.places, sizes, strict=True)
+        )
+        return Entries(self.places, self.values * scale.reshape(sizes)[at])
+
+    def joined(self, other: Entries) -> Entries:
+        """Both; where they meet, their sum is added."""
+        places = tuple(torch.cat(pair) for pair in zip(self.places, other.places, strict=True))
+        return Entries(places, torch.cat([self.values, other.values]))
+
+    def rows(self, start: int, size: int) -> Entries:
+        """Those in a part of the first axis, as entries of this part."""
+        here = (self.places[0] >= start) & (self.places[0] < start + size)
+        first, *others = (place[here] for place in self.places)
+        return Entries((first - start, *others), self.values[here])
+
+    def add_to(self, tensor: Tensor) -> Tensor:
+        """Add them in place."""
+        return tensor.index_put_(self.places, self.values.to(tensor.dtype), accumulate=True)
+
+    def same_as(self, other: Entries) -> bool:
+        """Equal up to the rounding of float64."""
+        there = len(self.places) == len(other.places)
+        alike = there and all(torch.equal(a, b) for a, b in zip(self.places, other.places, strict=True))
+        return alike and _close(self.values, other.values, 0.0)
+
+
 @dataclass(eq=False, slots=True)  # not frozen, since thousands are made; nothing writes to one
 class Unit:
     """A change of units of one tensor.
@@ -40,11 +84,13 @@ class Unit:
         scale: float64, broadcasts against the tensor; None is 1.
         shift: float64, broadcasts against the tensor; None is 0.
         inverse: False for ``new = scale*old + shift``, True for ``old = scale*new + shift``.
+        entries: of an edit, what is added to single entries besides.
     """
 
     scale: Tensor | None = None
     shift: Tensor | None = None
     inverse: bool = False
+    entries: Entries | None = None
 
     @staticmethod
     def of(scale: Tensor | None, shift: Tensor | None, inverse: bool = False) -> Unit:
@@ -57,7 +103,7 @@ class Unit:
 
     @property
     def is_identity(self) -> bool:
-        return self.scale is None and self.shift is None
+        return self.scale is None and self.shift is None and self.entries is None
 
     def direct(self) -> tuple[Tensor | None, Tensor | None]:
         """(scale, shift) of ``new = scale*old + shift``; raises NotInvertibleError."""
@@ -93,6 +139,10 @@ class Unit:
 
     def same_as(self, other: Unit) -> bool:
         """Equal up to the rounding of float64. Raises NotInvertibleError if the directions cannot be compared."""
+        if self.entries is not other.entries and not (
+            self.entries is not None and other.entries is not None and self.entries.same_as(other.entries)
+        ):
+            return False
         if self.is_identity or other.is_identity:
             return _close(self.scale, other.scale, 1.0) and _close(self.shift, other.shift, 0.0)
         other = other.turned(self.inverse)

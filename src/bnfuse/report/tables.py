@@ -52,4 +52,5 @@ def _verdict(decision: Decision) -> str:
     layers = ", ".join(decision.into[:_LAYERS_NAMED])
     if len(decision.into) > _LAYERS_NAMED:
         layers += f" and {len(decision.into) - _LAYERS_NAMED} more"
-    return f"fused {'forward ' if decision.direction == 'forward' else ''}into {layers}"
+    way = {"forward": "forward into", "beside": "beside into"}.get(decision.direction or "", "into")
+    return f"fused {way} {layers}"

@@ -189,7 +189,7 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
             made = _joined(units, whole, axis)
             if not chosen:
                 made_of = {piece.value: trial.unit(piece.value) for piece in pieces}
-                made = _JoinedUnit(made.scale, made.shift, made.inverse, node, made_of)
+                made = _JoinedUnit(made.scale, made.shift, made.inverse, node=node, parts=made_of)
             joined = {whole: made}
             spread = _spread(units, axis) if chosen else None
             if chosen and spread is None:

@@ -34,11 +34,12 @@ _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 _DEFORMED = "torchvision::deform_conv2d"
 _MATRIX = ("matmul", "mm", "addmm")
-LAYERS = ("linear", *_CONVOLUTIONS, *_TRANSPOSED, _DEFORMED, *_MATRIX)
+UNDEFORMED = ("linear", *_CONVOLUTIONS, *_TRANSPOSED, *_MATRIX)
+LAYERS = (*UNDEFORMED, _DEFORMED)
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """The parts of a layer that the algebra needs."""
 
     x: Value
@@ -60,7 +61,7 @@ class _Layer:
         return self.y.shape[self.axis]
 
 
-def _layer(node: Node) -> _Layer | None:
+def layer_of(node: Node) -> Layer | None:
     """The layer that a node is; None for a product of matrices in which no factor is a weight of fixed size."""
     y = node.outputs[0]
     if node.operator in _MATRIX:
@@ -69,9 +70,9 @@ def _layer(node: Node) -> _Layer | None:
     if node.operator == "linear":
         if len(w.shape) != 2:
             return None
-        return _Layer(x, y, w, b, len(x.shape) - 1, 1, False, True)
+        return Layer(x, y, w, b, len(x.shape) - 1, 1, False, True)
     if node.operator == _DEFORMED:  # samples zeros outside of the image
-        return _Layer(x, y, w, b, 1, x.shape[1] // w.shape[1], False, False)
+        return Layer(x, y, w, b, 1, x.shape[1] // w.shape[1], False, False)
     transposed = node.operator in _TRANSPOSED
     spatial = (_TRANSPOSED if transposed else _CONVOLUTIONS)[node.operator]
     pointwise = all(size == 1 for size in w.shape[2:])
@@ -82,10 +83,10 @@ def _layer(node: Node) -> _Layer | None:
         uniform = uniform and not _any(node.argument("stride", 1), besides=1)
     else:
         uniform = not padded
-    return _Layer(x, y, w, b, len(x.shape) - spatial - 1, node.argument("groups", 1), transposed, uniform)
+    return Layer(x, y, w, b, len(x.shape) - spatial - 1, node.argument("groups", 1), transposed, uniform)
 
 
-def _matrix_layer(node: Node, y: Value) -> _Layer | None:
+def _matrix_layer(node: Node, y: Value) -> Layer | None:
     if node.operator == "addmm":
         b, x, w = node.bound["self"], node.bound["mat1"], node.bound["mat2"]
         if node.argument("beta", 1) != 1 or b.shape not in ((y.shape[-1],), (1, y.shape[-1])):
@@ -95,15 +96,15 @@ def _matrix_layer(node: Node, y: Value) -> _Layer | None:
         b = None
     if not w.independent or x.independent or len(w.shape) != 2 or len(x.shape) < 2:
         return None
-    return _Layer(x, y, w, b, len(x.shape) - 1, 1, True, True, float(node.argument("alpha", 1)))
+    return Layer(x, y, w, b, len(x.shape) - 1, 1, True, True, float(node.argument("alpha", 1)))
 
 
 def _any(numbers: int | list[int], besides: int = 0) -> bool:
     return any(number != besides for number in ([numbers] if isinstance(numbers, int) else numbers))
 
 
-def _layer_or_none(node: Node) -> _Layer | None:
-    return None if node.operator in ("bmm", "mv") else _layer(node)
+def _layer_or_none(node: Node) -> Layer | None:
+    return None if node.operator in ("bmm", "mv") else layer_of(node)
 
 
 @rule(*LAYERS, "bmm", "mv")
@@ -140,7 +141,7 @@ def check(node: Node, trial: Trial) -> None:
             _pass_on(node, trial, layer, of_x)
 
 
-def _share(node: Node, trial: Trial, layer: _Layer) -> None:
+def _share(node: Node, trial: Trial, layer: Layer) -> None:
     """Other uses of the weight take the same units, so that they ask for the same edit of it."""
     for other in layer.w.consumers:
         there = _layer_or_none(other) if other is not node and other.operator == node.operator else None
@@ -152,7 +153,7 @@ def _share(node: Node, trial: Trial, layer: _Layer) -> None:
                 trial.share(node, layer.w, other, theirs, unit)
 
 
-def _pass_on(node: Node, trial: Trial, layer: _Layer, unit: Unit) -> None:
+def _pass_on(node: Node, trial: Trial, layer: Layer, unit: Unit) -> None:
     """A shift of the input without a bias to take it up: the output is shifted."""
     try:
         _, q = unit.inverted()
@@ -235,7 +236,7 @@ def _has_content(bias: Value, trial: Trial) -> bool:
     return bias.kind is not Kind.ABSENT or trial.is_edited(bias)
 
 
-def _along_out(layer: _Layer, vector: Tensor | None) -> Tensor | None:
+def _along_out(layer: Layer, vector: Tensor | None) -> Tensor | None:
     """A per-output-channel vector as a factor of the weight."""
     if vector is None:
         return None
@@ -245,7 +246,7 @@ def _along_out(layer: _Layer, vector: Tensor | None) -> Tensor | None:
     return _by_group(layer, vector, layer.channels_in).reshape(-1, layer.w.shape[1], *[1] * rest)
 
 
-def _along_in(layer: _Layer, vector: Tensor | None) -> Tensor | None:
+def _along_in(layer: Layer, vector: Tensor | None) -> Tensor | None:
     """A per-input-channel vector as a factor of the weight."""
     if vector is None:
         return None
@@ -255,7 +256,7 @@ def _along_in(layer: _Layer, vector: Tensor | None) -> Tensor | None:
     return _by_group(layer, vector, layer.channels_out).reshape(-1, layer.w.shape[1], *[1] * rest)
 
 
-def _by_group(layer: _Layer, vector: Tensor, rows: int) -> Tensor:
+def _by_group(layer: Layer, vector: Tensor, rows: int) -> Tensor:
     """(channels,) of the grouped side -> (rows or 1, channels/groups): each row has the channels of its group."""
     if layer.groups == 1:
         return vector.reshape(1, -1)
@@ -263,7 +264,7 @@ def _by_group(layer: _Layer, vector: Tensor, rows: int) -> Tensor:
     return parts.expand(-1, rows // layer.groups, -1).reshape(rows, -1)
 
 
-def _carried(layer: _Layer, weight: Tensor, q: Tensor) -> Tensor:
+def _carried(layer: Layer, weight: Tensor, q: Tensor) -> Tensor:
     """``w*q``: what a constant input ``q`` (in,) adds to every output (out,)."""
     taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight  # rows, columns
     groups = layer.groups

@@ -65,6 +65,13 @@ def offset(node: Node, trial: Trial) -> float:
 
 def _distance(node: Node, trial: Trial, point: Tensor) -> float:
     """The largest distance of a mean of the input, in its present units, from a point, in standard deviations."""
+    mean, sigma = _statistics(node, trial)
+    distance = (mean - point).abs() / sigma
+    return float(distance[sigma > 0].max()) if bool((sigma > 0).any()) else 0.0
+
+
+def _statistics(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the input, in its present units."""
     _, sigma, mean, _ = _parts(node, trial)
     x = node.bound["input"]
     scale, shift = (
@@ -72,8 +79,19 @@ def _distance(node: Node, trial: Trial, point: Tensor) -> float:
     )
     if scale is not None:
         mean, sigma = mean * scale, sigma * scale.abs()
-    distance = ((mean if shift is None else mean + shift) - point).abs() / sigma
-    return float(distance[sigma > 0].max()) if bool((sigma > 0).any()) else 0.0
+    return mean if shift is None else mean + shift, sigma
+
+
+def magnitudes(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
+    """Root mean square and standard deviation of the input, in its present units, which broadcast against it.
+
+    Both are 1 for a norm that is written as arithmetic.
+    """
+    if node.operator != "batch_norm":
+        return torch.ones((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    mean, sigma = _statistics(node, trial)
+    shape = [1, -1] + [1] * (len(node.outputs[0].shape) - 2)
+    return torch.hypot(mean, sigma).reshape(shape), sigma.reshape(shape)
 
 
 FARTHEST = {torch.float64: 1e6, torch.float32: 300.0, torch.float16: 30.0, torch.bfloat16: 30.0}

@@ -20,10 +20,15 @@ from bnfuse.units import Unit
 _Margins = dict[int, tuple[int, int]]
 
 
-@rule("pad", "constant_pad_nd", *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)))
+PADDINGS = (
+    "pad", "constant_pad_nd", *(f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)),
+)  # fmt: skip
+
+
+@rule(*PADDINGS)
 def pad(node: Node, trial: Trial) -> None:
     x, y = node.inputs[0], node.outputs[0]
-    margins = _margins(node)
+    margins = margins_of(node)
     constant = node.operator == "constant_pad_nd" or (
         node.operator == "pad" and node.argument("mode", "constant") == "constant"
     )
@@ -53,7 +58,7 @@ def _same_shift(a: Unit, b: Unit) -> bool:
     return Unit(None, a.shift, a.inverse and a.shift is not None).same_as(Unit(None, b.shift, b.inverse))
 
 
-def _margins(node: Node) -> _Margins:
+def margins_of(node: Node) -> _Margins:
     """How much each axis is padded before and after; less than 0 where it is cropped."""
     amounts = node.argument("pad", node.argument("padding"))
     rank = len(node.inputs[0].shape)
