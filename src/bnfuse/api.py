@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,9 +81,10 @@ def fuse(
     try:
         source = inner.eval() if inplace else _in_evaluation(inner)
         options = Options.of(keep, also, layers, handlers)
-        draft = Draft(source, example_inputs, options, contents=verify or budget is not None)
-        made = draft.plan() if budget is None else within_budget(draft, budget)
-        made, target = carry_out(made, source, draft, verify, inplace)
+        with _uncollected():
+            draft = Draft(source, example_inputs, options, contents=verify or budget is not None)
+            made = draft.plan() if budget is None else within_budget(draft, budget)
+            made, target = carry_out(made, source, draft, verify, inplace)
         report(made)
     except BaseException:
         for module, flag in flags:
@@ -146,8 +149,9 @@ def plan(
     """
     inner, _ = _unwrapped(model)
     options = Options.of(keep, also, layers, handlers)
-    draft = Draft(_in_evaluation(inner), example_inputs, options, contents=budget is not None)
-    made = draft.plan() if budget is None else within_budget(draft, budget)
+    with _uncollected():
+        draft = Draft(_in_evaluation(inner), example_inputs, options, contents=budget is not None)
+        made = draft.plan() if budget is None else within_budget(draft, budget)
     report(made)
     return replace(made, witness=draft.witness(made))
 
@@ -172,6 +176,18 @@ def apply_plan(plan: Plan, model: nn.Module, inplace: bool = False) -> nn.Module
     target = inner if inplace else fused_copy(plan, inner)
     target.eval()
     return model if inplace else wrap(target)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """The garbage collector off: it would look again and again through a graph of objects that are all in use."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _in_evaluation(model: nn.Module) -> nn.Module:

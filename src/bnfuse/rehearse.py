@@ -218,13 +218,15 @@ def _agree(
 def larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """The inputs with other values, and larger: first in all axes, then in one at a time, by one and by a round number.
 
-    Every tensor that has the axis grows. The batch grows by one only.
+    Every tensor that has the axis grows, by two also, so that what is odd or even stays so. The batch grows by one
+    only.
     """
     rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
     trailing = set(range(2, rank))
     # The first axis need not be the batch, so the others also grow alone.
     both = {0, *trailing}
-    together = [(both, "one"), (both, "round"), (trailing, "one"), (trailing, "double")] if trailing else []
+    together = [(both, "one"), (both, "round"), (both, "two"), (trailing, "one"), (trailing, "double")]
+    together = together if trailing else []
     choices = [*together, ({0}, "one")]
     choices += [({axis}, step) for axis in range(1, rank) for step in ("one", "round")]
     for axes, step in choices:
@@ -234,7 +236,7 @@ def larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tupl
                 if axis < tensor.dim():
                     size = tensor.shape[axis]
                     round_size = _ALIGNMENT if size % _ALIGNMENT == 0 and step == "round" else size
-                    more = 1 if axis == 0 or step == "one" else min(round_size, size)
+                    more = 1 if axis == 0 or step == "one" else min(2 if step == "two" else round_size, size)
                     tensor = torch.cat([tensor, tensor.narrow(axis, 0, more)], axis)
             if tensor.is_floating_point() and tensor.dim():
                 tensor = (0.75 if step == "one" else -0.75) * tensor.roll(1, min(1, tensor.dim() - 1))

@@ -44,8 +44,8 @@ _BESIDE = "beside"
 _LARGEST_SHIFT = {torch.float64: 1e7, torch.float32: 1e4, torch.float16: 100.0, torch.bfloat16: 100.0}
 """The largest shift, in the units that values had at first, of a tensor that something else still reads."""
 
-_NEARBY = 24
-"""Operators that the first round of attempts looks at."""
+_NEARBY = (6, 24)
+"""Operators that the first rounds of attempts look at."""
 
 
 class _TooFarError(Exception):
@@ -535,7 +535,7 @@ def _attempt(network: Network, norm: Norm) -> Decision:
     """Try every way; what can be settled nearby comes first, since it touches nothing else."""
     reasons: dict[str, Reason] = {}
     open_ways = list(_ways(network, norm))
-    for limit in (_NEARBY, None):
+    for limit in (*_NEARBY, None):
         for way in list(open_ways):
             direction, run = way
             trial = Trial(network, [node for site in norm.sites for node in site.nodes], limit)
