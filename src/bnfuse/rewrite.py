@@ -39,7 +39,7 @@ def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
             if type(old) is nn.Parameter and id(old) not in shared:
                 new = torch.empty_like(old)
                 for write in _writes(old, new, edit):
-                    write.target.copy_(write.values())
+                    write.make(write.target)
                 new_weights[edit] = stand_ins[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
         for replacement in plan.replacements:
             if not replacement.keep:
@@ -101,7 +101,7 @@ def rewrite(plan: Plan, model: nn.Module, undoable: bool = True) -> Callable[[],
                 for edit, tensor in weights:
                     undo.append(_restorer_of(tensor))
                     for write in _writes(tensor, tensor, edit):
-                        write.target.copy_(write.values())
+                        write.make(write.target)
             else:
                 for edit, tensor in weights:
                     _check_range(tensor, edit)
@@ -145,17 +145,17 @@ class _Write:
     target: Tensor
     unit: Unit
 
-    def values(self) -> Tensor:
-        """In the dtype of the weight; raises FusionError if they leave its range."""
-        dtype = self.target.dtype
-        values = _edited(self.source.to("cpu", torch.float64, copy=True), self.unit).to(dtype)
-        total = values.sum(dtype=torch.float32 if dtype.itemsize < 4 else dtype)
-        if not math.isfinite(total) and not bool((torch.isfinite(values) | ~torch.isfinite(self.source.cpu())).all()):
+    def make(self, out: Tensor) -> Tensor:
+        """Put them into ``out``, which may be the target; raises FusionError if they leave the range of its dtype."""
+        values = _edited(self.source.to("cpu", torch.float64, copy=True), self.unit)
+        out.copy_(values)
+        total = out.sum(dtype=torch.float32 if out.dtype.itemsize < 4 else out.dtype)
+        if not math.isfinite(total) and bool((torch.isfinite(values) & ~torch.isfinite(out.cpu())).any()):
             raise FusionError(
-                f"{self.name} would leave the range of {dtype}. Convert the model to float32 first "
+                f"{self.name} would leave the range of {out.dtype}. Convert the model to float32 first "
                 f"(model.float()), or keep the norm that it takes up (keep=...)."
             )
-        return values
+        return out
 
 
 def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
@@ -207,7 +207,7 @@ def _check_range(tensor: Tensor, edit: Edit) -> None:
     largest = float(tensor.abs().amax()) if tensor.numel() else 0.0
     if not largest * max(scale, 1.0) + shift + added < torch.finfo(tensor.dtype).max:
         for write in _writes(tensor, tensor, edit):
-            write.values()
+            write.make(torch.empty_like(write.target))
 
 
 def _carry_through(writes: list[_Write], undo: list[Callable[[], None]]) -> None:
@@ -219,7 +219,7 @@ def _carry_through(writes: list[_Write], undo: list[Callable[[], None]]) -> None
         try:
             undo.clear()  # from here on there is no way back
             if made is None or made[0] != place:
-                made = (place, writes[place].values())
+                made = (place, writes[place].make(torch.empty_like(writes[place].target)))
             writes[place].target.copy_(made[1])
             place += 1
         except KeyboardInterrupt as raised:
