@@ -39,7 +39,7 @@ class KeptReason:
     """Why a norm stays, without names: two norms that stay for the same reason have equal ones.
 
     Attributes:
-        direction: "backward" or "forward", None if no way was tried.
+        direction: "backward", "forward" or "beside", None if no way was tried.
         operator: the operator that refused, None if it was none.
         text: the reason, ``…`` standing for names of modules and for numbers.
     """

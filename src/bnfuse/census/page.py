@@ -44,8 +44,11 @@ RIVAL = "torch.fx"
 RIVAL_EXACT = 1e-6
 """Relative error up to which a rival's outputs count as right, in float64."""
 
-_PAIRS = 40
+_CASES = 40
 _EXAMPLES = 3
+
+_WAYS = ("backward", "forward", "beside")
+"""A norm that was not tried has one reason, which stands in the first column."""
 
 
 @dataclass(frozen=True)
@@ -299,31 +302,28 @@ def _kept(zoos: Sequence[Zoo], known: list[Message]) -> str:
     every = [(zoo, row, kept) for zoo in zoos for row in zoo.fused for kept in row.kept]
     if not every:
         return ""
-    pairs: dict[tuple[str, ...], list[tuple[Zoo, Row, Kept]]] = {}
+    cases: dict[tuple[str, ...], list[tuple[Zoo, Row, Kept]]] = {}
     single: dict[str, list[tuple[Zoo, Row, Kept]]] = {}
     operators: dict[str, Counter[str]] = {}
     for zoo, row, kept in every:
         whys = [_why(reason, known) for reason in kept.reasons]
-        backward = [str(why) for why in whys if why.direction == "backward"]
-        forward = [str(why) for why in whys if why.direction == "forward"]
-        neither = [str(why) for why in whys if why.direction is None]
-        pairs.setdefault((*(neither or [*backward, *forward]),), []).append((zoo, row, kept))
+        by_way = {why.direction or _WAYS[0]: str(why) for why in whys}
+        cases.setdefault(tuple(by_way.get(way, "") for way in _WAYS), []).append((zoo, row, kept))
         for why in whys:
             single.setdefault(why.text, []).append((zoo, row, kept))
             operators.setdefault(why.text, Counter())[why.operator or ""] += kept.count
     order: Callable[[Any], Any] = lambda item: (-sum(kept.count for _, _, kept in item[1]), item[0])  # noqa: E731
-    common = sorted(pairs.items(), key=order)
+    common = sorted(cases.items(), key=order)
     total = sum(kept.count for _, _, kept in every)
-    shown = common[:_PAIRS]
-    rest = sum(kept.count for _, found in common[_PAIRS:] for _, _, kept in found)
+    shown = common[:_CASES]
+    rest = sum(kept.count for _, found in common[_CASES:] for _, _, kept in found)
     overview = _table(
-        ["norms", "models", "backward", "forward", "such as"],
+        ["norms", "models", *_WAYS, "such as"],
         [
             [
                 sum(kept.count for _, _, kept in found),
                 len({(zoo.name, row.model) for zoo, row, _ in found}),
-                reasons[0],
-                reasons[1] if len(reasons) > 1 else "",
+                *reasons,
                 _example(found),
             ]
             for reasons, found in shown
@@ -332,19 +332,20 @@ def _kept(zoos: Sequence[Zoo], known: list[Message]) -> str:
     explained = "\n\n".join(
         _explanation(text, found, operators[text], known) for text, found in sorted(single.items(), key=order)
     )
-    more = f" The {len(common) - _PAIRS} rarer pairs make up the remaining {_count(rest)}." if rest else ""
+    more = f" The {len(common) - _CASES} rarer cases make up the remaining {_count(rest)}." if rest else ""
     return f"""## Norms that stay, and why
 
-{_count(total)} norms ran and stayed. Each was tried both ways: *backward*, where the tensor before the norm takes the
-norm's units, and *forward*, where the tensor after it takes the inverse units ([how it works](how-it-works.md#units)).
-Each way ended at an operator that refused; the table shows where.{more}
+{_count(total)} norms ran and stayed. Each was tried *backward*, where the tensor before the norm takes the norm's
+units, *forward*, where the tensor after it takes the inverse units ([how it works](how-it-works.md#units)), and,
+where a layer reads what the norm reads and is added to what it gives, *beside*. Each way ended at an operator that
+refused; the table shows where.{more}
 
 {overview}
 
 ### Each reason
 
 With `y = a*x + c` for the norm, and units `s*v + t` of a tensor `v`; the sentences are those of
-[Reading a reason](how-it-works.md#reading-a-reason). A norm counts for each of its two reasons.
+[Reading a reason](how-it-works.md#reading-a-reason). A norm counts for each of its reasons.
 
 {explained}"""
 
