@@ -389,7 +389,7 @@ def test_a_page(tmp_path: Path) -> None:
     assert "5 names; 3 of the 5 batch norms that ran are gone\n(60.0%); bnfuse failed on 1." in text
     assert "| own | 5 | 2 | 0 | 1 | 1 | 0 | 0 | 0 | 1 |" in text
     assert "| own | 2 | 5 | 3 | 4 | 1 | 0 | 1 |" in text  # torch.fx: one wrong, one with a norm more
-    assert "| 2 | 1 | `relu`: it passes no negative scale |  | `own:a`, `n` |" in text
+    assert "| 2 | 1 | `relu`: it passes no negative scale |  |  | `own:a`, `n` |" in text
     assert "`relu(-x)` is not `-relu(x)`" in text
     assert "| `c` | crashed | fuse | it took \\| more than 3 s |" in text
     assert "1 models: `d`." in text
