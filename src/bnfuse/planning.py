@@ -72,12 +72,7 @@ class _Solution:
     out_of_place: tuple[nn.Module, ...]
 
 
-_OTHERWISE = Reason("without it the model would give something else for other inputs, which its code treats apart")
-_NOT_TOLD_APART = Reason(
-    "without it and others the model would give something else for other inputs, and it was not tried which of them "
-    "could still go"
-)
-_NOT_TOGETHER = Reason("it could go alone, but with others the model would give something else for other inputs")
+_TRIAL = Reason("others are tried")  # in no plan that is handed out
 _MANY_GROUPS = 4
 """So many groups of norms that all fail say that it is not one norm or another."""
 
@@ -134,7 +129,8 @@ class Draft:
             solution = self._solved({**kept, **bad})
             if self._holds(solution):
                 return solution.plan
-        return self._solved({**kept, **{norm: bad.get(norm, _NOT_TOGETHER) for norm in fused}}).plan
+        together = Reason("it could go alone, but with others the model would give something else for other inputs")
+        return self._solved({**kept, **{norm: bad.get(norm, together) for norm in fused}}).plan
 
     def _refused(self, norms: list[Norm], kept: Mapping[Norm, Reason]) -> dict[Norm, Reason]:
         """Those of the norms that cannot go where the model is given other inputs, or not surely.
@@ -158,11 +154,16 @@ class Draft:
                 failing += [second] if holds else [first]
                 if not holds and not self._hold_alone(second, norms, kept):
                     failing.append(second)
-        return {norm: _OTHERWISE if len(group) == 1 else _NOT_TOLD_APART for group in found for norm in group}
+        alone = Reason("without it the model would give something else for other inputs, which its code treats apart")
+        among_others = Reason(
+            "without it and others the model would give something else for other inputs, and it was not tried which of "
+            "them could still go"
+        )
+        return {norm: alone if len(group) == 1 else among_others for group in found for norm in group}
 
     def _hold_alone(self, group: list[Norm], norms: list[Norm], kept: Mapping[Norm, Reason]) -> bool:
         """True if these of the norms can go while the others stay."""
-        staying = {norm: _OTHERWISE for norm in norms if norm not in group}
+        staying = dict.fromkeys((norm for norm in norms if norm not in group), _TRIAL)
         return self._holds(self._solved({**kept, **staying}))
 
     def _holds(self, solution: _Solution) -> bool:
