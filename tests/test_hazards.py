@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnfuse
+from bnfuse.rehearse import Rehearsal
 
 IMAGE = (2, 3, 8, 8)
 
@@ -581,3 +582,62 @@ def test_an_edit_of_entries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         fused = bnfuse.fuse(net, x, **options)
         assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
         torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)
+
+
+class Rows(nn.Module):
+    """Norms in a row, and then the rows of the batch in the order of their first number; it counts its calls."""
+
+    def __init__(self, count: int, bad: int = -1, period: int = 0) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(count))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(count))
+        self.bad, self.period, self.calls = bad, period, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for number, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            y = layer(x)
+            # What is multiplied by one in the first call stands there as if it were not multiplied.
+            if number == self.bad or (self.period and number % self.period == 0):
+                y = y * self.calls
+            x = 0.1 * torch.tanh(norm(y)) + x
+        return x[x[:, 0].argsort()]
+
+
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    found: list[bool] = []
+    holds = Rehearsal.holds
+
+    def counted(self: Rehearsal, plan: bnfuse.Plan) -> bool:
+        found.append(holds(self, plan))
+        return found[-1]
+
+    monkeypatch.setattr(Rehearsal, "holds", counted)
+    return found
+
+
+def test_near_ties_of_a_model_that_keeps_something_are_no_reason_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trials(monkeypatch)
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    model = prepared(Rows(8)).float()
+    x = torch.cat([x, x + 1e-7 * x.roll(1, 0), x - 1e-7 * x.roll(1, 0)])
+    assert len(bnfuse.plan(model, x).fused) == 8
+    assert found == [True]
+    assert isinstance(bnfuse.fuse(model, x).get_submodule("norms.0"), nn.Identity)
+
+
+@pytest.mark.parametrize("bad", [0, 5, 15])
+def test_the_one_norm_that_cannot_go_is_found_by_halving(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
+    found = trials(monkeypatch)
+    plan = bnfuse.plan(prepared(Rows(16, bad)), torch.randn(6, 8, dtype=torch.float64))
+    assert [decision.norm for decision in plan.decisions if not decision.fused] == [f"norms.{bad}"]
+    assert "treats apart" in reason(plan, f"norms.{bad}")
+    assert len(found) <= 10
+
+
+def test_few_trials_are_made_where_all_norms_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trials(monkeypatch)
+    plan = bnfuse.plan(prepared(Rows(32, period=1)), torch.randn(6, 8, dtype=torch.float64))
+    assert not plan.fused
+    assert "not tried which" in reason(plan, "norms.3")
+    assert len(found) <= 8

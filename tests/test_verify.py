@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from bnfuse.decisions import Decisions
 from bnfuse.errors import BnFuseError, InputError
 from bnfuse.judge import Verdict, judge
+from bnfuse.tree import map_tensors
 from bnfuse.verify import TOLERANCE, Comparison, compare, compare_outputs, run
 
 inf, nan = math.inf, math.nan
@@ -589,18 +591,7 @@ def test_a_parameter_too_many_is_rejected() -> None:
 
 
 def test_a_loss_of_precision_is_rejected() -> None:
-    def far_away(model: nn.Module) -> nn.Module:
-        """Adds a large number behind the first layer and takes it off again in the second: exact, and bad."""
-        fuse_in_place(model)
-        first, second = model.get_submodule("layers.0"), model.get_submodule("layers.1")
-        with torch.no_grad():
-            weight = second.get_parameter("weight").double()
-            bias = second.get_parameter("bias").double() - 1e4 * weight.sum(dim=1)
-            second.get_parameter("bias").copy_(bias)
-            first.get_parameter("bias").copy_(first.get_parameter("bias").double() + 1e4)
-        return model
-
-    found = verdict(Network(2, lambda x: x), far_away(Network(2, lambda x: x)), far_away)
+    found = verdict(Network(2, lambda x: x), moved_away(Network(2, lambda x: x)), moved_away)
     assert found.in_float64 is not None
     assert found.in_float64.within_tolerance()
     assert not found.equal
@@ -687,6 +678,125 @@ def test_decisions_that_flip_are_rounding() -> None:
 
     found = verdict(network, wrong(copy.deepcopy(network)), wrong, x)
     assert not found.equal
+
+
+class Ranked(Network):
+    """Like a detector: the rows in the order of their first number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y[y[:, 0].argsort()]
+
+
+def rows_that_tie(seed: int = 0) -> Tensor:
+    """Pairs of rows so near each other that float32 does not tell which comes first."""
+    generator = torch.Generator().manual_seed(seed)
+    x, other = torch.randn(2, 40, 16, generator=generator)
+    return torch.cat([x, x + 1e-9 * other, x + 1e-7 * other])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_nearly_tie_may_change_places(seed: int) -> None:
+    network = Ranked(3, torch.relu)
+    x = rows_that_tie(seed)
+    found = verdict(network, fuse_in_place(copy.deepcopy(network)), x=x)
+    assert found.equal, found.message
+
+
+def moved_away(model: nn.Module) -> nn.Module:
+    """Adds a large number behind the first layer and takes it off again in the second: exact, and bad."""
+    fuse_in_place(model)
+    first, second = model.get_submodule("layers.0"), model.get_submodule("layers.1")
+    with torch.no_grad():
+        weight = second.get_parameter("weight").double()
+        bias = second.get_parameter("bias").double() - 1e4 * weight.sum(dim=1)
+        second.get_parameter("bias").copy_(bias)
+        first.get_parameter("bias").copy_(first.get_parameter("bias").double() + 1e4)
+    return model
+
+
+@pytest.mark.parametrize("kind", [Network, Ranked])
+def test_a_loss_of_precision_is_rejected_whatever_is_decided_from_it(kind: type[Network]) -> None:
+    network = kind(2, lambda x: x)
+    found = verdict(network, moved_away(copy.deepcopy(network)), moved_away, rows_that_tie())
+    assert not found.equal
+    for part in ("right in float64 but loses precision in float32", "10 times", "got:", "model.float()"):
+        assert part in found.message
+
+
+def test_a_mistake_is_rejected_whatever_is_decided_from_it() -> None:
+    def wrong(model: nn.Module) -> nn.Module:
+        return fuse_in_place(model, bias_of_one_channel(1e-6))
+
+    network = Ranked(3, torch.relu)
+    found = verdict(network, wrong(copy.deepcopy(network)), wrong, rows_that_tie())
+    assert not found.equal
+    assert "does not compute" in found.message
+
+
+class Numbered(Network):
+    """The numbers of the rows in the order of their first number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = super().forward(x)[:, 0].argsort()
+        return torch.arange(len(x)).to(x)[order]
+
+
+def test_rows_that_tie_even_in_float64_are_compared_on_one_path() -> None:
+    x, other = torch.randn(2, 60, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = torch.cat([x, x + 1e-16 * other, x - 3e-16 * other])
+    network = Numbered(3, torch.relu).double()
+    found = verdict(network, fuse_in_place(copy.deepcopy(network)), x=x)
+    assert not found.comparison.within_tolerance()
+    assert found.equal, found.message
+
+    def wrong(model: nn.Module) -> nn.Module:
+        return fuse_in_place(model, bias_of_one_channel(1e-7))
+
+    found = verdict(network, wrong(copy.deepcopy(network)), wrong, x)
+    assert not found.equal
+
+
+def decisions(values: Tensor) -> tuple[Any, ...]:
+    first = values.clone().floor_()
+    place = values.argmax()
+    best = values.topk(2)
+    return first, place, best.values, best.indices, values[values > 1], float(values.sum() > 3), values.max().item()
+
+
+def test_a_run_takes_the_decisions_of_another() -> None:
+    there, here = torch.tensor([1.0, 0.999999, 2.0, 1.999999]), torch.tensor([0.999999, 1.000001, 1.999999, 2.0])
+    with torch.inference_mode():
+        with Decisions() as path:
+            expected = decisions(there.double())
+        with Decisions(path) as followed:
+            found = decisions(here)
+        with Decisions(path) as same:
+            decisions(there)
+    assert followed.followed_to_the_end
+    assert followed.changed
+    assert same.followed_to_the_end
+    comparison = compare_outputs(map_tensors(expected, torch.Tensor.double), map_tensors(found, torch.Tensor.double))
+    assert comparison.outputs
+    assert all(not output.problem and output.max_abs < 1e-5 for output in comparison.outputs), comparison
+    assert found[-2:] == expected[-2:]
+    given = [tensor for tensors in followed.given for tensor in tensors]
+    assert any(torch.equal(tensor, here) for tensor in given)
+
+
+def test_a_run_that_decides_other_things_is_lost() -> None:
+    x = torch.randn(4)
+    with torch.inference_mode():
+        with Decisions() as path:
+            x.argmax()
+            x.argmin()
+        with Decisions(path) as other:
+            x.argmax()
+            x.sort()
+        with Decisions(path) as shorter:
+            x.argmax()
+    assert not other.followed_to_the_end
+    assert not shorter.followed_to_the_end
 
 
 class Cancelling(Network):

@@ -10,6 +10,15 @@
      far as the original does in its own precision.
 
    A model that casts to float32 by itself is run with those casts widened to float64 (`InFloat64`).
+
+   A model that decides (which box is best, which class wins) is not continuous: where two scores nearly tie, the
+   last bit says which comes first, and whole rows of the output change places.  No limit on errors fits that, and
+   the original need not flip the same tie.  So where the outputs differ by more, algebra and precision are asked
+   again *on one path*: the original is run in float64 and its decisions are written down, and the fused model and
+   the original in its own precision follow them (`bnfuse.decisions`).  On that path the model is continuous; the
+   limits are the same and hold for the outputs and for every number that a decision was taken from, and no flip is
+   allowed.  If all of these are as near to float64 as the original's, up to `PRECISION_FACTOR`, then the fused
+   model decides otherwise only where a rounding of this size does; a loss of precision or a mistake shows in them.
 3. Where float64 cannot be had, the difference is held against what rounding alone does to the original: its
    parameters are moved by one unit in the last place, a few times, at random.  Rounding a folded parameter
    is a perturbation of the same kind and size, so a correct fusion stays within `NOISE_FACTOR` of it
@@ -18,14 +27,16 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnfuse.decisions import Decisions
 from bnfuse.tree import map_tensors, tensors
 from bnfuse.verify import (
     TOLERANCE,
@@ -102,6 +113,27 @@ def judge(
     Raises:
         Exception: what ``fuse_in_float64`` raises; a model that fails in float64 is judged without.
     """
+    return judge_by(Reference(original, args, kwargs, seed), comparison, fused, fuse_in_float64)
+
+
+def judge_by(
+    reference: "Reference",
+    comparison: Comparison,
+    fused: nn.Module,
+    fuse_in_float64: Callable[[nn.Module], nn.Module],
+    algebra_only: bool = False,
+) -> Verdict:
+    """The same against what is known of the original.
+
+    Args:
+        reference: the original and the call.
+        comparison, fused, fuse_in_float64: as for `judge`.
+        algebra_only: leave out whether the fused model is as precise as the original.
+
+    Raises:
+        Exception: as `judge`.
+    """
+    original = reference.original
     if comparison.within_tolerance():
         return Verdict(True, name_of(_precision(original)), "The outputs agree.", comparison)
     if not comparison.outputs:
@@ -112,62 +144,186 @@ def judge(
         return Verdict(False, name_of(_precision(original)), text, comparison)
     if any(o.problem.startswith("dtype") for o in comparison.outputs):  # float64 would hide it
         return _failed(comparison, None, name_of(_precision(original)), comparison, "the same dtype")
-    return _Judge(comparison, original, fused, (tuple(args), dict(kwargs)), seed).decide(fuse_in_float64)
+    return _Judge(comparison, reference, fused, algebra_only).decide(fuse_in_float64)
+
+
+class Reference:
+    """What is known of an original on one call: each is found out once, when it is asked for, and kept.
+
+    Attributes:
+        original: the model, which is not changed.
+        inputs: (args, kwargs) of the call.
+        seed: of the random generators during the call.
+        in_float64: the mode under which a float64 model runs in float64 throughout.
+    """
+
+    def __init__(self, original: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], seed: int = 0) -> None:
+        self.original, self.inputs, self.seed = original, (tuple(args), dict(kwargs)), seed
+        self.precision = _precision(original)
+        self.in_float64 = InFloat64()
+        self._path: _Path | None = None
+
+    def run(self, model: nn.Module, decisions: Decisions | None = None) -> Any:
+        """What a model gives on the call, while its decisions are watched or replaced."""
+        args, kwargs = self.inputs
+        return run_under(model, args, kwargs, self.seed, decisions or nullcontext())
+
+    def run_in_float64(self, model: nn.Module, decisions: Decisions | None = None) -> Any:
+        """The same of a float64 model, on the inputs in float64."""
+        args, kwargs = map_tensors(self.inputs, _to_float64)
+        self.in_float64.lifted = []
+        return run_under(model, args, kwargs, self.seed, _both(self.in_float64, decisions))
+
+    @cached_property
+    def output(self) -> Any:
+        """What the original gives in its own precision."""
+        return self.run(self.original)
+
+    @cached_property
+    def exact(self) -> tuple[Any, list[float], str]:
+        """What the original gives in float64, what its code lifted; or why it does not run there."""
+        try:
+            output = self.run_in_float64(double(self.original))
+        except Exception as error:  # noqa: BLE001 - foreign code, most often a dtype that it insists on
+            return None, [], first_line(error)
+        return output, self.in_float64.lifted, ""
+
+    @cached_property
+    def exact_noise(self) -> list[Comparison]:
+        """What rounding does to the original in float64."""
+        return _noise(double(self.original), self.exact[0], self.run_in_float64)
+
+    @cached_property
+    def own_error(self) -> Comparison:
+        """How far the original in its own precision strays from float64."""
+        return _compare_values(self.exact[0], self.output)
+
+    @cached_property
+    def own_noise(self) -> list[Comparison]:
+        """How far it strays if its parameters are rounded otherwise."""
+        return _noise(copy_model(self.original), self.exact[0], self.run)
+
+    @cached_property
+    def noise(self) -> list[Comparison]:
+        """What rounding does to the original in its own precision, without float64."""
+        return _noise(copy_model(self.original), self.output, self.run)
+
+    @property
+    def path(self) -> "_Path":
+        """The way that the original takes in float64."""
+        if self._path is None:
+            decisions = Decisions()
+            output = self.run_in_float64(double(self.original), decisions)
+            self._path = _Path(decisions, output)
+        return self._path
+
+    def follow(self, run: Callable[[nn.Module, Decisions], Any], model: nn.Module) -> Comparison | None:
+        """Compare a model with the original in float64 on the way that this takes; None if it cannot go there.
+
+        Compared are the outputs, and whatever decisions are taken from.
+        """
+        decisions = Decisions(self.path.decisions)
+        try:
+            output = run(model, decisions)
+        except Exception as error:  # noqa: BLE001 - foreign code, to which another's decisions may make no sense
+            _log.debug("a model does not follow the decisions of the original: %s", first_line(error))
+            return None
+        if not decisions.followed_to_the_end:
+            return None
+        return _compare_values((self.path.output, self.path.decisions.given), (output, decisions.given))
+
+    @cached_property
+    def own_error_on_path(self) -> Comparison | None:
+        """How far the original in its own precision strays from float64 when it takes the same way."""
+        return self.follow(self.run, self.original)
+
+    @cached_property
+    def own_noise_on_path(self) -> list[Comparison]:
+        """How far it strays there if its parameters are rounded otherwise."""
+        return self._noise_on_path(self.run, copy_model(self.original))
+
+    @cached_property
+    def exact_noise_on_path(self) -> list[Comparison]:
+        """What rounding does to the original in float64 on its own way."""
+        return self._noise_on_path(self.run_in_float64, double(self.original))
+
+    def _noise_on_path(self, run: Callable[[nn.Module, Decisions], Any], model: nn.Module) -> list[Comparison]:
+        def run_on_path(model: nn.Module) -> Any:
+            decisions = Decisions(self.path.decisions)
+            return run(model, decisions), decisions.given
+
+        return _noise(model, (self.path.output, self.path.decisions.given), run_on_path)
+
+
+@dataclass(frozen=True)
+class _Path:
+    """The decisions of a run, and its output."""
+
+    decisions: Decisions
+    output: Any
+
+
+@contextmanager
+def _both(first: AbstractContextManager[object], second: AbstractContextManager[object] | None) -> Iterator[None]:
+    with first, second or nullcontext():
+        yield
 
 
 class _Judge:
     """The closer look of `judge`."""
 
-    def __init__(self, comparison: Comparison, original: nn.Module, fused: nn.Module, inputs: Any, seed: int) -> None:
-        self.comparison, self.original, self.fused = comparison, original, fused
-        self.inputs, self.seed = inputs, seed
-        self.precision = _precision(original)
-        self.wide = InFloat64()
-
-    def run(self, model: nn.Module) -> Any:
-        args, kwargs = self.inputs
-        return run_under(model, args, kwargs, self.seed, nullcontext())
-
-    def run_in_float64(self, model: nn.Module) -> Any:
-        args, kwargs = map_tensors(self.inputs, _to_float64)
-        self.wide.lifted = []
-        return run_under(model, args, kwargs, self.seed, self.wide)
+    def __init__(self, comparison: Comparison, reference: Reference, fused: nn.Module, algebra_only: bool) -> None:
+        self.comparison, self.reference, self.fused = comparison, reference, fused
+        self.precision = reference.precision
+        self.algebra_only = algebra_only
 
     def decide(self, fuse_in_float64: Callable[[nn.Module], nn.Module]) -> Verdict:
-        try:
-            model = double(self.original)
-            expected = self.run_in_float64(model)
-            lifted = self.wide.lifted
-        except Exception as error:  # noqa: BLE001 - foreign code, most often a dtype that it insists on
-            return self.by_sensitivity(first_line(error), "")
-        model = fuse_in_float64(model)
+        reference = self.reference
+        expected, lifted, failure = reference.exact
+        if failure:
+            return self.by_sensitivity(failure, "")
+        model = fuse_in_float64(double(reference.original))
         rounding = _wrongly_rounded(self.fused, model)
         try:
-            got = self.run_in_float64(model)
-        except Exception as error:  # noqa: BLE001 - as above
+            got = reference.run_in_float64(model)
+        except Exception as error:  # noqa: BLE001 - foreign code, as above
             return self.by_sensitivity(first_line(error), rounding)
-        del model
         in_float64 = compare_outputs(expected, got)
         del got
         if not in_float64.within_tolerance():
-            if self.wide.narrowed or self.wide.lifted != lifted:  # a constant is lifted with the same values
+            if reference.in_float64.narrowed or reference.in_float64.lifted != lifted:  # constants stay the same
                 return self.by_sensitivity("the model computes in a lower precision by itself", rounding)
-            noise = _noise(double(self.original), expected, self.run_in_float64)
-            if not _explained(in_float64, noise, NOISE_FACTOR, 0.0, TOLERANCE[torch.float64]):
-                limit = f"a relative error of at most {TOLERANCE[torch.float64]:g}, computed in float64"
+            exact = TOLERANCE[torch.float64]
+            if not self.agrees_on_one_path(model, in_float64):
+                limit = f"a relative error of at most {exact:g}, computed in float64"
                 return _failed(self.comparison, in_float64, "float64", in_float64, limit)
+        del model
         if rounding:
             return _failed_rounding(rounding, self.comparison, in_float64)
-        return self.of_precision(expected, in_float64)
+        if self.algebra_only:
+            return Verdict(True, "float64", "The outputs agree in float64.", self.comparison, in_float64)
+        return self.of_precision(in_float64)
 
-    def of_precision(self, expected: object, in_float64: Comparison) -> Verdict:
+    def agrees_on_one_path(self, model: nn.Module, in_float64: Comparison) -> bool:
+        """Whether two float64 models agree where both decide alike, or as far as rounding lets them."""
+        reference, limits = self.reference, (NOISE_FACTOR, 0.0, TOLERANCE[torch.float64])
+        followed = reference.follow(reference.run_in_float64, model) if reference.path.decisions.found else None
+        if followed is None:
+            return _explained(in_float64, reference.exact_noise, *limits)
+        return followed.within_tolerance() or _explained(followed, reference.exact_noise_on_path, *limits)
+
+    def of_precision(self, in_float64: Comparison) -> Verdict:
         """The algebra holds; is the fused model also as precise as the original?"""
+        reference, low = self.reference, name_of(self.precision)
         limits = (PRECISION_FACTOR, _FLIPS_WHEN_PROVEN, tolerance_of(self.precision))
-        fused = _compare_values(expected, self.run(self.fused))
-        own = [_compare_values(expected, self.run(self.original))]
-        if not _explained(fused, own, *limits):  # one run may be right by luck
-            own += _noise(copy_model(self.original), expected, self.run)
-        low = name_of(self.precision)
+        fused = _compare_values(reference.exact[0], reference.run(self.fused))
+        if _explained(fused, [reference.own_error], *limits):
+            text = f"The outputs agree in float64; in {low} they differ by rounding."
+            return Verdict(True, "float64", text, self.comparison, in_float64)
+        if self.as_precise_on_one_path():
+            text = f"The outputs agree in float64; in {low} they differ by near ties that rounding decides."
+            return Verdict(True, "float64", text, self.comparison, in_float64)
+        own = [reference.own_error, *reference.own_noise]  # one run may be right by luck
         if _explained(fused, own, *limits):
             text = f"The outputs agree in float64; in {low} they differ by rounding."
             return Verdict(True, "float64", text, self.comparison, in_float64)
@@ -177,15 +333,28 @@ class _Judge:
         cause = f"The fused model is right in float64 but loses precision in {low}."
         return _failed(self.comparison, in_float64, "float64", fused, limit, cause, _WIDEN)
 
+    def as_precise_on_one_path(self) -> bool:
+        """Whether the fused model is as precise as the original when both decide as the original does in float64.
+
+        A model without decisions has but one path, on which the answer is known already.
+        """
+        reference = self.reference
+        if not reference.path.decisions.found:
+            return False
+        fused, own = reference.follow(reference.run, self.fused), reference.own_error_on_path
+        if fused is None or own is None:
+            return False
+        limits = (PRECISION_FACTOR, 0.0, tolerance_of(self.precision))
+        return _explained(fused, [own], *limits) or _explained(fused, [own, *reference.own_noise_on_path], *limits)
+
     def by_sensitivity(self, reason: str, rounding: str) -> Verdict:
         """Without float64: does the difference exceed what rounding does to the original?"""
         _log.debug("float64 cannot decide (%s); judging by the model's sensitivity to rounding", reason)
         if rounding:
             return _failed_rounding(rounding, self.comparison, None)
         judged_in = f"{name_of(self.precision)}, against the model's own sensitivity to rounding"
-        noise = _noise(copy_model(self.original), self.run(self.original), self.run)
         floor = tolerance_of(self.precision)
-        if _explained(self.comparison, noise, NOISE_FACTOR, _FLIPS_WHEN_ESTIMATED, floor):
+        if _explained(self.comparison, self.reference.noise, NOISE_FACTOR, _FLIPS_WHEN_ESTIMATED, floor):
             text = f"The outputs differ by rounding, judged in {judged_in}, as float64 cannot decide: {reason}."
             return Verdict(True, judged_in, text, self.comparison)
         limit = f"at most {NOISE_FACTOR:g} times the original's sensitivity to rounding (no float64: {reason})"

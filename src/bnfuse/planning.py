@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import functools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from bnfuse.hollow import NeedsContentsError
 from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Handler, Plan, Reason, total
-from bnfuse.rehearse import holds, larger, needed_in_place, runs_hollow, varying
+from bnfuse.rehearse import Rehearsal, larger, needed_in_place, runs_hollow, varying
 from bnfuse.rewrite import rewrite
 from bnfuse.rules import RULES
 from bnfuse.solve import solve
@@ -71,6 +72,14 @@ class _Solution:
     out_of_place: tuple[nn.Module, ...]
 
 
+_TRIAL = Reason("others are tried")  # in no plan that is handed out
+_MANY_GROUPS = 4
+"""So many groups of norms that all fail say that it is not one norm or another."""
+
+_FEW = 8
+"""So many norms are told apart whatever the number of trials."""
+
+
 class Draft:
     """One run of a model, from which plans are made.
 
@@ -114,19 +123,48 @@ class Draft:
         plan = solution.plan
         if not rehearsed or not (self.record.looks or self.record.stateful) or self._holds(solution):
             return plan
-        reason = Reason("without it the model would give something else for other inputs, which its code treats apart")
         fused = [norm for norm, decision in zip(self.norms, plan.decisions, strict=True) if decision.fused]
-        bad = {}
-        for norm in fused:
-            others = {other: reason for other in fused if other is not norm}
-            if not self._holds(self._solved({**kept, **others})):
-                bad[norm] = reason
-        solution = self._solved({**kept, **bad})
-        return (
-            solution.plan
-            if bad and self._holds(solution)
-            else self._solved({**kept, **dict.fromkeys(fused, reason)}).plan
+        bad = self._refused(fused, kept)
+        if len(bad) < len(fused):
+            solution = self._solved({**kept, **bad})
+            if self._holds(solution):
+                return solution.plan
+        together = Reason("it could go alone, but with others the model would give something else for other inputs")
+        return self._solved({**kept, **{norm: bad.get(norm, together) for norm in fused}}).plan
+
+    def _refused(self, norms: list[Norm], kept: Mapping[Norm, Reason]) -> dict[Norm, Reason]:
+        """Those of the norms that cannot go where the model is given other inputs, or not surely.
+
+        Every trial runs the whole model, so the norms are tried in halves, and those of a half that fails in halves
+        again; where the first half holds, the second one is to blame. If nearly every group fails, the norms have
+        something in common that no further halving tells, and all that are left stay.
+        """
+        failing, found = [norms], []
+        while failing:
+            found += [group for group in failing if len(group) == 1]
+            tried = [group for group in failing if len(group) > 1]
+            left = sum(map(len, tried))
+            if left > _FEW and (len(tried) > 2 * _MANY_GROUPS or len(tried) == len(failing) >= _MANY_GROUPS):
+                found += tried
+                break
+            failing = []
+            for group in tried:
+                first, second = group[: len(group) // 2], group[len(group) // 2 :]
+                holds = self._hold_alone(first, norms, kept)
+                failing += [second] if holds else [first]
+                if not holds and not self._hold_alone(second, norms, kept):
+                    failing.append(second)
+        alone = Reason("without it the model would give something else for other inputs, which its code treats apart")
+        among_others = Reason(
+            "without it and others the model would give something else for other inputs, and it was not tried which of "
+            "them could still go"
         )
+        return {norm: alone if len(group) == 1 else among_others for group in found for norm in group}
+
+    def _hold_alone(self, group: list[Norm], norms: list[Norm], kept: Mapping[Norm, Reason]) -> bool:
+        """True if these of the norms can go while the others stay."""
+        staying = dict.fromkeys((norm for norm in norms if norm not in group), _TRIAL)
+        return self._holds(self._solved({**kept, **staying}))
 
     def _holds(self, solution: _Solution) -> bool:
         """True if the plan holds for other inputs: if it would be made for them too, or in trials."""
@@ -137,7 +175,7 @@ class Draft:
                 return self._made_elsewhere(solution)
             except NeedsContentsError:
                 pass  # the code looks at contents, so that other contents must be tried
-        return holds(self.model, solution.plan, *self.inputs, self.record.stateful)
+        return self._rehearsal.holds(solution.plan)
 
     def _made_elsewhere(self, solution: _Solution) -> bool:
         """True if the model runs at no other size, or the plan made from what runs there is the same."""
@@ -157,10 +195,12 @@ class Draft:
             }
             made, assumed = solve(type(self.model).__name__, other.graph, other.norms, kept, (), solution.forbidden)
             same = assumed.out_of_place == solution.out_of_place and solution.plan.does_the_same(made)
-            return same or holds(self.model, solution.plan, *self.inputs, self.record.stateful)
-        return runs_hollow(self.model, *self.inputs) or holds(
-            self.model, solution.plan, *self.inputs, self.record.stateful
-        )
+            return same or self._rehearsal.holds(solution.plan)
+        return runs_hollow(self.model, *self.inputs) or self._rehearsal.holds(solution.plan)
+
+    @functools.cached_property
+    def _rehearsal(self) -> Rehearsal:
+        return Rehearsal(self.model, *self.inputs, self.record.stateful)
 
     def without_misfits(self, plan: Plan) -> Plan | None:
         """A plan that keeps the norms without which the code around them does something else; None if there are none.
