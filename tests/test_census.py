@@ -145,6 +145,27 @@ def test_a_wrong_plan_is_found_on_other_inputs(networks: str, monkeypatch: pytes
     assert "in float64, on 3x3x128x128: a relative error of" in (row.error or "")
 
 
+@pytest.mark.parametrize(("mistake", "outcome"), [(0.0, FUSED), (1e-12, "wrong")])
+def test_an_error_is_held_against_the_rounding_of_the_model(
+    networks: str, monkeypatch: pytest.MonkeyPatch, mistake: float, outcome: str
+) -> None:
+    """Were 1e-17 the limit, every model would multiply its rounding beyond it; a mistake is still none of rounding."""
+    rewrite = worker.rewrite
+
+    def wrong(plan: Any, model: Any) -> Any:
+        undo = rewrite(plan, model)
+        with torch.no_grad():
+            model.conv.bias += mistake
+        return undo
+
+    monkeypatch.setattr(worker, "rewrite", wrong)
+    monkeypatch.setattr(worker, "EXACT", 1e-17)
+    row = visit(Job(f"{networks}:net", "own"))
+    assert row.outcome == outcome
+    assert row.noise64 is not None
+    assert 1e-17 < row.noise64 < 1e-14
+
+
 @pytest.mark.parametrize(
     ("error", "outcome"), [(VerificationError("not equal"), "wrong"), (IndexError("out of range"), "crashed")]
 )

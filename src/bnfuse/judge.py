@@ -191,7 +191,7 @@ class Reference:
     @cached_property
     def exact_noise(self) -> list[Comparison]:
         """What rounding does to the original in float64."""
-        return _noise(double(self.original), self.exact[0], self.run_in_float64)
+        return noise(double(self.original), self.exact[0], self.run_in_float64)
 
     @cached_property
     def own_error(self) -> Comparison:
@@ -201,12 +201,12 @@ class Reference:
     @cached_property
     def own_noise(self) -> list[Comparison]:
         """How far it strays if its parameters are rounded otherwise."""
-        return _noise(copy_model(self.original), self.exact[0], self.run)
+        return noise(copy_model(self.original), self.exact[0], self.run)
 
     @cached_property
     def noise(self) -> list[Comparison]:
         """What rounding does to the original in its own precision, without float64."""
-        return _noise(copy_model(self.original), self.output, self.run)
+        return noise(copy_model(self.original), self.output, self.run)
 
     @property
     def path(self) -> "_Path":
@@ -252,7 +252,7 @@ class Reference:
             decisions = Decisions(self.path.decisions)
             return run(model, decisions), decisions.given
 
-        return _noise(model, (self.path.output, self.path.decisions.given), run_on_path)
+        return noise(model, (self.path.output, self.path.decisions.given), run_on_path)
 
 
 @dataclass(frozen=True)
@@ -386,7 +386,7 @@ def _explained(found: Comparison, references: list[Comparison], factor: float, f
     return True
 
 
-def _noise(model: nn.Module, expected: object, run: Callable[[nn.Module], Any]) -> list[Comparison]:
+def noise(model: nn.Module, expected: object, run: Callable[[nn.Module], Any]) -> list[Comparison]:
     """Compare ``expected`` with outputs of a model whose parameters are moved by one unit in the last place.
 
     ``model`` is a copy that may be written to.  Whole numbers in buffers stay: they may be indices or masks.

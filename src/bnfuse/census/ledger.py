@@ -97,6 +97,8 @@ class Row:
         removed: those that went.
         kept: those that ran and stayed, by reason.
         error64: relative L2 error of the fused model in float64, on the other inputs; None if it could not be had.
+        noise64: of a model with an error64 above 1e-9, the relative L2 error that moving each of its parameters by one
+            unit in the last place makes in float64.
         widened: whether casts in the code of the model were widened to float64 for that.
         own32, error32: relative L2 error of the model, and of the fused model, in float32, against float64.
         seconds: by phase: build, forward, fuse, verify, and total.
@@ -120,6 +122,7 @@ class Row:
     removed: int | None = None
     kept: tuple[Kept, ...] = ()
     error64: float | None = None
+    noise64: float | None = None
     widened: bool = False
     own32: float | None = None
     error32: float | None = None

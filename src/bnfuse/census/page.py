@@ -167,7 +167,8 @@ How a row comes about:
    Models that take something else have [inputs of their own](../src/bnfuse/zoo_inputs.py).
 3. `fuse` does its work, with its verification, in float32.
 4. The same plan is carried out in float64, and both models are compared on other inputs: other values, another batch,
-   another size as far as the model takes them. A relative L2 error above 1e-9 is *wrong*.
+   another size as far as the model takes them. A relative L2 error above 1e-9 is *wrong*, unless a change of one unit
+   in the last place of every parameter moves the original's own output about as far (to a quarter of it).
 5. A model that runs the same operators on the same shapes in the same kinds of modules as an earlier one is *the same*
    and not done again; its norms are not counted again either.
 
@@ -221,11 +222,21 @@ def _summary(zoos: Sequence[Zoo]) -> str:
 *float64 error*: the largest relative L2 error of an output on the other inputs. *float32 ratio*: the error of the
 fused model in float32 by the model's own rounding error in float32, both against float64: the median, and the largest.
 In {widened} models, whose code casts to float32, casts were widened for the error in float64.
-{_vacuous(silent)}
+{_rough(zoos)}{_vacuous(silent)}
 {seconds}
 
 Seconds on one core: the median, and the largest. *forward* is one run on the other inputs in float32, *fuse* the
 capture and the plan, *verify* the comparison that `fuse` makes."""
+
+
+def _rough(zoos: Sequence[Zoo]) -> str:
+    rough = [
+        f"`{zoo.name}:{row.model}` ({row.error64:.0e}, and {row.noise64:.0e} by rounding alone)"
+        for zoo in zoos
+        for row in zoo.fused
+        if row.noise64 is not None and row.error64 is not None
+    ]
+    return f"Models that multiply their own rounding beyond 1e-9: {', '.join(rough)}.\n" if rough else ""
 
 
 def _vacuous(silent: Sequence[str]) -> str:
