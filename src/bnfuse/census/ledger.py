@@ -122,7 +122,6 @@ class Row:
     removed: int | None = None
     kept: tuple[Kept, ...] = ()
     error64: float | None = None
-    noise64: float | None = None
     widened: bool = False
     own32: float | None = None
     error32: float | None = None
@@ -134,6 +133,7 @@ class Row:
     phase: str | None = None
     error: str | None = None
     rivals: Mapping[str, Rival] = field(default_factory=dict)
+    noise64: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, without what is empty."""
