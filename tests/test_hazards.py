@@ -160,6 +160,18 @@ def hooked(where: str, hook: Callable[..., Any], pre: bool = False) -> nn.Module
     return net
 
 
+def watched_in_place() -> nn.Module:
+    """A hook that keeps what an activation was given, in whose memory the activation has written since."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.c(x)
+        return m.a(m.n(y)) + F.silu(m.k(y))
+
+    net = Net(forward, c=conv(), n=norm(), k=norm(), a=nn.ReLU(inplace=True))
+    net.a.register_forward_hook(lambda module, args, output: module.__dict__.update(seen=args[0]))
+    return net
+
+
 def stored(m: Any, x: Tensor) -> Tensor:
     m.last = m.c(x)
     return F.relu(m.n(m.last))
@@ -478,6 +490,7 @@ CASES: dict[str, Case] = {
     "hook on the norm": Case(lambda: hooked("n", lambda m, args, y: y + 1), {"n": HOOK}),
     "hook before the norm": Case(lambda: hooked("n", lambda m, args: (args[0] * 2,), pre=True), {"n": HOOK}),
     "hook before the convolution": Case(lambda: hooked("c", lambda m, args: (args[0] * 2,), pre=True), {"n": HOOK}),
+    "hook on an activation in place": Case(watched_in_place, {"n": "overwrite in place", "k": None}),
     "output stored by the model": Case(lambda: Net(stored, c=conv(), n=norm()), {"n": "stored in"}),
     "norm held in a list": Case(listed, {"n": "also refers to it"}),
     "contents read by numpy": Case(lambda: Net(numpy_reader, c=conv(), n=norm()), {"n": "leave PyTorch"}),

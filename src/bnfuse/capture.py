@@ -352,6 +352,7 @@ class _Recorder(_Mode):
         self.thread = threading.get_ident()
         self.in_literal = False
         self.looks = self.stateful = False
+        self.seen: list[int] = []
         self._register_leaves(model)
 
     # Values -----------------------------------------------------------------------------------------------------
@@ -422,8 +423,7 @@ class _Recorder(_Mode):
 
     def leave(self, output: Any) -> None:
         """Pin what the model returned or stored, then take the tags off."""
-        for _, tensor in tree.tensors(output):
-            self.value(tensor).pin("it is an output of the model")
+        self._pin_all(output, "it is an output of the model")
         for where, stored in self.watch.changed():
             found = tree.tensors(stored)
             self.stateful |= not found
@@ -431,6 +431,7 @@ class _Recorder(_Mode):
                 value = self.known(tensor)
                 if value is not None and not value.independent:
                     value.pin(f"it is stored in {where}")
+                    self.seen.append(value.index)
                     self.stateful = True
         for leaf in self.watch.replaced():
             value = self.known(leaf)
@@ -614,6 +615,7 @@ class _Recorder(_Mode):
     def escape(self, tensor: Tensor, how: str) -> None:
         value = self.known(tensor)
         if value is not None:
+            self.seen.append(value.index)
             if value.dtype.is_floating_point or not value.independent:  # an index has no units that could change
                 value.pin(f"its contents leave PyTorch by {how}")
             if self.hollow and not value.independent and how != ".data":
@@ -669,10 +671,12 @@ class _Recorder(_Mode):
 
     def _pin_all(self, structure: Any, reason: str) -> None:
         for _, tensor in tree.tensors(structure):
-            self.value(tensor).pin(reason)
+            value = self.value(tensor)
+            value.pin(reason)
+            self.seen.append(value.index)
 
     def graph(self) -> Graph:
-        return Graph(self.nodes, self.calls, self.names)
+        return Graph(self.nodes, self.calls, self.names, self.seen)
 
 
 class _EscapeWatch(TorchFunctionMode):

@@ -147,11 +147,13 @@ class Graph:
 
     Attributes:
         leaves: the value of every parameter and buffer that took part, by each of its names.
+        seen: what hooks saw, what left PyTorch, what was returned and what was stored, by the index of the value.
     """
 
     nodes: list[Node]
     calls: list[ModuleCall]
     leaves: dict[str, Value]
+    seen: list[int] = field(default_factory=list)
 
     def calls_of(self, module: nn.Module) -> Iterator[ModuleCall]:
         return (call for call in self.calls if call.module is module)

@@ -124,7 +124,7 @@ def needed_in_place(
     finally:
         for module in modules:
             setattr(module, "inplace", True)  # noqa: B010
-    return () if _steps(graph) == _steps(other) else modules
+    return () if (graph.seen, _steps(graph)) == (other.seen, _steps(other)) else modules
 
 
 def _steps(graph: Graph) -> list[tuple[str, list[int], list[bool]]]:
