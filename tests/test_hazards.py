@@ -490,6 +490,7 @@ CASES: dict[str, Case] = {
     "hook on the norm": Case(lambda: hooked("n", lambda m, args, y: y + 1), {"n": HOOK}),
     "hook before the norm": Case(lambda: hooked("n", lambda m, args: (args[0] * 2,), pre=True), {"n": HOOK}),
     "hook before the convolution": Case(lambda: hooked("c", lambda m, args: (args[0] * 2,), pre=True), {"n": HOOK}),
+    "writes to overlapping windows": Case(lambda: Net(lambda m, x: m.n(y := F.silu(x).unfold(3, 2, 1)).add_(m.c(y)), c=nn.Conv3d(3, 3, 3, padding=1), n=nn.BatchNorm3d(3)), {"n": "another layout in memory"}),
     "hook on an activation in place": Case(watched_in_place, {"n": "overwrite in place", "k": None}),
     "output stored by the model": Case(lambda: Net(stored, c=conv(), n=norm()), {"n": "stored in"}),
     "norm held in a list": Case(listed, {"n": "also refers to it"}),

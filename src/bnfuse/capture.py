@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse import hollow, tree
 from bnfuse.errors import InputError
-from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
+from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value, may_overlap
 
 _TAG = "_bnfuse_value"
 
@@ -826,8 +826,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def _overlaps_itself(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return True
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return not tensor.is_contiguous() and any(size > 1 and step == 0 for size, step in sizes)
+    return not tensor.is_contiguous() and may_overlap(tensor.shape, tensor.stride())
 
 
 def _does_not_run(model: nn.Module, args: Any, kwargs: Any, error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -157,3 +157,13 @@ class Graph:
 
     def calls_of(self, module: nn.Module) -> Iterator[ModuleCall]:
         return (call for call in self.calls if call.module is module)
+
+
+def may_overlap(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """False only if no two elements share memory: each axis steps over all that the axes of smaller steps span."""
+    span = 0
+    for step, size in sorted((step, size) for step, size in zip(strides, shape, strict=True) if size > 1):
+        if step <= span:
+            return True
+        span += step * (size - 1)
+    return False

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfuse.graph import Kind, Node, Storage, Value
+from bnfuse.graph import Kind, Node, Storage, Value, may_overlap
 from bnfuse.norms import Site
 
 _STRICT = ("view", "view_as", "_unsafe_view", "as_strided")
@@ -40,7 +40,7 @@ class Layouts:
                     continue
                 tensor = _without_contents(site.x)
             changed[site.y] = tensor
-            if any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            if may_overlap(tensor.shape, tensor.stride()):
                 writer = _writer(site.y.storage)
                 if writer is not None:
                     return writer
