@@ -172,6 +172,20 @@ def watched_in_place() -> nn.Module:
     return net
 
 
+def write_to_data(m: Any, x: Tensor) -> Tensor:
+    y = m.c(x)
+    y.data[:, 0] *= 2
+    return m.n(y)
+
+
+def give_back(m: Any, x: Tensor) -> Tensor:
+    y = m.c(x)
+    z = F.relu(m.n(y))
+    y.set_()
+    z.data.set_()
+    return torch.tanh(z)
+
+
 def stored(m: Any, x: Tensor) -> Tensor:
     m.last = m.c(x)
     return F.relu(m.n(m.last))
@@ -495,7 +509,9 @@ CASES: dict[str, Case] = {
     "output stored by the model": Case(lambda: Net(stored, c=conv(), n=norm()), {"n": "stored in"}),
     "norm held in a list": Case(listed, {"n": "also refers to it"}),
     "contents read by numpy": Case(lambda: Net(numpy_reader, c=conv(), n=norm()), {"n": "leave PyTorch"}),
-    "data attribute": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + y.data, c=conv(), n=norm()), {"n": ".data"}),
+    "data attribute": Case(lambda: Net(lambda m, x: m.n(m.c(x).data), c=conv(), n=norm()), {"n": None}),
+    "write through the data attribute": Case(lambda: Net(write_to_data, c=conv(), n=norm()), {"n": "through another view"}),
+    "memory that is given back": Case(lambda: Net(give_back, c=conv(), n=norm()), {"n": None}),
     "weight data attribute": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight.data)), c=conv(), n=norm()), {"n": "leave PyTorch"}),
     "old weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=_old_weight_norm(conv()), n=norm()), {"n": None}),
     "weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=parametrizations.weight_norm(conv()), n=norm()), {"n": None}),

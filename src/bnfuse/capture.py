@@ -31,6 +31,8 @@ from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value, may_over
 
 _TAG = "_bnfuse_value"
 
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
 # Ways for a tensor's contents to leave what the dispatcher sees.
 _ESCAPES: dict[Any, str] = {
     torch.Tensor.numpy: ".numpy()",
@@ -47,7 +49,7 @@ _ESCAPES: dict[Any, str] = {
     torch.asarray: "torch.asarray",
     torch.utils.dlpack.to_dlpack: "to_dlpack",  # type: ignore[attr-defined]
     torch.Tensor.untyped_storage: ".untyped_storage()",
-    torch.Tensor.data.__get__: ".data",  # type: ignore[attr-defined]
+    _DATA: ".data",
     torch.Tensor.data.__set__: ".data",  # type: ignore[attr-defined]
 }
 
@@ -452,6 +454,12 @@ class _Recorder(_Mode):
         if memory is not None:
             self.computed[memory] = (value, reference)
 
+    def _forget(self, tensor: Tensor) -> None:
+        tensor.__dict__.pop(_TAG, None)
+        memory = _memory(tensor)
+        if memory in self.computed and self.computed[memory][1]() is tensor:
+            del self.computed[memory]
+
     def known(self, tensor: Tensor) -> Value | None:
         value = tensor.__dict__.get(_TAG)
         return value if value is not None else self.leaves.get(id(tensor))
@@ -499,6 +507,9 @@ class _Recorder(_Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.aten.set_.default and id(args[0]) not in self.leaves:
+            self._forget(args[0])  # gives its memory back, and writes to none
+            return func(*args, **kwargs)
         operator = _operator(func)
         bound: dict[str, Any] = {}
         tensors: list[Tensor] = []
@@ -612,6 +623,13 @@ class _Recorder(_Mode):
         self.nodes.append(node)
         self.call.nodes.append(node)
 
+    def alias(self, tensor: Tensor, other: Tensor) -> bool:
+        """Take another tensor for the same, which has its memory and shape; not for a parameter or buffer."""
+        if self.known(tensor) is None or id(tensor) in self.leaves:
+            return False
+        self._tag(other, self.value(tensor))
+        return True
+
     def escape(self, tensor: Tensor, how: str) -> None:
         value = self.known(tensor)
         if value is not None:
@@ -698,6 +716,10 @@ class _EscapeWatch(TorchFunctionMode):
             by_pytorch = self.recorder.call.is_standard  # which checks sizes, and does not go by them
             self.recorder.looks = not by_pytorch and (value is None or not value.independent)
         how = _ESCAPES.get(func)
+        if func == _DATA:
+            data = func(*args)
+            if self.recorder.alias(args[0], data):
+                return data
         if how is not None:
             for _, tensor in tree.tensors(args):
                 self.recorder.escape(tensor, how)
