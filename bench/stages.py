@@ -6,7 +6,7 @@ A step that runs within another counts for itself and not for the other, so that
 from __future__ import annotations
 
 import functools
-import importlib
+import pkgutil
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ STEPS = {
     "bnfuse.planning.solve": "solve",
     "bnfuse.planning.varying": "rehearse",
     "bnfuse.planning.needed_in_place": "rehearse",
-    "bnfuse.planning.holds": "rehearse",
+    "bnfuse.planning.Draft._holds": "rehearse",
     "bnfuse.api.rewrite": "rewrite",
     "bnfuse.api._verify": "verify",
 }
@@ -75,14 +75,14 @@ def stages(clock: Clock) -> Iterator[Stages]:
     try:
         for path, stage in STEPS.items():
             name, _, attribute = path.rpartition(".")
-            module = importlib.import_module(name)
-            original = getattr(module, attribute)
-            originals.append((module, attribute, original))
-            setattr(module, attribute, found.wrapped(stage, original))
+            owner = pkgutil.resolve_name(name)
+            original = getattr(owner, attribute)
+            originals.append((owner, attribute, original))
+            setattr(owner, attribute, found.wrapped(stage, original))
         yield found
     finally:
-        for module, attribute, original in originals:
-            setattr(module, attribute, original)
+        for owner, attribute, original in originals:
+            setattr(owner, attribute, original)
 
 
 def with_stages(measure: Measure, clocks: Stages, history: list[dict[str, float]]) -> Measure:
