@@ -24,6 +24,7 @@ from bnfuse.census.sweep import Sweep
 from bnfuse.census.worker import Job, Settings, visit
 from bnfuse.cli import main, parse_count
 from bnfuse.errors import BnFuseError, InputError, VerificationError
+from bnfuse.judge import NOISE_FACTOR
 from bnfuse.norms import is_norm
 
 ROOT = Path(__file__).parents[1]
@@ -433,7 +434,7 @@ def test_rows_of_the_census(path: Path) -> None:
         assert row.outcome in OUTCOMES
         if row.outcome == FUSED:
             assert row.error64 is not None
-            assert row.error64 <= worker.EXACT
+            assert row.error64 <= max(worker.EXACT, NOISE_FACTOR * (row.noise64 or 0.0))
             assert (row.removed or 0) + sum(kept.count for kept in row.kept) == row.executed
             for rival in row.rivals.values():
                 right = rival.error is not None and rival.error <= page.RIVAL_EXACT

@@ -16,7 +16,7 @@ TITLE = "Reading a reason"
 
 @dataclass(frozen=True)
 class Message:
-    """A line of the table: the message, what it means, and what one can do."""
+    """A line of the table: the message, what it means, and what one can do. Rows have ``…`` for its numbers."""
 
     text: str
     meaning: str
@@ -31,7 +31,7 @@ class Message:
     def pattern(self) -> re.Pattern[str]:
         """Matches the reasons that it stands for; its last group is the reason that follows."""
         text = self.text.removesuffix("…") if self.leads else self.text
-        parts = [re.escape(part) for part in text.split("…")]
+        parts = [re.sub(r"\d+", r"(?:\g<0>|…)", re.escape(part)) for part in text.split("…")]
         return re.compile(".+?".join(parts) + ("(.+)" if self.leads else ""))
 
 
