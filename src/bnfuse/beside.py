@@ -27,11 +27,9 @@ from bnfuse.norms import Site
 from bnfuse.rules.layers import UNDEFORMED, Layer, layer_of
 from bnfuse.rules.norms import FARTHEST, magnitudes
 from bnfuse.rules.padding import PADDINGS, margins_of
+from bnfuse.rules.passing import HANDED_ON
 from bnfuse.rules.registry import Trial
 from bnfuse.units import Entries, Unit, channel_vector
-
-_HANDED_ON = {"alias", "clone", "contiguous", "detach", "lift_fresh", "dropout", "feature_dropout", "to", "_to_copy"}
-
 
 @dataclass(frozen=True)
 class Sibling:
@@ -99,7 +97,7 @@ def _handed_on(node: Node, removed: Collection[Node]) -> Value | None:
     """What an operator hands on as it is, None if it does something to it."""
     if node in removed:
         return node.data
-    if node.operator not in _HANDED_ON or node.argument("train", False):
+    if node.operator not in HANDED_ON or node.argument("train", False):
         return None
     x, y = node.inputs[0], node.outputs[0]
     return x if (x.dtype, x.shape) == (y.dtype, y.shape) else None

@@ -7,18 +7,12 @@ from bnfuse.rules.registry import Trial, absorber, link, rule, same
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
 
 
-@rule(
-    "alias",
-    "clone",
-    "contiguous",
-    "detach",
-    "lift_fresh",
-    "to",
-    "_to_copy",
-    "type_as",
-    "dropout",
-    "feature_dropout",
-)
+HANDED_ON = (
+    "alias", "clone", "contiguous", "detach", "lift_fresh", "to", "_to_copy", "type_as", "dropout", "feature_dropout",
+)  # fmt: skip
+
+
+@rule(*HANDED_ON)
 def pass_all(node: Node, trial: Trial) -> None:
     """Copies, casts between floating types, and dropout in evaluation."""
     if node.operator.endswith("dropout") and node.argument("train"):
