@@ -31,6 +31,7 @@ from bnfuse.rules.passing import HANDED_ON
 from bnfuse.rules.registry import Trial
 from bnfuse.units import Entries, Unit, channel_vector
 
+
 @dataclass(frozen=True)
 class Sibling:
     """A layer that reads what a norm reads, and whose output is added to the norm's.

@@ -6,7 +6,6 @@ from bnfuse.graph import Node
 from bnfuse.rules.registry import Trial, absorber, link, rule, same
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
 
-
 HANDED_ON = (
     "alias", "clone", "contiguous", "detach", "lift_fresh", "to", "_to_copy", "type_as", "dropout", "feature_dropout",
 )  # fmt: skip
