@@ -310,19 +310,30 @@ class _Accumulator:
         return Comparison(outputs, self.batches, self.samples, self.accuracy(0), self.accuracy(1))
 
 
+_PIECE = 2**18
+"""Numbers that are compared at a time: in float64 they fit into a cache."""
+
+
 class _Statistics:
     """Running minimum, sum and maximum of finite values."""
 
     def __init__(self) -> None:
         self.minimum, self.total, self.maximum, self.count = math.inf, 0.0, -math.inf, 0
 
-    def add(self, values: Tensor) -> None:
-        values = values[values.isfinite()]
+    def add(self, values: Tensor) -> bool:
+        """Add a flat tensor, and tell whether all of it was finite."""
+        total = float(values.sum())  # one pass, where looking for the finite ones takes several
+        finite = math.isfinite(total)
+        if not finite:
+            values = values[values.isfinite()]
+            total = float(values.sum())
         if values.numel():
-            self.minimum = min(self.minimum, float(values.min()))
-            self.maximum = max(self.maximum, float(values.max()))
-            self.total += float(values.sum())
+            minimum, maximum = torch.aminmax(values)
+            self.minimum = min(self.minimum, float(minimum))
+            self.maximum = max(self.maximum, float(maximum))
+            self.total += total
             self.count += values.numel()
+        return finite
 
     def finish(self) -> Summary:
         if not self.count:
@@ -372,33 +383,44 @@ class _OutputAccumulator:
         self.where = None
 
     def measure(self, before: Tensor, after: Tensor, batch: int) -> None:
+        differing = self.differing
+        pieces = zip(before.reshape(-1).split(_PIECE), after.reshape(-1).split(_PIECE), strict=True)
+        for number, (first, second) in enumerate(pieces if before.numel() else ()):
+            where = self.measure_piece(first, second)
+            if where is not None:
+                self.batch, index = batch, number * _PIECE + where
+                self.where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), before.shape))
+        if before.is_floating_point() and before.ndim >= 2 and before.shape[1] > 1 and before.numel():
+            positions = before.numel() // before.shape[1]
+            same = before.max(dim=1).indices == after.max(dim=1).indices if self.differing > differing else None
+            self.agreeing += positions if same is None else int(same.sum())
+            self.positions += positions
+
+    def measure_piece(self, before: Tensor, after: Tensor) -> int | None:
+        """Add what flat tensors tell, and return where the largest difference so far is, if it is in them."""
         x, y = _widest(before), _widest(after)
+        self.count += x.numel()
+        finite = self.before.add(x.abs() if x.is_complex() else x) & self.after.add(y.abs() if y.is_complex() else y)
         whole = not (before.is_floating_point() or before.is_complex()) and before.dtype == after.dtype
         unequal = before != after if whole else x != y  # float64 does not hold every int64
-        both_nan = x.isnan() & y.isnan()
-        finite = x.isfinite() & y.isfinite()
-        matching = ~unequal | both_nan
-        difference = (y - x).abs()
-        difference = torch.where(finite, difference, torch.where(matching, 0.0, math.inf))
-        self.count += x.numel()
-        self.differing += int((~matching).sum())
-        self.before.add(x.abs() if x.is_complex() else x)
-        self.after.add(y.abs() if y.is_complex() else y)
-        if not x.numel():
-            return
-        self.squares += float(difference.square().sum())
-        reference = torch.where(finite, x.abs(), 0.0)
-        self.reference_squares += float(reference.square().sum())
+        if finite:
+            difference, reference = y - x, x
+        else:
+            both = x.isfinite() & y.isfinite()
+            unequal &= ~(x.isnan() & y.isnan())
+            difference = torch.where(both, y - x, torch.where(unequal, math.inf, 0.0))
+            reference = torch.where(both, x, 0.0)
+        self.differing += int(unequal.count_nonzero())
+        difference, reference = difference.abs(), reference.abs()
+        self.squares += float(difference.dot(difference))
+        self.reference_squares += float(reference.dot(reference))
         self.reference_max = max(self.reference_max, float(reference.max()))
-        largest, index = difference.flatten().max(dim=0)
-        if float(largest) > self.max_abs:
-            self.max_abs, self.batch = float(largest), batch
-            self.where = tuple(int(i) for i in torch.unravel_index(index, x.shape))
-            self.expected, self.got = (float(v.abs() if v.is_complex() else v) for v in (x[self.where], y[self.where]))
-        if before.is_floating_point() and before.ndim >= 2 and before.shape[1] > 1:
-            same = x.argmax(dim=1) == y.argmax(dim=1)
-            self.agreeing += int(same.sum())
-            self.positions += same.numel()
+        largest, index = difference.max(dim=0)
+        if float(largest) <= self.max_abs:
+            return None
+        self.max_abs = float(largest)
+        self.expected, self.got = (float(v[index].abs() if v.is_complex() else v[index]) for v in (x, y))
+        return int(index)
 
     def finish(self) -> OutputDifference:
         assert self.dtype is not None

@@ -119,6 +119,9 @@ _SMALLER = {"min_size": 128, "max_size": 192}
 _ONE_STAGE = Form(_list_of_images, ((128, 160),), options={**_SMALLER, "score_thresh": 0.0})
 _FEWER = {"rpn_post_nms_top_n_test": 64, "box_detections_per_img": 8}
 _TWO_STAGES = Form(_list_of_images, ((128, 160),), options={**_SMALLER, **_FEWER, "box_score_thresh": 0.0})
+# Their outputs are 150 times 480 x 480 numbers by default, whatever the image.
+_OF_ITS_SIZE = Form(image(3), options={"fixed_size": False})
+_HALVED_SIX_TIMES = Form(image(3), ((128, 256),))
 
 TABLE: dict[str, Form] = {
     "torchvision:video.resnet": Form(_clip(8), ((64, 64),)),
@@ -130,6 +133,12 @@ TABLE: dict[str, Form] = {
     "torchvision:detection.fcos": _ONE_STAGE,
     "torchvision:detection.*": _TWO_STAGES,
     "torchvision:optical_flow.raft": Form(_two_images, ((128, 160),)),
+    **dict.fromkeys(
+        [f"pytorchcv:{family}" for family in ("danet", "deeplabv3", "fastscnn", "fcn8sd", "icnet", "pspnet")],
+        _OF_ITS_SIZE,
+    ),
+    "pytorchcv:lednet": _HALVED_SIX_TIMES,
+    "pytorchcv:sinet": _HALVED_SIX_TIMES,
     "pytorchcv:raft": Form(_two_images, ((128, 160),)),
     "pytorchcv:jasper*": _SOUND,
     "pytorchcv:quartznet": _SOUND,
