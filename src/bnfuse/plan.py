@@ -134,11 +134,12 @@ class Plan:
 
     def does_the_same(self, other: Plan) -> bool:
         """True if both remove the same norms by the same edits, up to the rounding of float64."""
+        mine, theirs = ({edit.names: edit for edit in plan.edits} for plan in (self, other))
         return (
             [decision.fused for decision in self.decisions] == [decision.fused for decision in other.decisions]
             and set(self.replacements) == set(other.replacements)
-            and len(self.edits) == len(other.edits)
-            and all(_same_edit(a, b) for a, b in zip(self.edits, other.edits, strict=True))
+            and mine.keys() == theirs.keys()
+            and all(_same_edit(edit, theirs[names]) for names, edit in mine.items())
         )
 
     def to_dict(self) -> dict[str, Any]:
