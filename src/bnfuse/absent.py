@@ -36,7 +36,7 @@ _KNOWN_FORWARDS = {
 def add_absent(model: nn.Module, graph: Graph) -> list[Value]:
     """Give every operator whose layer has an empty place for a bias (or gain) a value for it; returns these values."""
     names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in tree.named_modules(model):
         names.setdefault(id(module), []).append(name)
     created: dict[tuple[int, str], Value] = {}
     answers: dict[type[nn.Module], bool] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnfuse import tree
 from bnfuse.budget import within_budget
 from bnfuse.errors import FusionError, InputError, VerificationError
 from bnfuse.judge import judge
@@ -77,7 +78,7 @@ def fuse(
     inner, wrap = _unwrapped(model)
     if inner.training:
         log.info("%s is in training mode; its evaluation behaviour is fused", type(inner).__name__)
-    flags = [(module, module.training) for module in inner.modules()]
+    flags = [(module, module.training) for module in tree.modules(inner)]
     try:
         source = inner.eval() if inplace else _in_evaluation(inner)
         options = Options.of(keep, also, layers, handlers)
@@ -192,7 +193,7 @@ def _uncollected() -> Iterator[None]:
 
 def _in_evaluation(model: nn.Module) -> nn.Module:
     """The model, or a copy in evaluation mode where its own ``train()`` may do more than set flags."""
-    if model.training and any(type(module).train is not nn.Module.train for module in model.modules()):
+    if model.training and any(type(module).train is not nn.Module.train for module in tree.modules(model)):
         return copy_model(model).eval()
     return model
 
@@ -217,7 +218,7 @@ def _verify(plan: Plan, original: nn.Module, fused: nn.Module, draft: Draft, und
     """Raise VerificationError unless the fused model does what the original did; ``undo`` is given when in place."""
     args, kwargs = draft.inputs
     try:
-        after = run(fused, args, kwargs, writes=draft.record.stateful)
+        after = run(fused, args, kwargs, traces=draft.record.traces or undo is not None)
     except Exception as error:
         raise VerificationError(
             f"The fused {plan.model} does not run: {type(error).__name__}: {error}. Please report this model."

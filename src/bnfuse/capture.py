@@ -73,6 +73,8 @@ _LOOKS = {
 # Ways for numbers in the code to become a tensor.
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 
+_WATCHED = frozenset({*_ESCAPES, *_LOOKS, *_LITERALS})
+
 # Operators that write running statistics without saying so in their schema, with the flag that makes them do it.
 _SILENT_WRITERS = {
     "batch_norm": "training",
@@ -92,12 +94,14 @@ class Capture:
     Attributes:
         looks: True if the code looked at a size or an element of a tensor that depends on the input.
         stateful: True if the run left something behind in the model that depends on the input, or a number.
+        traces: True if it left anything behind in the model.
     """
 
     graph: Graph
     output: Any
     looks: bool
     stateful: bool
+    traces: bool
 
 
 def capture(
@@ -162,13 +166,14 @@ def _run(
             except Exception as error:
                 raise _FailedError(error) from error
         recorder.leave(output)
-    return Capture(recorder.graph(), None if without_contents else output, recorder.looks, recorder.stateful)
+    output = None if without_contents else output
+    return Capture(recorder.graph(), output, recorder.looks, recorder.stateful, recorder.traces)
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module's training flag False, and as it was afterwards. Overridden ``train`` methods are not called."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in tree.modules(model)]
     try:
         for module, flag in flags:
             if flag:
@@ -206,7 +211,7 @@ class _Watch:
     def __init__(self, model: nn.Module) -> None:
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.assigned: dict[int, tuple[Tensor, Tensor]] = {}
-        self.attributes = [(module, module.__dict__.copy()) for module in model.modules()]
+        self.attributes = [(module, module.__dict__.copy()) for module in tree.modules(model)]
         containers = [
             value
             for _, attributes in self.attributes
@@ -215,6 +220,7 @@ class _Watch:
         ]
         self.empty = [container for container in containers if not container]  # most of them, and most stay so
         self.containers = [(container, container.copy()) for container in containers if container]
+        self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
 
     def before_assignment(self, tensor: Tensor) -> None:
         """``tensor.data = other`` changes no element: the old memory is put back."""
@@ -225,14 +231,18 @@ class _Watch:
             self.saved[id(tensor)] = (tensor, tensor.detach().clone())
 
     def changed(self) -> Iterator[tuple[str, Any]]:
-        """What the run stored in attributes and in the containers that they hold."""
-        for module, before in self.attributes:
-            if _differs(module.__dict__, before):
-                for name, value in module.__dict__.items():
-                    if before.get(name, _MISSING) is not value:
-                        yield f"{type(module).__name__}.{name}", value
+        """What the run, which is over, stored in attributes and in the containers that they hold."""
+        for module, before in self._changed_modules():
+            for name, value in module.__dict__.items():
+                if before.get(name, _MISSING) is not value:
+                    yield f"{type(module).__name__}.{name}", value
         for container, _ in self._changed_containers():
             yield f"a {type(container).__name__} of the model", container
+
+    def _changed_modules(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        if self._found is None:
+            self._found = [(module, before) for module, before in self.attributes if _differs(module.__dict__, before)]
+        return self._found
 
     def _changed_containers(self) -> list[tuple[Any, Any]]:
         filled = [(now, ()) for now in self.empty if now]
@@ -247,10 +257,9 @@ class _Watch:
                         yield value
 
     def restore(self) -> None:
-        for module, before in self.attributes:
-            if _differs(module.__dict__, before):
-                module.__dict__.clear()
-                module.__dict__.update(before)
+        for module, before in self._changed_modules():
+            module.__dict__.clear()
+            module.__dict__.update(before)
         for container, copy in self._changed_containers():
             container.clear()
             container.extend(copy) if isinstance(container, list) else container.update(copy)
@@ -347,13 +356,13 @@ class _Recorder(_Mode):
         self.tagged: list[weakref.ref[Tensor]] = []
         self.computed: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
         self.paths: dict[int, str] = {}
-        for name, module in model.named_modules(remove_duplicate=True):
-            self.paths[id(module)] = name
+        for name, module in tree.named_modules(model):
+            self.paths.setdefault(id(module), name)
         self.call = ModuleCall("", model, None)
         self.calls: list[ModuleCall] = []
         self.thread = threading.get_ident()
         self.in_literal = False
-        self.looks = self.stateful = False
+        self.looks = self.stateful = self.traces = False
         self.seen: list[int] = []
         self._register_leaves(model)
 
@@ -372,17 +381,17 @@ class _Recorder(_Mode):
         kinds: dict[int, Kind] = {}
         tensors: dict[int, tuple[Tensor, list[str]]] = {}
         buffers: dict[int, tuple[Tensor, list[str]]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
+        for path, module in tree.named_modules(model):
             prefix = f"{path}." if path else ""
-            for place, tensor in module._parameters.items():
-                if tensor is not None:
-                    kinds[id(tensor)] = Kind.PARAMETER
-                    tensors.setdefault(id(tensor), (tensor, []))[1].append(prefix + place)
-            for place, tensor in module._buffers.items():
-                if tensor is not None:
+            for place, parameter in module._parameters.items():
+                if parameter is not None:
+                    kinds[id(parameter)] = Kind.PARAMETER
+                    tensors.setdefault(id(parameter), (parameter, []))[1].append(prefix + place)
+            for place, buffer in module._buffers.items():
+                if buffer is not None:
                     if place not in module._non_persistent_buffers_set:
-                        kinds[id(tensor)] = Kind.PARAMETER
-                    buffers.setdefault(id(tensor), (tensor, []))[1].append(prefix + place)
+                        kinds[id(buffer)] = Kind.PARAMETER
+                    buffers.setdefault(id(buffer), (buffer, []))[1].append(prefix + place)
         for key, (tensor, names) in buffers.items():
             tensors.setdefault(key, (tensor, []))[1].extend(names)
         for key, (tensor, names) in tensors.items():
@@ -428,6 +437,7 @@ class _Recorder(_Mode):
         self._pin_all(output, "it is an output of the model")
         for where, stored in self.watch.changed():
             found = tree.tensors(stored)
+            self.traces = True
             self.stateful |= not found
             for _, tensor in found:
                 value = self.known(tensor)
@@ -441,6 +451,7 @@ class _Recorder(_Mode):
                 value.pin("the run puts another tensor in its place")
                 self.stateful = True
         self.stateful |= bool(self.watch.saved or self.watch.assigned)
+        self.traces |= self.stateful
         for reference in self.tagged:
             alive = reference()
             if alive is not None:
@@ -645,12 +656,14 @@ class _Recorder(_Mode):
     def module_calls(self) -> Iterator[None]:
         """Record which module call runs each operator, and pin what the caller's own hooks get to see."""
 
+        hooked = _has_global_hooks()
+
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             if threading.get_ident() != self.thread:
                 return
             inputs = [self.value(tensor) for _, tensor in tree.tensors(args)]
             self.call = ModuleCall(self.paths.get(id(module)), module, self.call, inputs=inputs)
-            if has_hooks(module):
+            if hooked or has_own_hooks(module):
                 self._pin_all(args, f"a hook on {self.call.label} reads it")
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -659,7 +672,7 @@ class _Recorder(_Mode):
                 call = call.parent  # calls that ended in an exception which the model caught
             if threading.get_ident() != self.thread or call.parent is None:
                 return
-            if has_hooks(module):
+            if hooked or has_own_hooks(module):
                 self._pin_all((args, kwargs, output), f"a hook on {call.label} reads it")
             given = [*args, *(value for name, value in kwargs.items() if name == "input")]
             call.plain = len(given) == len(args) + len(kwargs) == 1 and isinstance(given[0], Tensor)
@@ -711,6 +724,8 @@ class _EscapeWatch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func not in _WATCHED:
+            return func(*args, **(kwargs or {}))
         if func in _LOOKS and not self.recorder.looks and args and isinstance(args[0], Tensor):
             value = self.recorder.known(args[0])
             by_pytorch = self.recorder.call.is_standard  # which checks sizes, and does not go by them
@@ -747,8 +762,11 @@ def has_hooks(module: nn.Module) -> bool:
 
     PyTorch's own hooks that recompute a weight (weight_norm, spectral_norm, pruning) read no activations.
     """
-    if _has_global_hooks():
-        return True
+    return _has_global_hooks() or has_own_hooks(module)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """True if the caller has registered a hook on the module itself."""
     if not module._forward_pre_hooks and not module._forward_hooks:
         return False
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]

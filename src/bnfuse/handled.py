@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from bnfuse import tree
 from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 from bnfuse.plan import Handler
 
@@ -21,7 +22,7 @@ def add_handled(model: nn.Module, graph: Graph, handlers: Mapping[type[nn.Module
     if not handlers:
         return
     names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in tree.named_modules(model):
         names.setdefault(id(module), []).append(name)
     layers: dict[int, Value] = {}
     for call in graph.calls:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bnfuse import tree
 from bnfuse.errors import FusionError
 from bnfuse.plan import Edit, Handler, Plan, Replacement
 from bnfuse.units import Entries, Unit, add, multiply, scaled
-from bnfuse.wrappers import copy_model, shared_memory
+from bnfuse.wrappers import copy_model, held_tensors, shared_memory
+
+_Modules = Mapping[str, nn.Module]
+"""The modules of a model by name."""
 
 _CHUNK = 1 << 16
 """Elements of a weight that are edited at a time: few enough to stay in the processor's cache in float64."""
@@ -30,12 +34,13 @@ def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
     Raises:
         FusionError, InputError: as :func:`rewrite` and :func:`bnfuse.wrappers.copy_model`.
     """
-    shared = shared_memory(model)
+    modules = dict(tree.named_modules(model))
+    shared = shared_memory(held_tensors(model))
     stand_ins: dict[int, Any] = {}
     new_weights: dict[Edit, nn.Parameter] = {}
     with torch.inference_mode(False), torch.no_grad():
         for edit in plan.edits:
-            old = None if edit.created or edit.handler else _weight(model, edit)
+            old = None if edit.created or edit.handler else _weight(modules, edit)
             if type(old) is nn.Parameter and id(old) not in shared:
                 new = torch.empty_like(old)
                 for write in _writes(old, new, edit):
@@ -43,23 +48,24 @@ def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
                 new_weights[edit] = stand_ins[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
         for replacement in plan.replacements:
             if not replacement.keep:
-                norm = _norm(model, replacement)
+                norm = _norm(modules, replacement)
                 stand_ins[id(norm)] = _identity(norm)
     copied = copy_model(model, stand_ins)
     # A class with a __deepcopy__ of its own may make the copy from something else.
+    modules = dict(tree.named_modules(copied))
     rest = replace(
         plan,
-        edits=tuple(edit for edit in plan.edits if edit not in new_weights or not _holds(copied, edit, new_weights)),
+        edits=tuple(edit for edit in plan.edits if edit not in new_weights or not _holds(modules, edit, new_weights)),
         replacements=tuple(
-            replacement for replacement in plan.replacements if type(_norm(copied, replacement)) is not nn.Identity
+            replacement for replacement in plan.replacements if type(_norm(modules, replacement)) is not nn.Identity
         ),
     )
     rewrite(rest, copied)
     return copied
 
 
-def _holds(model: nn.Module, edit: Edit, new_weights: dict[Edit, nn.Parameter]) -> bool:
-    return all(getattr(*_owner(model, name), None) is new_weights[edit] for name in edit.names)
+def _holds(modules: _Modules, edit: Edit, new_weights: dict[Edit, nn.Parameter]) -> bool:
+    return all(getattr(*_owner(modules, name), None) is new_weights[edit] for name in edit.names)
 
 
 def rewrite(plan: Plan, model: nn.Module, undoable: bool = True) -> Callable[[], None]:
@@ -79,6 +85,7 @@ def rewrite(plan: Plan, model: nn.Module, undoable: bool = True) -> Callable[[],
         FusionError: the model lacks a module or parameter of the plan, or an edit overflows its dtype. The model is
             then as it was.
     """
+    modules = dict(tree.named_modules(model))
     undo: list[Callable[[], None]] = []
 
     def roll_back() -> None:
@@ -87,16 +94,16 @@ def rewrite(plan: Plan, model: nn.Module, undoable: bool = True) -> Callable[[],
 
     try:
         with torch.inference_mode(False), torch.no_grad():  # new parameters are trainable, whatever the caller's mode
-            weights = [(edit, _weight(model, edit)) for edit in plan.edits if not edit.created and not edit.handler]
+            weights = [(edit, _weight(modules, edit)) for edit in plan.edits if not edit.created and not edit.handler]
             for edit in plan.edits:
                 if edit.handler is not None:
-                    _handle(model, edit, edit.handler, undo)
+                    _handle(modules[edit.names[0]], edit, edit.handler, undo)
                 elif edit.created:
-                    _create([_owner(model, name) for name in edit.names], edit, undo)
+                    _create([_owner(modules, name) for name in edit.names], edit, undo)
             for name in plan.out_of_place:
-                _switch_off(model.get_submodule(name), undo)
+                _switch_off(modules[name], undo)
             for replacement in plan.replacements:
-                _replace(model, replacement, undo)
+                _replace(modules, replacement, undo)
             if undoable:
                 for edit, tensor in weights:
                     undo.append(_restorer_of(tensor))
@@ -112,8 +119,8 @@ def rewrite(plan: Plan, model: nn.Module, undoable: bool = True) -> Callable[[],
     return roll_back
 
 
-def _weight(model: nn.Module, edit: Edit) -> Tensor:
-    owner, place = _owner(model, edit.names[0])
+def _weight(modules: _Modules, edit: Edit) -> Tensor:
+    owner, place = _owner(modules, edit.names[0])
     tensor = getattr(owner, place, None)
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != edit.shape:
         got = "nothing" if not isinstance(tensor, Tensor) else f"shape {tuple(tensor.shape)}"
@@ -231,9 +238,8 @@ def _carry_through(writes: list[_Write], undo: list[Callable[[], None]]) -> None
 # Modules ------------------------------------------------------------------------------------------------------------
 
 
-def _handle(model: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[[], None]]) -> None:
+def _handle(layer: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[[], None]]) -> None:
     """Let the caller's handler fold units into its layer."""
-    layer = model.get_submodule(edit.names[0])
     undo.extend(_restorer(module) for module in layer.modules())
     for unit in edit.factors:
         scale = torch.ones(edit.shape, dtype=torch.float64) if unit.scale is None else unit.scale
@@ -273,18 +279,18 @@ def _create(owners: list[tuple[nn.Module, str]], edit: Edit, undo: list[Callable
     undo.append(lambda: owner._parameters.__setitem__(place, None))
 
 
-def _replace(model: nn.Module, replacement: Replacement, undo: list[Callable[[], None]]) -> None:
-    norm = _norm(model, replacement)
+def _replace(modules: _Modules, replacement: Replacement, undo: list[Callable[[], None]]) -> None:
+    norm = _norm(modules, replacement)
     kept = [norm.get_submodule(name) for name in replacement.keep]
     new = _identity(norm) if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
     for name in replacement.names:
-        parent, place = _owner(model, name)
+        parent, place = _owner(modules, name)
         undo.append(lambda parent=parent, place=place: parent._modules.__setitem__(place, norm))  # type: ignore[misc]
         parent._modules[place] = new
 
 
-def _norm(model: nn.Module, replacement: Replacement) -> nn.Module:
-    parent, place = _owner(model, replacement.names[0])
+def _norm(modules: _Modules, replacement: Replacement) -> nn.Module:
+    parent, place = _owner(modules, replacement.names[0])
     norm = parent._modules.get(place)
     if norm is None:
         raise FusionError(f"The plan does not fit the model: it holds no module {replacement.names[0]}.")
@@ -302,9 +308,9 @@ def _switch_off(module: nn.Module, undo: list[Callable[[], None]]) -> None:
     setattr(module, "inplace", False)  # noqa: B010
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def _owner(modules: _Modules, name: str) -> tuple[nn.Module, str]:
     path, _, place = name.rpartition(".")
-    try:
-        return model.get_submodule(path), place
-    except AttributeError:
-        raise FusionError(f"The plan does not fit the model: it holds no module {path}.") from None
+    owner = modules.get(path)
+    if owner is None:
+        raise FusionError(f"The plan does not fit the model: it holds no module {path}.")
+    return owner, place

@@ -151,8 +151,8 @@ def _initial(value: Value) -> Tensor:
         return torch.full(value.shape, fill, dtype=torch.float64)
     if value.tensor is None:
         raise Refusal(Reason("its contents depend on the run"), scale=False)
-    tensor = value.tensor.detach().cpu()
-    return tensor.double() if tensor.is_floating_point() else tensor
+    tensor = value.tensor.detach()
+    return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
 
 
 def edited(tensor: Tensor, unit: Unit) -> Tensor:
@@ -251,7 +251,7 @@ class Trial:
         if unit.is_identity:
             return
         for part in (unit.scale, unit.shift, None if unit.entries is None else unit.entries.values):
-            if part is not None and not bool(torch.isfinite(part).all()):
+            if part is not None and not math.isfinite(part.sum()):
                 self.refuse(node, "the edit of a parameter would not be finite", scale=True)
         if value.kind is Kind.COMPUTED:
             self.demand(value, unit)
@@ -588,8 +588,9 @@ def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[Trial],
     def maps() -> list[tuple[Site, Tensor, Tensor]]:
         if not known:
             known.extend((site, *_affine(network, site)) for site in norm.sites)
-        if not all(math.isfinite(float(a.sum() + c.sum())) for _, a, c in known):
-            raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
+            if not all(math.isfinite(a.sum() + c.sum()) for _, a, c in known):
+                known.clear()
+                raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
         return known
 
     def demands(scale: str, shift: str) -> dict[Value, Unit]:

@@ -469,19 +469,19 @@ def _widest(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------- running
 
 
-def run(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], seed: int = 0, writes: bool = True) -> Any:
+def run(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], seed: int = 0, traces: bool = True) -> Any:
     """Run a model once in evaluation mode and inference mode, and leave no trace.
 
     The model sees a copy of the inputs and random generators set to ``seed``.  Afterwards training flags,
     buffers, attributes (caches that the run filled) and random generators are as before.
 
     Args:
-        writes: False for a model that is known to write to none of its parameters and buffers.
+        traces: False for a model that is known to leave none by itself.
 
     Raises:
         Exception: whatever the model raises.
     """
-    return run_under(model, args, kwargs, seed, nullcontext(), writes)
+    return run_under(model, args, kwargs, seed, nullcontext(), traces)
 
 
 def run_under(
@@ -490,21 +490,20 @@ def run_under(
     kwargs: Mapping[str, Any],
     seed: int,
     mode: AbstractContextManager[object],
-    writes: bool = True,
+    traces: bool = True,
 ) -> Any:
-    with (
-        torch.inference_mode(),
-        evaluation_mode(model),
-        forked_random_state(seed),
-        untouched(model) as watch,
-    ):
+    with torch.inference_mode(), evaluation_mode(model), forked_random_state(seed):
         args, kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
-        with eager(), WriteWatch(model, watch) if writes else nullcontext(), mode:
-            output = model(*args, **kwargs)
-        # What lives in a buffer is about to be put back to its old values.
-        kept = {_address(buffer) for buffer in model.buffers()} - {0}
-        if any(_address(tensor) in kept for _, tensor in tensors(output)):
-            output = map_tensors(output, torch.clone)
+        if not traces:
+            with eager(), mode:
+                return model(*args, **kwargs)
+        with untouched(model) as watch:
+            with eager(), WriteWatch(model, watch), mode:
+                output = model(*args, **kwargs)
+            # What lives in a buffer is about to be put back to its old values.
+            kept = {_address(buffer) for buffer in model.buffers()} - {0}
+            if any(_address(tensor) in kept for _, tensor in tensors(output)):
+                output = map_tensors(output, torch.clone)
         return output
 
 

@@ -66,7 +66,7 @@ def copy_model(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> 
         InputError: the model cannot be copied, or its copy shares parameters with it.
     """
     memo: dict[int, Any] = dict(stand_ins or {})
-    for module in model.modules():
+    for module in tree.modules(model):
         for _, attribute in tree.plain_attributes(module):
             for _, value in tree.tensors(attribute):
                 if not value.is_leaf:
@@ -79,13 +79,13 @@ def copy_model(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> 
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
             f"Fuse it in place: bnfuse.fuse(model, inputs, inplace=True)."
         ) from error
-    held = set(map(id, held_tensors(model)))
-    if any(id(tensor) in held for tensor in held_tensors(copied)):
+    held = held_tensors(model)
+    if not held.keys().isdisjoint(held_tensors(copied)):
         raise InputError(
             f"A copy of {type(model).__name__} shares parameters with it (a __deepcopy__ of its own), so it would "
             f"change with the copy. Fuse it in place: bnfuse.fuse(model, inputs, inplace=True)."
         )
-    _share_memory(model, copied)
+    _share_memory(model, copied, shared_memory(held))
     return copied
 
 
@@ -109,6 +109,9 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
         return made
     if kind is tuple and all(type(item) in _SAME for item in value):
         return value
+    if kind is set and all(type(item) in _SAME for item in value):
+        memo[id(value)] = copied = value.copy()
+        return copied
     if not isinstance(value, nn.Module) or not _is_copied_by_state(kind):
         return copy.deepcopy(value, memo)
     state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
@@ -133,28 +136,27 @@ def _is_copied_by_state(kind: type[nn.Module]) -> bool:
     return not own & _COPYING
 
 
-def held_tensors(model: nn.Module) -> list[Tensor]:
-    """Every parameter and buffer once, in one walk over the modules."""
+def held_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """Every parameter and buffer once, by its ``id``."""
     found: dict[int, Tensor] = {}
-    for module in model.modules():
+    for module in tree.modules(model):
         for registry in (module._parameters, module._buffers):
             for tensor in registry.values():
                 if tensor is not None:
                     found[id(tensor)] = tensor
-    return list(found.values())
+    return found
 
 
-def shared_memory(model: nn.Module) -> dict[int, int]:
-    """The storage of every parameter and buffer whose memory another one has too, by the ``id`` of the tensor."""
+def shared_memory(held: Mapping[int, Tensor]) -> dict[int, int]:
+    """The storage of every tensor whose memory another one has too, by the ``id`` of the tensor."""
     storages: dict[int, list[Tensor]] = {}
-    for tensor in held_tensors(model):
+    for tensor in held.values():
         if tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor):
             storages.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
     return {id(tensor): storage for storage, tensors in storages.items() if len(tensors) > 1 for tensor in tensors}
 
 
-def _share_memory(model: nn.Module, copied: nn.Module) -> None:
-    shared = shared_memory(model)
+def _share_memory(model: nn.Module, copied: nn.Module, shared: Mapping[int, int]) -> None:
     if not shared:
         return
     copies = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
