@@ -158,5 +158,5 @@ def test_an_error_of_unwritten_numbers_is_no_size_that_the_model_refuses(monkeyp
     model, x = prepared(Padding()), torch.randn(2, 3, 6, 6, dtype=torch.float64)
     with pytest.raises(IndexError):
         capture_hollow(model, (x,), {})
-    for plan in (bnfuse.plan(model, x), Draft(model, x, Options()).plan()):
+    for plan in (bnfuse.plan(model, x), Draft.of(model, x, Options()).plan()):
         assert not plan.fused

@@ -83,7 +83,7 @@ def fuse(
         source = inner.eval() if inplace else _in_evaluation(inner)
         options = Options.of(keep, also, layers, handlers)
         with _uncollected():
-            draft = Draft(source, example_inputs, options, contents=verify or budget is not None)
+            draft = Draft.of(source, example_inputs, options, contents=verify or budget is not None)
             made = draft.plan() if budget is None else within_budget(draft, budget)
             made, target = carry_out(made, source, draft, verify, inplace)
         report(made)
@@ -151,7 +151,7 @@ def plan(
     inner, _ = _unwrapped(model)
     options = Options.of(keep, also, layers, handlers)
     with _uncollected():
-        draft = Draft(_in_evaluation(inner), example_inputs, options, contents=budget is not None)
+        draft = Draft.of(_in_evaluation(inner), example_inputs, options, contents=budget is not None)
         made = draft.plan() if budget is None else within_budget(draft, budget)
     report(made)
     return replace(made, witness=draft.witness(made))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import random
 import sys
 import threading
@@ -221,6 +222,12 @@ class _Watch:
         self.empty = [container for container in containers if not container]  # most of them, and most stay so
         self.containers = [(container, container.copy()) for container in containers if container]
         self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
+
+    def held(self, tensor: Tensor) -> bool:
+        """True if an attribute of a module, or a container in one, held the tensor before the run."""
+        attributes = (value for _, before in self.attributes for value in before.values())
+        items = (item for _, copy in self.containers for item in (copy.values() if isinstance(copy, dict) else copy))
+        return any(value is tensor for value in itertools.chain(attributes, items))
 
     def before_assignment(self, tensor: Tensor) -> None:
         """``tensor.data = other`` changes no element: the old memory is put back."""
@@ -489,7 +496,8 @@ class _Recorder(_Mode):
             # Not made by any operator that was seen, and no parameter or buffer: a constant.
             value = self._register_leaf(tensor, Kind.CONSTANT)
             if tensor.is_inference() and tensor.is_floating_point() and not self.in_literal:
-                value.independent = False  # made during the run, by something that was not seen
+                # Made during the run, by something that was not seen, unless the model keeps it from an earlier run.
+                value.independent = self.watch.held(tensor)
             return value
         if value.version != value.storage.version:
             fresh = self._fresh(tensor, value)
@@ -539,7 +547,12 @@ class _Recorder(_Mode):
                     leaf.pin("it is written to during the run")
                     self.watch.before_write(leaf.tensor)
         if self.hollow and not all(value.independent for value in inputs):
-            result = hollow.compute(func, args, kwargs)
+            try:
+                result = hollow.compute(func, args, kwargs)
+            except RuntimeError as error:
+                if any(value.independent and value.shape for value in inputs):
+                    raise hollow.FixedSizeError(str(error)) from error
+                raise
         else:
             result = func(*args, **kwargs)
         if self.whole is None or operator.name in self.whole or written or not self._split(func, args, kwargs, result):

@@ -21,6 +21,10 @@ class NeedsContentsError(BaseException):
     """The code looks at contents. No ``Exception``, so that no handler of the model's own catches it."""
 
 
+class FixedSizeError(RuntimeError):
+    """A tensor that depends on the input does not fit one that does not, such as a parameter."""
+
+
 _DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 

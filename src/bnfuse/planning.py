@@ -15,6 +15,7 @@ from torch import nn
 
 from bnfuse.absent import add_absent
 from bnfuse.capture import Capture, capture, capture_hollow
+from bnfuse.elsewhere import Elsewhere
 from bnfuse.errors import InputError, NoNormError
 from bnfuse.graph import Graph, Node, Value
 from bnfuse.handled import add_handled
@@ -22,7 +23,7 @@ from bnfuse.hollow import NeedsContentsError
 from bnfuse.inputs import candidates, normalise
 from bnfuse.norms import Norm, find_norms
 from bnfuse.plan import Handler, Plan, Reason, total
-from bnfuse.rehearse import Rehearsal, larger, needed_in_place, runs_hollow, varying
+from bnfuse.rehearse import Rehearsal, needed_in_place, varying
 from bnfuse.rewrite import rewrite
 from bnfuse.rules import RULES
 from bnfuse.solve import solve
@@ -88,13 +89,8 @@ class Draft:
         output: what it returned, None for a run without arithmetic.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, options: Options, contents: bool = True) -> None:
-        """Run the model; ``contents=False`` is for a run without arithmetic, where the model allows it."""
-        record, args, kwargs = captured(model, example_inputs, contents)
-        self._look(model, record, args, kwargs, options)
-
-    def _look(
-        self, model: nn.Module, record: Capture, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    def __init__(
+        self, model: nn.Module, options: Options, record: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.model, self.options = model, options
         self.inputs = (args, kwargs)
@@ -110,6 +106,11 @@ class Draft:
         _pin_shared_with_idle(model, self.graph)
         if options.layers is not None:
             _pin_others(model, [*self.graph.leaves.values(), *absent], options.layers)
+
+    @staticmethod
+    def of(model: nn.Module, example_inputs: Any, options: Options, contents: bool = True) -> Draft:
+        """Run the model; ``contents=False`` is for a run without arithmetic, where the model allows it."""
+        return Draft(model, options, *captured(model, example_inputs, contents))
 
     def plan(self, kept: Mapping[Norm, Reason] | None = None, rehearsed: bool = True) -> Plan:
         """Solve, look at what the plan takes for granted, and solve again without what does not hold.
@@ -171,21 +172,15 @@ class Draft:
         if not solution.plan.fused:
             return True
         if not self.record.stateful and not solution.different:
-            try:
-                return self._made_elsewhere(solution)
-            except NeedsContentsError:
-                pass  # the code looks at contents, so that other contents must be tried
+            return self._made_elsewhere(solution)
         return self._rehearsal.holds(solution.plan)
 
     def _made_elsewhere(self, solution: _Solution) -> bool:
         """True if the model runs at no other size, or the plan made from what runs there is the same."""
-        for args, kwargs in larger(*self.inputs):
-            try:
-                record = capture_hollow(self.model, args, kwargs, known=RULES)
-            except Exception:  # noqa: BLE001 (a size that the model does not take)
-                continue
-            other = Draft.__new__(Draft)
-            other._look(self.model, record, args, kwargs, self.options)
+        for call, record in self._elsewhere:
+            if record is None:  # the code looks at contents, so that other contents must be tried
+                return self._rehearsal.holds(solution.plan)
+            other = Draft(self.model, self.options, record, *call)
             if [norm.label for norm in other.norms] != [norm.label for norm in self.norms]:
                 return False
             kept = {
@@ -196,11 +191,15 @@ class Draft:
             made, assumed = solve(type(self.model).__name__, other.graph, other.norms, kept, (), solution.forbidden)
             same = assumed.out_of_place == solution.out_of_place and solution.plan.does_the_same(made)
             return same or self._rehearsal.holds(solution.plan)
-        return runs_hollow(self.model, *self.inputs) or self._rehearsal.holds(solution.plan)
+        return self._elsewhere.runs_hollow or self._rehearsal.holds(solution.plan)
+
+    @functools.cached_property
+    def _elsewhere(self) -> Elsewhere:
+        return Elsewhere(self.model, *self.inputs)
 
     @functools.cached_property
     def _rehearsal(self) -> Rehearsal:
-        return Rehearsal(self.model, *self.inputs, self.record.stateful)
+        return Rehearsal(self.model, *self.inputs, self._elsewhere, self.record.stateful)
 
     def without_misfits(self, plan: Plan) -> Plan | None:
         """A plan that keeps the norms without which the code around them does something else; None if there are none.
@@ -240,7 +239,7 @@ class Draft:
             made, assumed = solve(name, graph, self.norms, kept, different, forbidden)
             # A sum counts for itself; any other number can follow the size only if the code looks at it.
             new = {node for node in assumed.numbers - checked if self.record.looks or node.operator == "sum"}
-            varied = varying(self.model, graph, new, *self.inputs) if new else set()
+            varied = varying(graph, new, self._elsewhere) if new else set()
             needed = needed_in_place(self.model, graph, assumed.out_of_place, *self.inputs)
             if not varied and not needed:
                 break

@@ -16,18 +16,17 @@ takes whole runs, so a plan that fails there is not taken apart norm by norm: it
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnfuse import tree
 from bnfuse.capture import capture, capture_hollow, forked_random_state
-from bnfuse.errors import InputError
+from bnfuse.elsewhere import Elsewhere
 from bnfuse.graph import Graph, Kind, Node, Value
 from bnfuse.hollow import NeedsContentsError
 from bnfuse.judge import Reference, judge_by
@@ -37,62 +36,19 @@ from bnfuse.rules import RULES
 from bnfuse.verify import compare_outputs
 from bnfuse.wrappers import copy_model
 
-_ALIGNMENT = 32
-"""Networks halve images up to five times, so a size that divides by 32 is enlarged by 32."""
-
-
 _RUNS = 3
 """Other sizes that are looked at, of those that the model takes."""
 
 
-def varying(
-    model: nn.Module, graph: Graph, nodes: Collection[Node], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> set[Node]:
+def varying(graph: Graph, nodes: Collection[Node], elsewhere: Elsewhere) -> set[Node]:
     """Those of the nodes whose numbers are others at another size; all of them if the runs cannot be compared."""
     different: set[Node] = set()
-    for other in itertools.islice(_others(model, args, kwargs), _RUNS):
+    for other in itertools.islice(elsewhere.graphs(), _RUNS):
         there = dict(zip(_places(other), other.nodes, strict=True))
         for place, node in zip(_places(graph), graph.nodes, strict=True):
             if node in nodes and (place not in there or not _same_numbers(node, there[place])):
                 different.add(node)
     return different
-
-
-def _others(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Graph]:
-    """What runs at other sizes, as far as the model takes them."""
-    found = False
-    for inputs in larger(args, kwargs):
-        graph = _graph(model, *inputs)
-        found |= graph is not None
-        if graph is not None:
-            yield graph
-    if not found and not runs_hollow(model, args, kwargs):
-        for inputs in larger(args, kwargs):
-            with contextlib.suppress(InputError):
-                yield capture(model, *inputs, known=RULES).graph
-
-
-def runs_hollow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """True if a run without arithmetic works on inputs that the model takes, so that elsewhere the size is to blame."""
-    try:
-        capture_hollow(model, args, kwargs)
-    except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
-        return False
-    return True
-
-
-def _graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph | None:
-    """What runs on these inputs, without the arithmetic if the model allows it; None if it does not run."""
-    try:
-        return capture_hollow(model, args, kwargs, known=RULES).graph
-    except NeedsContentsError:
-        pass
-    except Exception:  # noqa: BLE001 (a size that the model does not take, unless the unwritten numbers are to blame)
-        return None
-    try:
-        return capture(model, args, kwargs, known=RULES).graph
-    except InputError:
-        return None
 
 
 def _places(graph: Graph) -> Iterator[tuple[str | None, str, int]]:
@@ -149,14 +105,17 @@ class Rehearsal:
     near ties, are looked through in float64, with the plan carried out there (see :mod:`bnfuse.judge`).
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stateful: bool) -> None:
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], elsewhere: Elsewhere, stateful: bool
+    ) -> None:
         """
         Args:
             model: the original.
             args, kwargs: inputs that it takes.
+            elsewhere: what it does with others.
             stateful: whether a second call may differ from the first.
         """
-        self.model, self.inputs, self.stateful = model, (args, kwargs), stateful
+        self.model, self.inputs, self.elsewhere, self.stateful = model, (args, kwargs), elsewhere, stateful
 
     def holds(self, plan: Plan) -> bool:
         """True if the plan also holds for inputs with other values and of another size, and for a second call."""
@@ -185,7 +144,7 @@ class Rehearsal:
     @functools.cached_property
     def _elsewhere(self) -> Reference | None:
         """A call with other inputs, the first of those that the model takes."""
-        return next(filter(None, (_reference(self.model, *inputs) for inputs in larger(*self.inputs))), None)
+        return next(filter(None, (_reference(self.model, *inputs) for inputs in self.elsewhere.inputs())), None)
 
 
 class _Twice(nn.Module):
@@ -222,36 +181,6 @@ def _agrees(reference: Reference, fused: nn.Module, fuse_in_float64: Callable[[n
     if comparison.within_tolerance() or not comparison.outputs:
         return True
     return judge_by(reference, comparison, fused, fuse_in_float64, algebra_only=True).equal
-
-
-def larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The inputs with other values, and larger: first in all axes, then in one at a time, by one and by a round number.
-
-    Every tensor that has the axis grows, by two also, so that what is odd or even stays so. The batch grows by one
-    only.
-    """
-    rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
-    trailing = set(range(2, rank))
-    # The first axis need not be the batch, so the others also grow alone.
-    both = {0, *trailing}
-    together = [(both, "one"), (both, "round"), (both, "two"), (trailing, "one"), (trailing, "double")]
-    together = together if trailing else []
-    choices = [*together, ({0}, "one")]
-    choices += [({axis}, step) for axis in range(1, rank) for step in ("one", "round")]
-    for axes, step in choices:
-
-        def grow(tensor: Tensor, axes: set[int] = axes, step: str = step) -> Tensor:
-            for axis in axes:
-                if axis < tensor.dim():
-                    size = tensor.shape[axis]
-                    round_size = _ALIGNMENT if size % _ALIGNMENT == 0 and step == "round" else size
-                    more = 1 if axis == 0 or step == "one" else min(2 if step == "two" else round_size, size)
-                    tensor = torch.cat([tensor, tensor.narrow(axis, 0, more)], axis)
-            if tensor.is_floating_point() and tensor.dim():
-                tensor = (0.75 if step == "one" else -0.75) * tensor.roll(1, min(1, tensor.dim() - 1))
-            return tensor
-
-        yield tree.map_tensors((args, kwargs), grow)
 
 
 def _same_numbers(node: Node, other: Node) -> bool:

@@ -177,7 +177,7 @@ def _visit(here: Visit, known: Callable[[str], str | None]) -> None:
         zoo.wake_(zoo.randomise_(model, here.seed, dead=0.0), here.seed)
         sample = _running(here, model, form)
     with here.measure("fuse"):
-        draft = Draft(model, sample.args, Options())
+        draft = Draft.of(model, sample.args, Options())
         here.note(fingerprint=fingerprint(model, draft.graph))
         assert here.row.fingerprint is not None
         same_as = known(here.row.fingerprint)

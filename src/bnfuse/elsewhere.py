@@ -1,0 +1,129 @@
+"""Inputs of other sizes and values that a model takes, and what it runs on them.
+
+Most runs are without arithmetic, see :mod:`bnfuse.hollow`. A size is given up as soon as a tensor that depends on the
+input does not fit a parameter (a table of positions, a linear layer over all pixels): along these axes every larger
+input makes a tensor that is as large or larger, and fits no better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfuse import tree
+from bnfuse.capture import Capture, capture, capture_hollow
+from bnfuse.errors import InputError
+from bnfuse.graph import Graph
+from bnfuse.hollow import FixedSizeError, NeedsContentsError
+from bnfuse.rules import RULES
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
+_ALIGNMENT = 32
+"""Networks halve images up to five times, so a size that divides by 32 is enlarged by 32."""
+
+
+class Elsewhere:
+    """What a model does with larger inputs; each of them is run when it is asked for, and once."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """
+        Args:
+            model: any module.
+            args, kwargs: inputs that it takes.
+        """
+        self.model, self.call = model, (args, kwargs)
+        self._known: list[tuple[Call, Capture | None]] = []
+        self._next = self._runs()
+
+    def __iter__(self) -> Iterator[tuple[Call, Capture | None]]:
+        """Inputs on which the model runs without arithmetic, and the record; None where it looks at contents."""
+        place = 0
+        while True:
+            if place == len(self._known):
+                run = next(self._next, None)
+                if run is None:
+                    return
+                self._known.append(run)
+            yield self._known[place]
+            place += 1
+
+    def _runs(self) -> Iterator[tuple[Call, Capture | None]]:
+        fixed: list[set[int]] = []
+        for axes, call in _larger(*self.call):
+            if any(given_up <= axes for given_up in fixed):
+                continue
+            try:
+                yield call, capture_hollow(self.model, *call, known=RULES)
+            except NeedsContentsError:
+                yield call, None
+            except FixedSizeError:
+                fixed.append(axes)
+            except Exception:  # noqa: BLE001 (a size that the model does not take, or what unwritten numbers lead to)
+                continue
+
+    @functools.cached_property
+    def runs_hollow(self) -> bool:
+        """True if a run without arithmetic works on the model's own inputs; else a failure tells nothing of a size."""
+        try:
+            capture_hollow(self.model, *self.call)
+        except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
+            return False
+        return True
+
+    def inputs(self) -> Iterator[Call]:
+        """Those that the model may take."""
+        return (call for call, _ in self._candidates())
+
+    def graphs(self) -> Iterator[Graph]:
+        """What it runs on those that it takes."""
+        for call, record in self._candidates():
+            if record is not None:
+                yield record.graph
+            else:
+                with contextlib.suppress(InputError):
+                    yield capture(self.model, *call, known=RULES).graph
+
+    def _candidates(self) -> Iterator[tuple[Call, Capture | None]]:
+        yield from self
+        if not self._known and not self.runs_hollow:
+            yield from ((call, None) for _, call in _larger(*self.call))
+
+
+def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[set[int], Call]]:
+    """The inputs with other values, and larger: first in all axes, then in one at a time, by one and by a round number.
+
+    Every tensor that has the axis grows, by two also, so that what is odd or even stays so. The batch grows by one
+    only.
+
+    Returns:
+        The axes that grow, and the inputs.
+    """
+    rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
+    trailing = set(range(2, rank))
+    # The first axis need not be the batch, so the others also grow alone.
+    both = {0, *trailing}
+    together = [(both, "one"), (both, "round"), (both, "two"), (trailing, "one"), (trailing, "double")]
+    together = together if trailing else []
+    choices = [*together, ({0}, "one")]
+    choices += [({axis}, step) for axis in range(1, rank) for step in ("one", "round")]
+    for axes, step in choices:
+
+        def grow(tensor: Tensor, axes: set[int] = axes, step: str = step) -> Tensor:
+            for axis in axes:
+                if axis < tensor.dim():
+                    size = tensor.shape[axis]
+                    round_size = _ALIGNMENT if size % _ALIGNMENT == 0 and step == "round" else size
+                    more = 1 if axis == 0 or step == "one" else min(2 if step == "two" else round_size, size)
+                    tensor = torch.cat([tensor, tensor.narrow(axis, 0, more)], axis)
+            if tensor.is_floating_point() and tensor.dim():
+                tensor = (0.75 if step == "one" else -0.75) * tensor.roll(1, min(1, tensor.dim() - 1))
+            return tensor
+
+        yield axes, tree.map_tensors((args, kwargs), grow)
