@@ -218,7 +218,8 @@ def _verify(plan: Plan, original: nn.Module, fused: nn.Module, draft: Draft, und
     """Raise VerificationError unless the fused model does what the original did; ``undo`` is given when in place."""
     args, kwargs = draft.inputs
     try:
-        after = run(fused, args, kwargs, traces=draft.record.traces or undo is not None)
+        traces = draft.record.traces or undo is not None
+        after = run(fused, args, kwargs, traces=traces, writes=draft.record.stateful)
     except Exception as error:
         raise VerificationError(
             f"The fused {plan.model} does not run: {type(error).__name__}: {error}. Please report this model."

@@ -469,7 +469,14 @@ def _widest(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------- running
 
 
-def run(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], seed: int = 0, traces: bool = True) -> Any:
+def run(
+    model: nn.Module,
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    seed: int = 0,
+    traces: bool = True,
+    writes: bool = True,
+) -> Any:
     """Run a model once in evaluation mode and inference mode, and leave no trace.
 
     The model sees a copy of the inputs and random generators set to ``seed``.  Afterwards training flags,
@@ -477,11 +484,12 @@ def run(model: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any], seed: 
 
     Args:
         traces: False for a model that is known to leave none by itself.
+        writes: False for one that is known to write to none of its parameters and buffers.
 
     Raises:
         Exception: whatever the model raises.
     """
-    return run_under(model, args, kwargs, seed, nullcontext(), traces)
+    return run_under(model, args, kwargs, seed, nullcontext(), traces, writes)
 
 
 def run_under(
@@ -491,6 +499,7 @@ def run_under(
     seed: int,
     mode: AbstractContextManager[object],
     traces: bool = True,
+    writes: bool = True,
 ) -> Any:
     with torch.inference_mode(), evaluation_mode(model), forked_random_state(seed):
         args, kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
@@ -498,7 +507,7 @@ def run_under(
             with eager(), mode:
                 return model(*args, **kwargs)
         with untouched(model) as watch:
-            with eager(), WriteWatch(model, watch), mode:
+            with eager(), WriteWatch(model, watch) if writes else nullcontext(), mode:
                 output = model(*args, **kwargs)
             # What lives in a buffer is about to be put back to its old values.
             kept = {_address(buffer) for buffer in model.buffers()} - {0}
