@@ -484,7 +484,7 @@ class _Recorder(_Mode):
 
     def value(self, tensor: Tensor) -> Value:
         """The value that a tensor holds now."""
-        value = self.known(tensor)
+        value = tensor.__dict__.get(_TAG) or self.leaves.get(id(tensor))
         if value is None:
             memory = _memory(tensor)
             other, alive = self.computed.get(memory, (None, None)) if memory is not None else (None, None)
@@ -541,11 +541,12 @@ class _Recorder(_Mode):
         writers = _SILENT_WRITERS.get(operator.name)
         if writers and bound.get(writers):
             written += [bound[name] for name in ("running_mean", "running_var") if isinstance(bound.get(name), Value)]
-        for storage in {value.storage: None for value in written}:
-            for leaf in storage.values:
-                if leaf.tensor is not None:  # a parameter, written to itself or through a view
-                    leaf.pin("it is written to during the run")
-                    self.watch.before_write(leaf.tensor)
+        if written:
+            for storage in {value.storage: None for value in written}:
+                for leaf in storage.values:
+                    if leaf.tensor is not None:  # a parameter, written to itself or through a view
+                        leaf.pin("it is written to during the run")
+                        self.watch.before_write(leaf.tensor)
         if self.hollow and not all(value.independent for value in inputs):
             try:
                 result = hollow.compute(func, args, kwargs)
@@ -608,12 +609,11 @@ class _Recorder(_Mode):
         result: Any,
     ) -> None:
         results = _flat(result)
-        given = {id(tensor): tensor for tensor in tensors}
+        given = set(map(id, tensors))
         if results and not written and all(id(tensor) in given for tensor in results):
             return  # nothing was done: dropout in evaluation, contiguous of a contiguous tensor
         node = Node(len(self.nodes), operator.name, func, bound, inputs, [], self.call, written)
         independent = all(value.independent for value in inputs)
-        by_memory: dict[int, Storage] | None = None
         for tensor in tensors if written else ():
             value = self.known(tensor)
             if value in written and value is not None and value.version == value.storage.version:
@@ -627,14 +627,9 @@ class _Recorder(_Mode):
         for tensor in results:
             if id(tensor) in given:
                 continue
-            if by_memory is None:
-                by_memory = {}
-                for other in tensors:
-                    memory = _memory(other)
-                    if memory is not None:
-                        by_memory[memory] = self.value(other).storage
             memory = _memory(tensor)
-            storage = by_memory.get(memory) if memory is not None else None
+            same = [] if memory is None else [other for other in tensors if _memory(other) == memory]
+            storage = self.value(same[-1]).storage if same else None
             fresh = self._new_value(tensor, Kind.COMPUTED, storage or Storage())
             fresh.producer, fresh.independent = node, independent
             self._tag(tensor, fresh)

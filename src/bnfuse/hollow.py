@@ -10,6 +10,7 @@ other error that the unwritten numbers lead to means the same. Then the model is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,16 +34,23 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     What does not fit together is left to the operator itself, which raises.
     """
-    schema = func._schema
-    namespace, name = schema.name.split("::")
-    needs = any(tag in func.tags for tag in _DYNAMIC) or not any("Tensor" in str(kind.type) for kind in schema.returns)
-    if needs or namespace != "aten" or (name == "index" and _masked(args[1])):
-        raise NeedsContentsError(schema.name)
+    name = _unwritten(func)
+    if name is None or (name == "index" and _masked(args[1])):
+        raise NeedsContentsError(func._schema.name)
     if name in _IN_PLACE and isinstance(args[0], Tensor):
         return args[0]
     make = _MADE.get(name)
     made = make(*args, **kwargs) if make is not None else None
     return func(*args, **kwargs) if made is None else made
+
+
+@functools.cache
+def _unwritten(func: Any) -> str | None:
+    """The name of an operator that may do with unwritten numbers, None for any other."""
+    schema = func._schema
+    namespace, name = schema.name.split("::")
+    needs = any(tag in func.tags for tag in _DYNAMIC) or not any("Tensor" in str(kind.type) for kind in schema.returns)
+    return None if needs or namespace != "aten" else name
 
 
 def _masked(indices: Sequence[Tensor | None]) -> bool:
@@ -73,7 +81,7 @@ def _like_both(x: Any, y: Any, *_: Any, **options: Any) -> Tensor | None:
         return _like(tensor) if fits and "rounding_mode" not in options else None
     if x.dtype != y.dtype or not x.is_floating_point() or "rounding_mode" in options:
         return None
-    shape = torch.broadcast_shapes(x.shape, y.shape)
+    shape = x.shape if x.shape == y.shape else torch.broadcast_shapes(x.shape, y.shape)
     full = [tensor for tensor in (x, y) if tensor.shape == shape]
     if not full or (len(full) == 2 and x.stride() != y.stride()):
         return None
@@ -141,7 +149,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
 def _product(x: Tensor, y: Tensor) -> Tensor | None:
     if x.dim() < 2 or y.dim() < 2 or x.dtype != y.dtype or x.shape[-1] != y.shape[-2]:
         return None
-    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    batch, other = x.shape[:-2], y.shape[:-2]
+    batch = batch if batch == other else torch.broadcast_shapes(batch, other)
     return x.new_empty((*batch, x.shape[-2], y.shape[-1]))
 
 
