@@ -132,7 +132,7 @@ def views_not_pinned(patch: pytest.MonkeyPatch) -> None:
 
 
 def hooks_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(capture, "has_hooks", lambda module: False)
+    patch.setattr(capture, "has_own_hooks", lambda module: False)
     patch.setattr(norms, "has_hooks", lambda module: False)
 
 

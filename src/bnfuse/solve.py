@@ -177,9 +177,11 @@ class _Choice:
 class Trial:
     """One attempt to remove one norm in one direction; see :class:`bnfuse.rules.Trial` for what rules may call."""
 
-    def __init__(self, network: Network, targets: Collection[Node] = (), limit: int | None = None) -> None:
+    def __init__(self, network: Network, targets: Collection[Node] = ()) -> None:
         self.network = network
-        self._steps_left = math.inf if limit is None else limit
+        self._steps_left = math.inf
+        self._backtracks = 0
+        self._first: Refusal | None = None
         self.targets = set(targets)
         self.units: dict[Value, Unit] = {}
         self.edits: dict[Value, dict[Node, Unit]] = {}
@@ -277,23 +279,39 @@ class Trial:
 
     # The search --------------------------------------------------------------------------------------------------
 
-    def run(self, demands: Mapping[Value, Unit]) -> None:
-        """Settle everything that follows from the demands; raises Refusal if something cannot be met."""
+    def run(self, demands: Mapping[Value, Unit], limit: int | None = None) -> None:
+        """Settle everything that follows from the demands.
+
+        Args:
+            demands: what to begin with.
+            limit: of operators to look at, None for as many as it takes.
+
+        Raises:
+            Refusal: something cannot be met.
+            _TooFarError: the limit is reached; `go_on` continues.
+        """
+        self._steps_left = math.inf if limit is None else limit
         for value, unit in demands.items():
             self.demand(value, unit)
-        backtracks = 0
-        first: Refusal | None = None
+        self._search()
+
+    def go_on(self, limit: int | None) -> None:
+        """Go on with a run that went too far, by so many operators; raises as `run`."""
+        self._steps_left = math.inf if limit is None else limit
+        self._search()
+
+    def _search(self) -> None:
         while True:
             try:
                 self._settle()
                 return
             except Refusal as refusal:
-                first = first or refusal
-                backtracks += 1
+                self._first = self._first or refusal
+                self._backtracks += 1
                 while refusal.scale and self._choices and not self._choices[-1].scale:
                     self._choices.pop()  # no other place for a shift would help
-                if backtracks > _MAX_BACKTRACKS or self._next_alternative() is not None:
-                    raise first from None
+                if self._backtracks > _MAX_BACKTRACKS or self._next_alternative() is not None:
+                    raise self._first from None
 
     def run_beside(self, layers: Sequence[tuple[beside.Sibling, Site, Tensor, Tensor]]) -> None:
         """Let a layer beside each site of the norm take it up; raises Refusal if one cannot."""
@@ -333,6 +351,8 @@ class Trial:
             rule = RULES.get(node.operator)
             self._steps_left -= 1
             if self._steps_left < 0:
+                self._queue.appendleft(node)
+                self._queued.add(node)
                 raise _TooFarError
             if rule is not None:
                 self._apply(rule, node)
@@ -534,13 +554,16 @@ def _stay(norm: Norm, reasons: tuple[Reason, ...]) -> Decision:
 def _attempt(network: Network, norm: Norm) -> Decision:
     """Try every way; what can be settled nearby comes first, since it touches nothing else."""
     reasons: dict[str, Reason] = {}
-    open_ways = list(_ways(network, norm))
+    targets = [node for site in norm.sites for node in site.nodes]
+    open_ways = [(direction, run, Trial(network, targets)) for direction, run in _ways(network, norm)]
     for limit in (*_NEARBY, None):
         for way in list(open_ways):
-            direction, run = way
-            trial = Trial(network, [node for site in norm.sites for node in site.nodes], limit)
+            direction, run, trial = way
             try:
-                run(trial)
+                if limit == _NEARBY[0]:
+                    run(trial, limit)
+                else:
+                    trial.go_on(limit)
                 _check_memory(network, norm)
             except _TooFarError:
                 continue
@@ -579,7 +602,7 @@ def _check_memory(network: Network, norm: Norm) -> None:
     memory.merge(norm.sites)
 
 
-def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[Trial], None]]]:
+def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[Trial, int], None]]]:
     """What to try, in turn: a layer beside the norm takes it up, which changes no units; all of ``a*x + c`` goes back,
     or on; or the scale goes one way and the shift the other."""
 
@@ -619,14 +642,14 @@ def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[Trial],
     for layers in zip(*(beside.siblings(site, network.removed) for site in norm.sites), strict=False):
         if len({layer.node for layer in layers}) == len(layers):  # none twice
 
-            def run(trial: Trial, layers: tuple[beside.Sibling, ...] = layers) -> None:
+            def run(trial: Trial, limit: int, layers: tuple[beside.Sibling, ...] = layers) -> None:
                 trial.run_beside([(layer, *site) for layer, site in zip(layers, maps(), strict=True)])
 
             yield _BESIDE, run
-    yield "backward", lambda trial: trial.run(demands("backward", "backward"))
-    yield "forward", lambda trial: trial.run(demands("forward", "forward"))
-    yield _BOTH, lambda trial: trial.run(demands("backward", "forward"))
-    yield _BOTH, lambda trial: trial.run(demands("forward", "backward"))
+    yield "backward", lambda trial, limit: trial.run(demands("backward", "backward"), limit)
+    yield "forward", lambda trial, limit: trial.run(demands("forward", "forward"), limit)
+    yield _BOTH, lambda trial, limit: trial.run(demands("backward", "forward"), limit)
+    yield _BOTH, lambda trial, limit: trial.run(demands("forward", "backward"), limit)
 
 
 def _reciprocal(norm: Norm, scale: Tensor) -> Tensor:
