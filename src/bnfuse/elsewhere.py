@@ -55,16 +55,17 @@ class Elsewhere:
             place += 1
 
     def _runs(self) -> Iterator[tuple[Call, Capture | None]]:
-        fixed: list[set[int]] = []
-        for axes, call in _larger(*self.call):
-            if any(given_up <= axes for given_up in fixed):
-                continue
+        todo = _choices(self.call)
+        while todo:
+            axes, step = todo.pop(0)
+            call = _larger(self.call, axes, step)
             try:
                 yield call, capture_hollow(self.model, *call, known=RULES)
             except NeedsContentsError:
                 yield call, None
             except FixedSizeError:
-                fixed.append(axes)
+                todo = [choice for choice in todo if not axes <= choice[0]]
+                todo.sort(key=lambda choice: choice[0] != {0})  # most often it is not the batch that is fixed
             except Exception:  # noqa: BLE001 (a size that the model does not take, or what unwritten numbers lead to)
                 continue
 
@@ -93,37 +94,36 @@ class Elsewhere:
     def _candidates(self) -> Iterator[tuple[Call, Capture | None]]:
         yield from self
         if not self._known and not self.runs_hollow:
-            yield from ((call, None) for _, call in _larger(*self.call))
+            yield from ((_larger(self.call, *choice), None) for choice in _choices(self.call))
 
 
-def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[set[int], Call]]:
-    """The inputs with other values, and larger: first in all axes, then in one at a time, by one and by a round number.
+def _choices(call: Call) -> list[tuple[set[int], str]]:
+    """The axes that grow, and by how much: first all of them, then one at a time, by one and by a round number.
 
-    Every tensor that has the axis grows, by two also, so that what is odd or even stays so. The batch grows by one
-    only.
-
-    Returns:
-        The axes that grow, and the inputs.
+    They grow by two also, so that what is odd or even stays so.
     """
-    rank = max((tensor.dim() for _, tensor in tree.tensors((args, kwargs))), default=0)
+    rank = max((tensor.dim() for _, tensor in tree.tensors(call)), default=0)
     trailing = set(range(2, rank))
     # The first axis need not be the batch, so the others also grow alone.
     both = {0, *trailing}
     together = [(both, "one"), (both, "round"), (both, "two"), (trailing, "one"), (trailing, "double")]
-    together = together if trailing else []
-    choices = [*together, ({0}, "one")]
-    choices += [({axis}, step) for axis in range(1, rank) for step in ("one", "round")]
-    for axes, step in choices:
+    single = [({axis}, step) for axis in range(1, rank) for step in ("one", "round")]
+    return [*(together if trailing else []), ({0}, "one"), *single]
 
-        def grow(tensor: Tensor, axes: set[int] = axes, step: str = step) -> Tensor:
-            for axis in axes:
-                if axis < tensor.dim():
-                    size = tensor.shape[axis]
-                    round_size = _ALIGNMENT if size % _ALIGNMENT == 0 and step == "round" else size
-                    more = 1 if axis == 0 or step == "one" else min(2 if step == "two" else round_size, size)
-                    tensor = torch.cat([tensor, tensor.narrow(axis, 0, more)], axis)
-            if tensor.is_floating_point() and tensor.dim():
-                tensor = (0.75 if step == "one" else -0.75) * tensor.roll(1, min(1, tensor.dim() - 1))
-            return tensor
 
-        yield axes, tree.map_tensors((args, kwargs), grow)
+def _larger(call: Call, axes: set[int], step: str) -> Call:
+    """The inputs with other values, and larger: every tensor that has the axis grows. The batch grows by one only."""
+
+    def grow(tensor: Tensor) -> Tensor:
+        for axis in axes:
+            if axis < tensor.dim():
+                size = tensor.shape[axis]
+                round_size = _ALIGNMENT if size % _ALIGNMENT == 0 and step == "round" else size
+                more = 1 if axis == 0 or step == "one" else min(2 if step == "two" else round_size, size)
+                tensor = torch.cat([tensor, tensor.narrow(axis, 0, more)], axis)
+        if tensor.is_floating_point() and tensor.dim():
+            tensor = (0.75 if step == "one" else -0.75) * tensor.roll(1, min(1, tensor.dim() - 1))
+        return tensor
+
+    args, kwargs = tree.map_tensors(call, grow)
+    return args, kwargs
