@@ -604,7 +604,8 @@ def test_scales_before_and_after_single_entries() -> None:
 
 
 def test_an_edit_of_entries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bnfuse.rewrite._CHUNK", 20)
+    monkeypatch.setattr("bnfuse.units.PIECE", 20)
+    monkeypatch.setattr("bnfuse.rewrite.PIECE", 20)
     for options in ({}, {"inplace": True}, {"inplace": True, "verify": False}):
         net = prepared(Net(branches, a=conv(), c=conv(6, 6), d=conv(6, 6, 1), k=norm(), l=norm(), n=norm()))
         x = torch.randn(IMAGE, dtype=torch.float64)

@@ -18,14 +18,11 @@ from torch import Tensor, nn
 from bnfuse import tree
 from bnfuse.errors import FusionError
 from bnfuse.plan import Edit, Handler, Plan, Replacement
-from bnfuse.units import Entries, Unit, add, multiply, scaled
+from bnfuse.units import PIECE, Entries, Unit, add, multiply, row_ranges, scaled
 from bnfuse.wrappers import copy_model, held_tensors, shared_memory
 
 _Modules = Mapping[str, nn.Module]
 """The modules of a model by name."""
-
-_CHUNK = 1 << 16
-"""Elements of a weight that are edited at a time: few enough to stay in the processor's cache in float64."""
 
 
 def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
@@ -158,10 +155,10 @@ class _Write:
         """Put them into ``out``, which may be the target; raises FusionError if they leave the range of its dtype.
 
         Args:
-            scratch: memory for `_CHUNK` numbers in float64: fresh memory takes longer than the arithmetic.
+            scratch: memory for `bnfuse.units.PIECE` numbers in float64: fresh memory takes longer than the arithmetic.
         """
         size = self.source.numel()
-        wide = scratch[:size].view(self.source.shape) if size <= _CHUNK else scratch.new_empty(self.source.shape)
+        wide = scratch[:size].view(self.source.shape) if size <= PIECE else scratch.new_empty(self.source.shape)
         values = _edited(wide.copy_(self.source), self.unit)
         out.copy_(values)
         total = out.sum(dtype=torch.float32 if out.dtype.itemsize < 4 else out.dtype)
@@ -174,26 +171,18 @@ class _Write:
 
 
 def _scratch() -> Tensor:
-    return torch.empty(_CHUNK, dtype=torch.float64)
+    return torch.empty(PIECE, dtype=torch.float64)
 
 
 def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
     """The parts of a weight, of bounded size, each with the scale and shift that belong to it."""
     unit = _composed(edit.factors)
     source, target = source.data, target.data
-    rows = max(1, _CHUNK * source.shape[0] // max(source.numel(), 1)) if source.dim() else 1
-    if not source.dim() or rows >= source.shape[0]:
+    if not source.dim() or source.numel() <= PIECE:
         yield _Write(edit.names[0], source, target, unit)
         return
-    for start in range(0, source.shape[0], rows):
-        size = min(rows, source.shape[0] - start)
-
-        def cut(part: Tensor | None, start: int = start, size: int = size) -> Tensor | None:
-            return part if part is None or part.dim() == 0 or part.shape[0] == 1 else part.narrow(0, start, size)
-
-        entries = None if unit.entries is None else unit.entries.rows(start, size)
-        part = Unit(cut(unit.scale), cut(unit.shift), entries=entries)
-        yield _Write(edit.names[0], source.narrow(0, start, size), target.narrow(0, start, size), part)
+    for place in row_ranges(source):
+        yield _Write(edit.names[0], source.narrow(0, *place), target.narrow(0, *place), unit.rows(*place))
 
 
 def _composed(factors: tuple[Unit, ...]) -> Unit:

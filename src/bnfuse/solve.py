@@ -31,7 +31,18 @@ from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
 from bnfuse.rules.norms import FARTHEST, affine, offset
 from bnfuse.rules.registry import Rule, link, same
-from bnfuse.units import IDENTITY, SAFE_SCALE, NotInvertibleError, Unit, add, multiply, reciprocal, scaled
+from bnfuse.units import (
+    IDENTITY,
+    PIECE,
+    SAFE_SCALE,
+    NotInvertibleError,
+    Unit,
+    add,
+    multiply,
+    reciprocal,
+    row_ranges,
+    scaled,
+)
 
 _MAX_BACKTRACKS = 200
 
@@ -89,6 +100,21 @@ class Network:
         if tensor.dim() <= 1:
             self._contents[value] = tensor
         return tensor
+
+    def pieces(self, value: Value) -> Iterator[Tensor]:
+        """The same in pieces of rows, each of which is gone when the next one is asked for."""
+        source = value.tensor
+        if value.kind is not Kind.PARAMETER or source is None or source.numel() <= PIECE or source.device.type != "cpu":
+            yield self.content(value)
+            return
+        scratch = torch.empty(0, dtype=torch.float64)
+        for start, size in row_ranges(source):
+            rows = source.detach().narrow(0, start, size)
+            scratch = scratch if scratch.numel() >= rows.numel() else scratch.new_empty(rows.numel())
+            piece = scratch[: rows.numel()].view(rows.shape).copy_(rows)
+            for unit in self.edits.get(value, ()):
+                piece = edited(piece, unit.rows(start, size))
+            yield piece
 
     def _replayed(self, value: Value) -> Tensor:
         """What the recorded operators make, in float64, of the present parameters."""
@@ -265,6 +291,9 @@ class Trial:
 
     def content(self, value: Value) -> Tensor:
         return self.network.content(value)
+
+    def pieces(self, value: Value) -> Iterator[Tensor]:
+        return self.network.pieces(value)
 
     def assume(self, node: Node) -> None:
         if node in self.network.varying:

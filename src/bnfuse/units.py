@@ -16,7 +16,7 @@ size 1, so that they broadcast. ``None`` stands for 1 (scale) and 0 (shift).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +126,15 @@ class Unit:
         shift = None if self.shift is None else function(self.shift)
         return Unit(scale, shift, self.inverse)
 
+    def rows(self, start: int, size: int) -> Unit:
+        """Of an edit, the part for some rows (elements of the first axis) of the tensor."""
+
+        def cut(part: Tensor | None) -> Tensor | None:
+            return part if part is None or part.dim() == 0 or part.shape[0] == 1 else part.narrow(0, start, size)
+
+        entries = None if self.entries is None else self.entries.rows(start, size)
+        return Unit(cut(self.scale), cut(self.shift), entries=entries)
+
     def scale_only(self) -> Unit:
         return Unit(self.scale, None, self.inverse and self.scale is not None)
 
@@ -150,6 +159,17 @@ class Unit:
 
 
 IDENTITY = Unit()
+
+
+PIECE = 1 << 16
+"""Elements of a tensor to work on at a time: few enough to stay in the processor's cache in float64."""
+
+
+def row_ranges(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, size) of pieces of at most `PIECE` elements, or of one row if that is larger; of at least one axis."""
+    count = tensor.shape[0]
+    rows = max(1, PIECE * count // max(tensor.numel(), 1))
+    return ((start, min(rows, count - start)) for start in range(0, count, rows))
 
 
 def per_channel(vector: Tensor | None, axis: int, dimensions: int) -> Tensor | None:

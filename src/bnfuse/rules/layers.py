@@ -161,7 +161,7 @@ def _pass_on(node: Node, trial: Trial, layer: Layer, unit: Unit) -> None:
         trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
     if q is None or trial.unit(layer.y) is not None:
         return  # the absorber sees whether the two fit
-    carried = _carried(layer, trial.content(layer.w), channel_vector(q, layer.axis, layer.channels_in, 0.0))
+    carried = _carried(layer, trial, channel_vector(q, layer.axis, layer.channels_in, 0.0))
     trial.demand(layer.y, Unit.of(None, per_channel(carried, layer.axis, len(layer.y.shape)), inverse=True))
 
 
@@ -217,7 +217,7 @@ def absorb(node: Node, trial: Trial) -> None:
     scale = multiply(_along_out(layer, axis_out), _along_in(layer, axis_in))
     shift = None if t is None else channel_vector(t, layer.axis, channels_out, 0.0)
     if q is not None:
-        carried = _carried(layer, trial.content(layer.w), channel_vector(q, layer.axis, channels_in, 0.0))
+        carried = _carried(layer, trial, channel_vector(q, layer.axis, channels_in, 0.0))
         shift = add(shift, multiply(carried, axis_out))
     features_last = layer.axis == len(layer.x.shape) - 1
     if layer.b is None and shift is not None and features_last and is_softmax(layer.x):
@@ -264,14 +264,21 @@ def _by_group(layer: Layer, vector: Tensor, rows: int) -> Tensor:
     return parts.expand(-1, rows // layer.groups, -1).reshape(rows, -1)
 
 
-def _carried(layer: Layer, weight: Tensor, q: Tensor) -> Tensor:
+def _carried(layer: Layer, trial: Trial, q: Tensor) -> Tensor:
     """``w*q``: what a constant input ``q`` (in,) adds to every output (out,)."""
-    taps = weight.flatten(2).sum(2) if weight.dim() > 2 else weight  # rows, columns
+    if layer.groups == 1 and not layer.transposed:
+        return layer.factor * torch.cat([_taps(piece) @ q for piece in trial.pieces(layer.w)])
+    taps = _taps(trial.content(layer.w))
     groups = layer.groups
     parts = taps.reshape(groups, taps.shape[0] // groups, taps.shape[1])  # groups, rows, columns
     if layer.transposed:
         parts = parts.transpose(1, 2)
     return layer.factor * torch.matmul(parts, q.reshape(groups, -1, 1)).reshape(-1)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """The sum over the kernel: rows, columns."""
+    return weight.flatten(2).sum(2) if weight.dim() > 2 else weight
 
 
 def _size(*shifts: Tensor | None) -> float:

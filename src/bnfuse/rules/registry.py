@@ -10,7 +10,7 @@ and asks for the edits of its parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn, Protocol
 
 from torch import Tensor
@@ -51,6 +51,9 @@ class Trial(Protocol):
 
     def content(self, value: Value) -> Tensor:
         """The present float64 contents, with all edits so far, of what does not depend on the model's inputs."""
+
+    def pieces(self, value: Value) -> Iterator[Tensor]:
+        """The same in pieces of rows, each of which is gone when the next one is asked for."""
 
     def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
         """Scale and shift of all units that accepted removals have given to the input of a batch norm."""
