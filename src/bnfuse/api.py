@@ -21,7 +21,7 @@ from bnfuse.plan import Handler, Plan, total
 from bnfuse.planning import Draft, Options, report
 from bnfuse.rewrite import fused_copy, rewrite
 from bnfuse.verify import compare_outputs, run
-from bnfuse.wrappers import copy_model, unwrap
+from bnfuse.wrappers import copy_model, held_tensors, unwrap
 
 log = logging.getLogger("bnfuse")
 
@@ -206,11 +206,14 @@ def _unwrapped(model: object) -> tuple[nn.Module, Any]:
         raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("No module of a scripted or traced model can be replaced: fuse the original, then compile it.")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise InputError(f"{name} is on the meta device and holds no numbers: load the weights, then fuse.")
-        if nn.parameter.is_lazy(tensor):
-            raise InputError(f"{name} is not initialised yet: run the model once on real inputs, then fuse it.")
+    for key, tensor in held_tensors(model).items():
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            names = {id(held): name for name, held in (*model.named_parameters(), *model.named_buffers())}
+            if tensor.is_meta:
+                raise InputError(
+                    f"{names[key]} is on the meta device and holds no numbers: load the weights, then fuse."
+                )
+            raise InputError(f"{names[key]} is not initialised yet: run the model once on real inputs, then fuse it.")
     return unwrap(model)
 
 
