@@ -210,10 +210,10 @@ def _unwrapped(model: object) -> tuple[nn.Module, Any]:
         if tensor.is_meta or nn.parameter.is_lazy(tensor):
             names = {id(held): name for name, held in (*model.named_parameters(), *model.named_buffers())}
             if tensor.is_meta:
-                raise InputError(
-                    f"{names[key]} is on the meta device and holds no numbers: load the weights, then fuse."
-                )
-            raise InputError(f"{names[key]} is not initialised yet: run the model once on real inputs, then fuse it.")
+                problem = "is on the meta device and holds no numbers: load the weights, then fuse."
+            else:
+                problem = "is not initialised yet: run the model once on real inputs, then fuse it."
+            raise InputError(f"{names[key]} {problem}")
     return unwrap(model)
 
 
