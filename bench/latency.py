@@ -37,6 +37,7 @@ ORIGINAL, FUSED, DELETED, BIASED = "original", "fused", "deleted", "deleted, wit
 FX, JIT = "torch.fx", "torch.jit"
 CANDIDATES = (ORIGINAL, FUSED, DELETED, BIASED, FX, JIT)
 _WRONG_ON_PURPOSE = (DELETED, BIASED)
+_CALLS = 10_000
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -47,6 +48,7 @@ class Finding:
     Attributes:
         rounds: the times of everything that works.
         norms: how many there are, and how many of them fusing leaves.
+        identities: seconds that the calls of what stands in place of the others take.
         problems: "fails" or "wrong" for each candidate that does not work.
         errors: what those that fail say.
     """
@@ -55,6 +57,7 @@ class Finding:
     batch: int
     channels_last: bool
     norms: tuple[int, int]
+    identities: float
     rounds: Rounds
     problems: dict[str, str]
     errors: dict[str, str]
@@ -62,6 +65,11 @@ class Finding:
     @property
     def label(self) -> str:
         return f"{self.network} batch {self.batch}{' channels_last' if self.channels_last else ''}"
+
+    @property
+    def share_of_identities(self) -> float | None:
+        """How much of the fused network's time the calls of ``nn.Identity`` take, in percent."""
+        return 100 * self.identities / self.rounds.median(FUSED) if self.rounds.has(FUSED) else None
 
     def ratio(self, limit: str) -> Spread | None:
         known = self.rounds.has(FUSED) and self.rounds.has(limit)
@@ -75,6 +83,7 @@ class Finding:
             "channels_last": self.channels_last,
             "norms": self.norms[0],
             "left": self.norms[1],
+            "identities": float(f"{self.identities:.3g}"),
             "seconds": self.rounds.to_dict(),
             "fused over": ratios,
             "problems": self.problems,
@@ -88,6 +97,7 @@ class Finding:
             batch=found["batch"],
             channels_last=found["channels_last"],
             norms=(found["norms"], found["left"]),
+            identities=found["identities"],
             rounds=Rounds(found["seconds"]),
             problems=found["problems"],
             errors=found["errors"],
@@ -136,6 +146,7 @@ def flushed_denormals() -> Iterator[None]:
 
 def examine(network: Network, effort: Effort, clock: Clock) -> Iterator[Finding]:
     """Measure one network, in every memory format and at every batch size."""
+    per_identity = _seconds_of_identity(clock)
     formats = [torch.contiguous_format, _CHANNELS_LAST.get(len(network.shape) + 1)]
     for memory_format in formats:
         if memory_format is None:
@@ -168,10 +179,23 @@ def examine(network: Network, effort: Effort, clock: Clock) -> Iterator[Finding]
                 batch=x.shape[0],
                 channels_last=memory_format is not torch.contiguous_format,
                 norms=(len(plan.decisions), len(plan.kept)),
+                identities=len(plan.fused) * per_identity,
                 rounds=rounds,
                 problems=dict.fromkeys(errors, "fails") | problems,
                 errors=errors | more,
             )
+
+
+def _seconds_of_identity(clock: Clock) -> float:
+    """How long a call of what stands in place of a norm takes."""
+    identity, x = nn.Identity(), torch.zeros(1)
+
+    def calls() -> None:
+        for _ in range(_CALLS):
+            identity(x)
+
+    with torch.inference_mode():
+        return measured({"calls": timed(calls, clock)}, Effort.exactly(9)).median("calls") / _CALLS
 
 
 def compare(
@@ -236,12 +260,13 @@ def _time_table(findings: list[Finding]) -> Table:
 
 def _ratio_table(findings: list[Finding]) -> Table:
     below = (ORIGINAL, DELETED, BIASED, FX, JIT)
-    columns = list(_PLACE)
+    columns = [*_PLACE, Column("Identity calls, %", True)]
     for name in below:
         columns += [Column(f"/ {name}", True), Column("quartiles", True)]
     rows = []
     for finding in findings:
-        cells = [*_place(finding)]
+        share = finding.share_of_identities
+        cells = [*_place(finding), "" if share is None else f"{share:.1f}"]
         for name in below:
             ratio = finding.ratio(name)
             cells += ["", ""] if ratio is None else [f"{ratio.median:.3f}", ratio.range]

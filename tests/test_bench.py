@@ -271,6 +271,8 @@ def test_latency_in_both_formats_at_both_batch_sizes() -> None:
     assert [(found.batch, found.channels_last) for found in findings] == [(1, False), (8, False), (1, True), (8, True)]
     for found in findings:
         assert found.norms == (2, 1)
+        assert 0 < found.identities < 1e-3
+        assert found.share_of_identities == 100 * found.identities / found.rounds.median(latency.FUSED)
         assert set(found.rounds.seconds) == set(latency.CANDIDATES)
         assert found.problems == {}
     section = latency.report(findings)
@@ -307,7 +309,7 @@ def test_a_slower_fused_network_misses_the_target(times: int, verdict: str) -> N
 
     candidates = dict.fromkeys(latency.CANDIDATES, network(0.01)) | {latency.FUSED: network(0.01 * times)}
     rounds, problems, errors = latency.compare(candidates, torch.ones(3), Effort.exactly(5), clock)
-    finding = latency.Finding("own:slow", 1, False, (2, 0), rounds, problems, errors)
+    finding = latency.Finding("own:slow", 1, False, (2, 0), 0.0, rounds, problems, errors)
     assert [str(target).rpartition(": ")[2] for target in latency.report([finding]).targets] == [verdict, verdict]
 
 
@@ -316,7 +318,7 @@ def test_a_fused_network_that_is_wrong_misses_the_target() -> None:
     candidates[latency.FUSED] = lambda x: 2 * x
     rounds, problems, errors = latency.compare(candidates, torch.ones(3), ONCE, ONE_THREAD)
     assert problems == {"fused": "wrong"}
-    finding = latency.Finding("own:wrong", 1, False, (2, 0), rounds, problems, errors)
+    finding = latency.Finding("own:wrong", 1, False, (2, 0), 0.0, rounds, problems, errors)
     assert str(latency.report([finding]).targets[0]).endswith("without own:wrong batch 1: MISSED")
 
 
