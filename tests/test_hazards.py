@@ -672,3 +672,27 @@ def test_few_trials_are_made_where_all_norms_fail(monkeypatch: pytest.MonkeyPatc
     assert not plan.fused
     assert "not tried which" in reason(plan, "norms.3")
     assert len(found) <= 8
+
+
+def test_a_stream_that_goes_back_at_each_of_hundreds_of_sums() -> None:
+    """At each sum the shift may go two ways, of which the gate takes one only, as it turns out behind it."""
+
+    class Gated(nn.Module):
+        def __init__(self, blocks: int) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 2, 1), nn.Linear(2, 2)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(2) for _ in range(blocks))
+            self.convs = nn.ModuleList(nn.Conv2d(2, 2, 1) for _ in range(blocks))
+            self.gates = nn.ModuleList(nn.Linear(2, 2) for _ in range(blocks))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for norm, conv, gate in zip(self.norms, self.convs, self.gates, strict=True):
+                y = conv(torch.relu(norm(x)))
+                x = x + 0.1 * y * torch.sigmoid(gate(y.mean((2, 3))))[:, :, None, None]
+            out: Tensor = self.head(x.mean((2, 3)))
+            return out
+
+    model, x = prepared(Gated(210)), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    plan = bnfuse.plan(model, x, keep="norms.[1-9]*")
+    assert [decision.norm for decision in plan.fused] == ["norms.0"]

@@ -3,7 +3,7 @@ r"""What no unit of a tensor can be, wherever else the tensor goes: known before
 Most attempts that fail do so for a few tensors: an activation that takes no shift and no negative scale, an output of
 the model. Operators that hand every element on carry such a limit along: what a reshape makes has the limits of what
 it was made of, and the pieces of a concatenation have those of the whole. A sum carries limits of the scale alone,
-since its operands and its result have one scale, and their shifts may cancel.
+since its operands and its result have one scale, and their shifts may cancel; so does an average.
 
 So tensors are put into classes, one family of classes for limits of the scale and one for limits of the shift, and a
 demand that breaks a limit is refused at once. That changes no decision; it saves the way to the tensor in question,
@@ -21,6 +21,10 @@ from bnfuse.units import Unit
 
 _POSITIVE = {"relu", "leaky_relu", "abs", "prelu", "_prelu_kernel"}
 _SUMS = {"add", "sub", "rsub"}
+_AVERAGES = {
+    "mean", "sum", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+}  # fmt: skip
 _HANDED_ON = {
     "alias", "clone", "contiguous", "detach", "lift_fresh", "to", "_to_copy", "dropout", "feature_dropout", "view",
     "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "mT",
@@ -120,6 +124,8 @@ class Limits:
         if name in _POSITIVE:
             self._limit(y, _NEGATIVE, Reason("it passes no negative scale", name, node.call.label))
             self._limit(y, _SHIFT, Reason("it passes no shift", name, node.call.label))
+        elif name in _AVERAGES:
+            self._scales.unite(x, y)
         elif name in _SUMS:
             for value in node.inputs:
                 if value.shape == y.shape:

@@ -206,7 +206,7 @@ class Trial:
     def __init__(self, network: Network, targets: Collection[Node] = ()) -> None:
         self.network = network
         self._steps_left = math.inf
-        self._backtracks = 0
+        self._backtracks = self._deepest = 0
         self._first: Refusal | None = None
         self.targets = set(targets)
         self.units: dict[Value, Unit] = {}
@@ -339,7 +339,8 @@ class Trial:
                 self._backtracks += 1
                 while refusal.scale and self._choices and not self._choices[-1].scale:
                     self._choices.pop()  # no other place for a shift would help
-                if self._backtracks > _MAX_BACKTRACKS or self._next_alternative() is not None:
+                most = _MAX_BACKTRACKS + 2 * self._deepest  # a stream of hundreds of sums may go back at each of them
+                if self._backtracks > most or self._next_alternative() is not None:
                     raise self._first from None
 
     def run_beside(self, layers: Sequence[tuple[beside.Sibling, Site, Tensor, Tensor]]) -> None:
@@ -403,6 +404,7 @@ class Trial:
         if chosen:
             choice = _Choice(len(self._trail), dict(self._pending), iter(chosen), self._chosen_scale)
             self._choices.append(choice)
+            self._deepest = max(self._deepest, len(self._choices))
             refusal = self._next_alternative()
             if refusal is not None:
                 raise refusal

@@ -142,15 +142,26 @@ def check(node: Node, trial: Trial) -> None:
 
 
 def _share(node: Node, trial: Trial, layer: Layer) -> None:
-    """Other uses of the weight take the same units, so that they ask for the same edit of it."""
-    for other in layer.w.consumers:
-        there = _layer_or_none(other) if other is not node and other.operator == node.operator else None
-        if there is None or there.w is not layer.w or there.x is layer.w:
+    """Other uses of the weight take the same units, so that they ask for the same edit of it.
+
+    Each hands them to the one before and the one after it, which hand them on: there may be thousands.
+    """
+    place = layer.w.consumers.index(node)
+    for others in (reversed(layer.w.consumers[:place]), layer.w.consumers[place + 1 :]):
+        there = next((use for other in others if (use := _same_use(node, layer, other))), None)
+        if there is None:
             continue
-        for mine, theirs in ((layer.x, there.x), (layer.y, there.y)):
+        other, its = there
+        for mine, theirs in ((layer.x, its.x), (layer.y, its.y)):
             unit = trial.unit(mine)
             if unit is not None and not unit.is_identity and len(mine.shape) == len(theirs.shape):
                 trial.share(node, layer.w, other, theirs, unit)
+
+
+def _same_use(node: Node, layer: Layer, other: Node) -> tuple[Node, Layer] | None:
+    """Another operator as a layer of the same kind and weight, None if it is none."""
+    there = _layer_or_none(other) if other.operator == node.operator else None
+    return (other, there) if there is not None and there.w is layer.w and there.x is not layer.w else None
 
 
 def _pass_on(node: Node, trial: Trial, layer: Layer, unit: Unit) -> None:
