@@ -392,9 +392,12 @@ class _OutputAccumulator:
                 self.where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), before.shape))
         if before.is_floating_point() and before.ndim >= 2 and before.shape[1] > 1 and before.numel():
             positions = before.numel() // before.shape[1]
-            same = before.max(dim=1).indices == after.max(dim=1).indices if self.differing > differing else None
-            self.agreeing += positions if same is None else int(same.sum())
             self.positions += positions
+            if self.differing == differing:
+                self.agreeing += positions
+            else:  # max, unlike argmax, runs at full speed along an inner axis; some dtypes have neither
+                first, second = (t if t.itemsize > 1 else t.float() for t in (before, after))
+                self.agreeing += int((first.max(dim=1).indices == second.max(dim=1).indices).sum())
 
     def measure_piece(self, before: Tensor, after: Tensor) -> int | None:
         """Add what flat tensors tell, and return where the largest difference so far is, if it is in them."""
