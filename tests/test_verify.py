@@ -880,3 +880,25 @@ def test_models_with_computed_attributes_can_be_judged_and_stay_untouched() -> N
     assert network.training
     assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
     assert all(tensor.dtype == torch.float32 for tensor in network.parameters())
+
+
+@pytest.mark.parametrize("odd", [None, math.nan, math.inf])
+def test_a_comparison_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch, odd: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(3, 5, 7, generator=generator)
+    after = before + 1e-3 * torch.randn(before.shape, generator=generator)
+    after[2, 3, 4] += 1
+    if odd is not None:
+        before[1, 1, 1] = after[1, 1, 1] = odd
+    whole = compare_outputs(before, after).outputs[0]
+    monkeypatch.setattr("bnfuse.verify._PIECE", 8)
+    pieces = compare_outputs(before, after).outputs[0]
+    assert pieces.where == whole.where == (2, 3, 4)
+    exact = ("max_abs", "expected", "got", "differing", "argmax_agreement", "problem")
+    assert [getattr(pieces, name) for name in exact] == [getattr(whole, name) for name in exact]
+    assert pieces.relative_l2 == pytest.approx(whole.relative_l2, rel=1e-12)
+    assert pieces.before.mean == pytest.approx(whole.before.mean, rel=1e-12)
+    assert (pieces.after.minimum, pieces.after.maximum) == (whole.after.minimum, whole.after.maximum)
+    finite = torch.isfinite(before)
+    difference = (after.double() - before.double())[finite]
+    assert whole.relative_l2 == pytest.approx(float(difference.norm() / before.double()[finite].norm()), rel=1e-12)
