@@ -62,26 +62,37 @@ def census(
         else:
             due = [model for model in chosen if model not in ledger.rows or ledger.rows[model].outcome in again]
         todo = [Job(f"{name}:{model}", zoo.family(f"{name}:{model}")) for model in due]
-        with progress(name, len(chosen), len(chosen) - len(todo)) as report, _ended_like_interrupted():
-            Sweep(name, ledger, settings, jobs, report).run(by_turns(todo))
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
+        with progress(name, len(chosen), len(chosen) - len(todo)) as report, _interruptible() as interrupted:
+            Sweep(name, ledger, settings, jobs, report, interrupted.is_set).run(by_turns(todo))
+        if interrupted.is_set():
+            print("interrupted: the same command continues", file=sys.stderr)
     finally:
         ledger.close(names)
     return _summary(ledger, chosen, output)
 
 
 @contextlib.contextmanager
-def _ended_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM do what Ctrl-C does; in the background a shell has Ctrl-C ignored."""
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; in the background a shell has Ctrl-C ignored, and it stays so.
+
+    An exception raised from a signal would be lost when it arrives in a finalizer, and could break a row in two.
+    """
+    event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield event
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+    }
+    for number in before:
+        signal.signal(number, lambda *_: event.set())
     try:
-        yield
+        yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def by_turns(jobs: Iterable[Job]) -> list[Job]:

@@ -69,10 +69,20 @@ class Sweep:
         settings: what a visit may cost.
         jobs: how many models are at work at a time.
         report: is called with each row.
+        interrupted: says when to stop.
     """
 
-    def __init__(self, zoo: str, ledger: Ledger, settings: Settings, jobs: int, report: Callable[[Row], None]) -> None:
+    def __init__(
+        self,
+        zoo: str,
+        ledger: Ledger,
+        settings: Settings,
+        jobs: int,
+        report: Callable[[Row], None],
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.ledger, self.settings, self.jobs, self.report = ledger, settings, jobs, report
+        self.interrupted = interrupted
         self.context: ForkServerContext = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["bnfuse.census.worker", *filter(None, [_PRELOADED.get(zoo)])])
         self.fingerprints: dict[str, str] = {
@@ -85,11 +95,11 @@ class Sweep:
         self.lost: Counter[Job] = Counter()
 
     def run(self, todo: Sequence[Job]) -> None:
-        """Visit every model; on KeyboardInterrupt those at work are dropped."""
+        """Visit every model, until interrupted; then those at work are dropped."""
         self.waiting.extend(todo)
         try:
             with _one_thread():
-                while self.waiting or self.working:
+                while (self.waiting or self.working) and not self.interrupted():
                     while self.waiting and len(self.working) < self.jobs:
                         self.working.append(self._start(self.waiting.popleft()))
                     self._listen()
