@@ -697,6 +697,44 @@ def tied_convolutions(g: Builder) -> None:
         norm(g, z)
 
 
+@block(1.2)
+def parts_of_parameters(g: Builder) -> None:
+    """Two operators that read parts of one weight and of one bias: the same part, others, or some of each."""
+    x = g.pick(2, 3, 4)
+    channels = g.shape(x)[1]
+    n = len(g.shape(x)) - 2
+    function = f"F.conv{n}d" if n else "F.linear"
+    out = 2 * width(g)
+    w = g.layer("w", f"nn.Parameter(torch.empty({(out, channels, *[1] * n)}))")
+    b = g.layer("p", f"nn.Parameter(torch.empty({out}))")
+    half = out // 2
+    parts = (f"[:{half}]", f"[:{half}]", f"[{half}:]", f"[1:{half + 1}]", f".chunk(2)[{g.one_of(0, 1)}]")
+    made = []
+    for operand in ("$0", g.one_of("$0", "2 * $0", "-$0", "$0.flip(0)")):
+        bias = g.one_of(", " + b + g.one_of(*parts), ", " + b + g.one_of(*parts), "")
+        y = g.emit(f"{function}({operand}, {w}{g.one_of(*parts)}{bias})", x)
+        made.append(y)
+    if g.chance(0.4):
+        made = [g.emit(g.one_of("$0 + $1", "$0 - $1", "torch.cat([$0, $1], 1)", "torch.add($0, $1, alpha=2)"), *made)]
+    for y in made:
+        if g.chance(0.8):
+            y = norm(g, y)
+        if g.chance(0.5):
+            activate(g, y)
+
+
+@block(0.8)
+def several_calls_summed(g: Builder) -> None:
+    """One layer at several inputs, whose results are added before the norm."""
+    x = g.pick(4)
+    y = convolution(g, x, g.shape(x)[1] if g.chance(0.5) else None, keep_size=True, kind="module")
+    layer = g.steps[-1].code.partition("(")[0]
+    for _ in range(g.one_of(1, 1, 2)):
+        other = g.apply(layer, g.emit(g.one_of("-$0", "$0.flip(0)", "2 * $0", "F.relu($0)"), x))
+        y = g.emit(g.one_of("$0 + $1", "$0 + $1", "$0 - $1", "$0 + 3 * $1", "torch.add($0, $1, alpha=0.5)"), y, other)
+    activate(g, norm(g, y))
+
+
 HOOKS = (
     "register_forward_hook(lambda mod, args, out: None)",
     "register_forward_hook(lambda mod, args, out: out * 1.5)",

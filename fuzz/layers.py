@@ -21,8 +21,8 @@ with warnings.catch_warnings():
 
 __all__ = [
     "BatchNormAct2d", "BiasBlindConv", "Combined", "DetectronFrozenNorm", "DoublingNorm", "F", "FrozenBatchNorm2d",
-    "FrozenBatchNormAct2d", "NormWithActivation", "ScaledConv", "Scaling", "SquashingNorm", "StandardisedConv",
-    "fill", "functional_norm", "lazy_norm", "nn", "spectral_norm", "torch", "weight_norm", "weight_norm_by_hook",
+    "FrozenBatchNormAct2d", "NormWithActivation", "PartedConv", "ScaledConv", "Scaling", "SquashingNorm", "StandardisedConv",
+    "SummedConv", "fill", "functional_norm", "lazy_norm", "nn", "spectral_norm", "torch", "weight_norm", "weight_norm_by_hook",
 ]  # fmt: skip
 
 DRESSINGS = (
@@ -72,6 +72,30 @@ class BiasBlindConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+class PartedConv(nn.Conv2d):
+    """A convolution that runs its output channels in two parts, each with its part of the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.out_channels // 2
+        parts = []
+        for part in (slice(0, half), slice(half, None)):
+            bias = None if self.bias is None else self.bias[part]
+            parts.append(F.conv2d(x, self.weight[part], bias, self.stride, self.padding, self.dilation))
+        return torch.cat(parts, 1)
+
+
+class SummedConv(nn.Conv2d):
+    """A convolution that runs its input channels in two parts, and adds the bias with each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self.in_channels // 2
+        options = self.bias, self.stride, self.padding, self.dilation
+        first, rest = slice(0, half), slice(half, None)
+        return F.conv2d(x[:, first], self.weight[:, first], *options) + F.conv2d(
+            x[:, rest], self.weight[:, rest], *options
+        )
 
 
 class Scaling(nn.Module):

@@ -55,7 +55,6 @@ def convolution(g: Builder, x: str, out: int | None = None, keep_size: bool = Fa
     if kind == "module":
         return g.apply(g.layer("c", f"nn.Conv{n}d({channels}, {out}, {size}{text})"), x)
     if kind == "special":
-        plain = "".join(f", {name}={value}" for name, value in options.items() if name != "padding_mode")
         code = g.weighted(
             StandardisedConv=1,
             ScaledConv=2,
@@ -63,7 +62,14 @@ def convolution(g: Builder, x: str, out: int | None = None, keep_size: bool = Fa
             weight_norm=2,
             weight_norm_by_hook=1,
             spectral_norm=0.4,
+            PartedConv=1,
+            SummedConv=1,
         )
+        if code in ("PartedConv", "SummedConv"):
+            options.pop("groups", None)
+            if channels < 2 or out < 2:
+                raise Unfit
+        plain = "".join(f", {name}={value}" for name, value in options.items() if name != "padding_mode")
         if code.endswith("Conv"):
             made = f"{code}({channels}, {out}, {size}{plain})"
         else:

@@ -224,7 +224,7 @@ def _parts(unit: Unit, pieces: list[_Piece], axis: int) -> Iterator[Unit]:
             yield _part(unit, piece, axis)
         return
     scaled, shifted = (
-        None if tensor is None else (tensor != default).movedim(axis, 0).flatten(1).any(1).tolist()
+        None if tensor is None else (tensor != default).movedim(axis, 0).unsqueeze(-1).flatten(1).any(1).tolist()
         for tensor, default in ((unit.scale, 1), (unit.shift, 0))
     )
 
