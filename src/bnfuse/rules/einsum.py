@@ -121,8 +121,7 @@ def absorb(node: Node, trial: Trial) -> None:
     if rest is not None and bool((rest.abs() > 1e-12 * (1.0 if t is None else float(t.abs().max()))).any()):
         trial.refuse(node, "it has no bias to take up a shift, and none can be added")
     scale = multiply(_on(p, parts.of_x, parts.of_w), _on(s, parts.of_y, parts.of_w))
-    if scale is not None:
-        trial.edit(node, parts.w, Unit(scale))
+    trial.edit(node, parts.w, Unit(scale))
 
 
 def _on(scale: Tensor | None, letters: str, of_w: str) -> Tensor | None:

@@ -234,16 +234,18 @@ def absorb(node: Node, trial: Trial) -> None:
     if layer.b is None and shift is not None and features_last and is_softmax(layer.x):
         trial.edit(node, layer.w, Unit(scale, _along_out(layer, shift)))  # rows that sum to one hand a shift of w on
         return
-    if scale is not None:
-        trial.edit(node, layer.w, Unit(scale))
+    trial.edit(node, layer.w, Unit(scale))
     if layer.b is None:
         if shift is not None and bool((shift.abs() > 1e-12 * _size(t, q)).any()):
             trial.refuse(node, "it has no bias to take up a shift, and none can be added")
-    elif shift is not None or (axis_out is not None and _has_content(layer.b, trial)):
-        trial.edit(node, layer.b, Unit(axis_out, shift))
+    else:
+        trial.edit(node, layer.b, Unit(axis_out if shift is not None or _has_content(layer.b, trial) else None, shift))
 
 
 def _has_content(bias: Value, trial: Trial) -> bool:
+    """False for a bias, or a part of one, that the layer was made without and that no accepted edit has created."""
+    while bias.producer is not None and bias.producer.inputs:
+        bias = bias.producer.inputs[0]
     return bias.kind is not Kind.ABSENT or trial.is_edited(bias)
 
 

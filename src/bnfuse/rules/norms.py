@@ -148,6 +148,7 @@ def absorb_batch_norm(node: Node, trial: Trial) -> None:
     except NotInvertibleError:
         trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
     if p is None and q is None and s is None and t is None:
+        _edit(node, trial, None, None, None)
         return
     weight, sigma, mean, _ = _parts(node, trial)
 
@@ -192,6 +193,7 @@ def absorb_output(node: Node, trial: Trial) -> None:
     y = node.outputs[0]
     unit = trial.unit(y) or IDENTITY
     if unit.is_identity:
+        _edit(node, trial, None, None, None)
         return
     axes = _parameter_axes(node)
     shape = [y.shape[axis] for axis in axes]

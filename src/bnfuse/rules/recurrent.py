@@ -59,21 +59,23 @@ def refuse_all(node: Node, trial: Trial) -> None:
 def absorb_recurrent(node: Node, trial: Trial) -> None:
     x = node.inputs[0]
     unit = trial.unit(x) or IDENTITY
-    if unit.is_identity or "params" not in node.bound:
+    if "params" not in node.bound:
         return
     try:
         p, q = unit.inverted()
     except NotInvertibleError:
         trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
     features = x.shape[-1]
+    edits = dict.fromkeys(node.bound["params"], IDENTITY)
     for weight, bias in _first_layer(node):
         if p is not None:
-            trial.edit(node, weight, Unit(channel_vector(p, -1, features, 1.0).reshape(1, -1)))  # (gates, features)
+            edits[weight] = Unit(channel_vector(p, -1, features, 1.0).reshape(1, -1))  # (gates, features)
         if q is not None:
             if bias is None:
                 trial.refuse(node, "it has no bias to take up a shift")
-            carried = trial.content(weight) @ channel_vector(q, -1, features, 0.0)
-            trial.edit(node, bias, Unit(None, carried))
+            edits[bias] = Unit(None, trial.content(weight) @ channel_vector(q, -1, features, 0.0))
+    for value, edit in edits.items():
+        trial.edit(node, value, edit)
 
 
 def _first_layer(node: Node) -> list[tuple[Value, Value | None]]:

@@ -47,7 +47,11 @@ class Trial(Protocol):
         """Give up. ``scale`` says that it was the scale that cannot pass, so that moving shifts does not help."""
 
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
-        """Ask, from an absorber, for new contents ``scale*old + shift`` of a parameter."""
+        """Ask, from an absorber, for new contents ``scale*old + shift`` of a parameter.
+
+        An absorber asks for the identity too, for each of its parameters: one may be a part of a larger one, of
+        which another operator asks for something else.
+        """
 
     def content(self, value: Value) -> Tensor:
         """The present float64 contents, with all edits so far, of what does not depend on the model's inputs."""
