@@ -76,6 +76,45 @@ class BiasAwareConv(nn.Conv2d):
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
+class OctaveConv(nn.Conv2d):
+    """One weight and one bias, whose parts belong to two resolutions; ``whole`` has one resolution."""
+
+    whole = False
+    spoiled = False
+
+    def forward(self, high: Tensor, low: Tensor | None = None) -> Any:
+        if self.whole:
+            return F.conv2d(high, self.weight, self.bias, padding=1)
+
+        def layer(x: Tensor, rows: slice, columns: slice) -> Tensor:
+            bias = None if self.bias is None else self.bias[rows]
+            if bias is not None and self.spoiled:
+                bias = bias.exp()
+            return F.conv2d(x, self.weight[rows, columns], bias, padding=1)
+
+        first, rest = slice(0, 4), slice(4, None)
+        if low is None:
+            return layer(high, first, slice(None)), layer(F.avg_pool2d(high, 2), rest, slice(None))
+        above = layer(high, first, first) + F.interpolate(layer(low, first, rest), scale_factor=2.0)
+        return above, layer(F.avg_pool2d(high, 2), rest, first) + layer(low, rest, rest)
+
+
+def octaves(m: Any, x: Tensor) -> Tensor:
+    high, low = m.c(m.s(x))
+    high, low = m.d(F.relu(m.n1(high)), F.relu(m.n2(low)))
+    return m.n3(high).relu().sum((2, 3)) + m.n4(low).relu().sum((2, 3)).repeat(1, 2)
+
+
+def octave_net(**flags: bool) -> Net:
+    net = Net(
+        octaves, s=OctaveConv(3, 3, 3, bias=False), c=OctaveConv(3, 6, 3, bias=False), d=OctaveConv(6, 6, 3, bias=False),
+        n1=norm(4), n2=norm(2), n3=norm(4), n4=norm(2),
+    )  # fmt: skip
+    net.s.whole = True
+    net.d.spoiled = flags.get("spoiled", False)
+    return net
+
+
 class SizePaddedConv(nn.Conv2d):
     """Pads to even sizes, as "same" padding of other frameworks does: nothing at the size of the example."""
 
@@ -300,6 +339,39 @@ def shared_head(m: Any, x: Tensor) -> Tensor:
 
 
 OUTPUT, TWICE, HOOK = "output of the model", "used more than once", "hook"
+DIFFERENT = "two different units"
+
+ROWS = (6, 4)
+
+
+def rows(x: Tensor) -> Tensor:
+    return x[:, 0].abs().long().clamp(max=3)
+
+
+PARTS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], tuple[int, ...]]] = {
+    "part of a weight": (lambda m, x: (F.conv2d(x, m.w[:4], m.b[:4]), F.conv2d(2 * x, m.w[:4], m.b[4:])), (2, 4, 8, 8)),
+    "part of a bias": (lambda m, x: (F.conv2d(x, m.w[:4], m.b[:4]), F.conv2d(2 * x, m.w[4:], m.b[2:6])), (2, 4, 8, 8)),
+    "part of a weight of a linear layer": (lambda m, x: (F.linear(x, m.l[:4], m.b[:4]), F.linear(2 * x, m.l[:4], m.b[4:])), ROWS),
+    "part of a matrix": (lambda m, x: (m.b[:4] + x @ m.l.t()[:, :4], 2 * x @ m.l.t()[:, :4]), ROWS),
+    "part of an Einstein sum": (lambda m, x: (m.b[:4] + torch.einsum("bi,oi->bo", x, m.l[:4]), torch.einsum("bi,oi->bo", 2 * x, m.l[:4])), ROWS),
+    "part of a gain": (lambda m, x: (F.layer_norm(x, (4,), m.g[:4], m.b[:4]), F.layer_norm(2 * x, (4,), m.g[:4], m.b[4:])), ROWS),
+    "part of a bias of a norm": (lambda m, x: (F.layer_norm(x, (4,), m.g[:4], m.b[:4]), F.layer_norm(2 * x, (4,), m.g[4:], m.b[:4])), ROWS),
+    "part of a table": (lambda m, x: (F.embedding(rows(x), m.e[:, :4]), F.embedding(rows(x) // 2, m.e[:, :4])), ROWS),
+}  # fmt: skip
+
+
+def parts_net(two: Callable[..., tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Net:
+    """A norm behind an operator that reads a part of a parameter, and another operator that reads it and has none."""
+
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        mine, other = two(m, x)
+        return (m.n if len(shape) == 4 else m.k)(mine).relu(), other.relu()
+
+    net = Net(forward, n=norm(4), k=nn.BatchNorm1d(4))
+    for name, size in {"w": (8, 4, 3, 3), "b": (8,), "g": (8,), "l": (8, 4), "e": (4, 8)}.items():
+        net.register_parameter(name, nn.Parameter(torch.randn(size)))
+    return net
+
 
 CASES: dict[str, Case] = {
     # What everybody folds.
@@ -481,6 +553,18 @@ CASES: dict[str, Case] = {
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),
     "called twice": Case(lambda: Net(called_twice, c=conv(), n1=norm(), n2=norm()), {"n1": None, "n2": TWICE}),
     "called twice, once bare": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + F.relu(m.c(x.flip(-1))), c=conv(), n=norm()), {"n": TWICE}),
+    "called twice and summed": Case(lambda: Net(lambda m, x: m.n(m.c(x) + m.c(x.flip(-1))), c=conv(), n=norm()), {"n": None}),
+    "called twice at two resolutions": Case(lambda: Net(lambda m, x: m.n(m.c(x) + F.interpolate(m.c(F.avg_pool2d(x, 2)), scale_factor=2.0)), c=conv(), n=norm()), {"n": None}),
+    "called three times and summed": Case(lambda: Net(lambda m, x: m.n(m.c(x) + m.c(x.flip(-1)) + m.c(x.flip(-2))), c=conv(bias=True), n=norm()), {"n": None}),
+    "called twice and subtracted": Case(lambda: Net(lambda m, x: m.n(m.c(x) - m.c(x.flip(-1))), c=conv(), n=norm()), {"n": TWICE}),
+    "called twice and summed, with a factor": Case(lambda: Net(lambda m, x: m.n(torch.add(m.c(x), m.c(x.flip(-1)), alpha=3)), c=conv(), n=norm()), {"n": None}),
+    "called three times, and summed with factors": Case(lambda: Net(lambda m, x: m.n(m.c(x) + (3 * m.c(x.flip(-1)) - m.c(-x) / 2)), c=conv(), n=norm()), {"n": None}),
+    "parts of a bias that is created": Case(octave_net, {"n1": None, "n2": None, "n3": None, "n4": None}),
+    "parts of a bias that would do more": Case(lambda: octave_net(spoiled=True), {"n1": None, "n2": None, "n3": "no bias", "n4": "no bias"}),
+    **{
+        f"{what} that another operator reads": Case(lambda two=two, shape=shape: parts_net(two, shape), {"n": DIFFERENT, "k": "did not run"} if len(shape) == 4 else {"k": DIFFERENT, "n": "did not run"}, (shape,))
+        for what, (two, shape) in PARTS.items()
+    },
     "shared head": Case(lambda: Net(shared_head, c=conv(), n=norm()), {"n": None}),
     "norm shared between sites": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + m.n(F.silu(m.d(x))), c=conv(), d=conv(), n=norm()), {"n": "silu"}),
     "tied weights": Case(tied, {"n": TWICE}),

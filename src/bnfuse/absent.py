@@ -2,13 +2,14 @@
 
 A layer that was made with ``bias=False`` can be given one, provided that its ``forward`` reads it. That is known of
 PyTorch's own layers. Any other class is asked: its forward runs once on zeros with a bias in place, and the bias must
-arrive at the operator.
+arrive at its operators, whole or in parts. The operators that take it apart enter the graph beside those that ran.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse import tree
-from bnfuse.capture import WriteWatch, eager, evaluation_mode, forked_random_state, untouched
-from bnfuse.graph import Graph, Kind, Node, Storage, Value
+from bnfuse.capture import WriteWatch, eager, evaluation_mode, forked_random_state, operator_of, untouched
+from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 
 _BIASED = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 }  # fmt: skip
+
+_PLACES = {**dict.fromkeys(_BIASED, ("bias",)), "batch_norm": ("weight", "bias")}
 
 _KNOWN_FORWARDS = {
     kind.forward
@@ -38,73 +41,181 @@ def add_absent(model: nn.Module, graph: Graph) -> list[Value]:
     names: dict[int, list[str]] = {}
     for name, module in tree.named_modules(model):
         names.setdefault(id(module), []).append(name)
-    created: dict[tuple[int, str], Value] = {}
-    answers: dict[type[nn.Module], bool] = {}
+    created: list[Value] = []
+    known: dict[tuple[Any, ...], bool] = {}
+    for (key, place), calls in _empty_places(graph).items():
+        if key not in names:
+            continue
+        module = next(iter(calls)).module
+        routes = _routes(module, place, calls, known)
+        if routes is None:
+            continue
+        dtype = _data_type(next(iter(calls.values()))[0], place)
+        value = Value(-1 - len(created), Kind.ABSENT, (routes[0].size,), dtype, Storage(), independent=True)
+        value.names = tuple(f"{name}.{place}" if name else place for name in names[key])
+        for route in routes:
+            graph.paths += route.lay(value, place)
+        created.append(value)
+    return created
+
+
+_Calls = dict[ModuleCall, list[Node]]
+
+
+def _empty_places(graph: Graph) -> dict[tuple[int, str], _Calls]:
+    """The operators that were given nothing where the module that ran them has an empty place, by module and place."""
+    found: dict[tuple[int, str], _Calls] = {}
     for node in graph.nodes:
-        for place in _empty_places(node):
-            module = node.call.module
-            if id(module) not in names or not _reads(node, place, answers):
-                continue
-            key = (id(module), place)
-            if key not in created:
-                like = node.bound["weight"] if place == "bias" and node.argument("weight") else node.inputs[0]
-                channels = node.outputs[0].shape[_channel_axis(node)]
-                dtype = like.dtype
-                value = Value(-1 - len(created), Kind.ABSENT, (channels,), dtype, Storage(), independent=True)
-                value.names = tuple(f"{name}.{place}" if name else place for name in names[id(module)])
-                created[key] = value
-            node.bound[place] = created[key]
-            created[key].consumers.append(node)
-    return list(created.values())
+        parameters = node.call.module._parameters
+        for place in _PLACES.get(node.operator, ()):
+            if node.argument(place) is None and place in parameters and parameters[place] is None:
+                found.setdefault((id(node.call.module), place), {}).setdefault(node.call, []).append(node)
+    return found
 
 
-def _channel_axis(node: Node) -> int:
+def _data_type(node: Node, place: str) -> torch.dtype:
+    like = node.bound["weight"] if place == "bias" and node.argument("weight") else node.inputs[0]
+    return like.dtype
+
+
+def _channels(node: Node) -> int:
     if node.operator == "linear":
-        return -1
+        return node.outputs[0].shape[-1]
     rank = len(node.outputs[0].shape)
-    return 1 if node.operator == "batch_norm" else rank - int(node.operator[-2]) - 1
+    return node.outputs[0].shape[1 if node.operator == "batch_norm" else rank - int(node.operator[-2]) - 1]
 
 
-def _empty_places(node: Node) -> list[str]:
-    if node.operator in _BIASED:
-        places = ["bias"]
-    elif node.operator == "batch_norm":
-        places = ["weight", "bias"]
-    else:
-        return []
-    parameters = node.call.module._parameters
-    return [
-        place for place in places if node.argument(place) is None and place in parameters and parameters[place] is None
-    ]
+@dataclass(frozen=True)
+class _Route:
+    """How what stands in the place would get to the operators of one call.
+
+    Attributes:
+        size: of what stands there.
+        call: the call.
+        steps: the operators that take it apart.
+        uses: the operators of the call that are given it or a part of it, with the part.
+        whole: what stands there, None if every use is given that.
+    """
+
+    size: int
+    call: ModuleCall
+    uses: list[tuple[Node, Tensor | None]]
+    steps: list[_Step]
+    whole: Tensor | None = None
+
+    def lay(self, value: Value, place: str) -> list[Node]:
+        """Enter the steps and uses into the graph; returns the steps as operators."""
+        values = {id(self.whole): value, id(None): value}
+        nodes = []
+        for step in self.steps:
+            inputs: list[Value] = []
+
+            def bind(argument: Any, inputs: list[Value] = inputs) -> Any:
+                if isinstance(argument, Tensor):
+                    inputs.append(values[id(argument)])
+                    return inputs[-1]
+                return tuple(map(bind, argument)) if isinstance(argument, (list, tuple)) else argument
+
+            bound = {name: bind(argument) for name, argument in step.bound.items()}
+            node = Node(-1, operator_of(step.overload).name, step.overload, bound, inputs, [], self.call)
+            for tensor in step.results:
+                made = Value(-1, Kind.COMPUTED, tuple(tensor.shape), value.dtype, value.storage, 0, node)
+                made.independent, made.strides = True, tensor.stride()
+                values[id(tensor)] = made
+                node.outputs.append(made)
+            for argument in inputs:
+                argument.consumers.append(node)
+            nodes.append(node)
+        for node, part in self.uses:
+            given = values[id(part)]
+            node.bound[place] = given
+            node.absent += (given,)
+            given.consumers.append(node)
+        return nodes
 
 
-def _reads(node: Node, place: str, answers: dict[type[nn.Module], bool]) -> bool:
-    """True if the module's forward hands what stands in the place to the operator."""
-    module = node.call.module
+def _routes(module: nn.Module, place: str, calls: _Calls, known: dict[tuple[Any, ...], bool]) -> list[_Route] | None:
+    """The routes of all calls of a module; None if one of them is not known, or does not lead to an operator."""
+    own = "forward" in module.__dict__
     kind = type(module)
-    if "forward" not in module.__dict__ and kind.forward in _KNOWN_FORWARDS:
-        return True
-    if kind not in answers or "forward" in module.__dict__:
-        answers[kind] = _ask(node, place)
-    return answers[kind]
+    routes = []
+    for call, nodes in calls.items():
+        size = _channels(nodes[0])
+        whole = _Route(size, call, [(node, None) for node in nodes], [])
+        if not own and kind.forward in _KNOWN_FORWARDS:
+            routes.append(whole)
+            continue
+        key = (kind, place, *(node.operator for node in call.all_nodes))
+        arrives = None if own or len(nodes) > 1 else known.get(key)
+        if arrives is None:
+            route = next((route for size in _sizes(module, nodes) if (route := _ask(call, nodes, place, size))), None)
+            if route is None or not route.steps:
+                known[key] = route is not None
+        else:
+            route = whole if arrives else None
+        if route is None:
+            return None
+        routes.append(route)
+    return routes if len({route.size for route in routes}) == 1 else None
 
 
-class _Witness(TorchDispatchMode):
-    """Looks for a tensor among the arguments of an operator."""
+def _sizes(module: nn.Module, nodes: list[Node]) -> list[int]:
+    """What size the place may have: that of an operator's result, or what the module says of itself."""
+    said = [getattr(module, name, None) for name in ("out_channels", "out_features")]
+    sizes = [_channels(nodes[0]), *(size for size in said if isinstance(size, int))]
+    return list(dict.fromkeys(sizes if len(nodes) == 1 else reversed(sizes)))
 
-    def __init__(self, tensor: Tensor) -> None:
+
+@dataclass(frozen=True)
+class _Step:
+    overload: Any
+    bound: dict[str, Any]
+    results: list[Tensor]
+
+
+class _Trace(TorchDispatchMode):
+    """Follows a tensor that is filled with one number to the operators of layers.
+
+    Attributes:
+        steps: what was done on the way.
+        layers: the operators of all layers, by name, with what arrived in the place.
+        lost: True if anything else was done with it.
+    """
+
+    def __init__(self, tensor: Tensor, place: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tensor = tensor
-        self.seen: list[str] = []
+        self.tensor, self.place = tensor, place
+        self.parts = {id(tensor): tensor}
+        self.steps: list[_Step] = []
+        self.layers: list[tuple[str, Tensor | None]] = []
+        self.lost = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if any(argument is self.tensor for argument in (*args, *(kwargs or {}).values())):
-            self.seen.append(func._schema.name.split("::")[1])
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operator = operator_of(func)
+        given = [tensor for _, tensor in tree.tensors((args, kwargs))]
+        ours = [tensor for tensor in given if id(tensor) in self.parts]
+        if not ours and operator.name not in _PLACES:
+            return result
+        bound = dict(zip(operator.arguments, args, strict=False)) | kwargs
+        if operator.name in _PLACES:
+            arrived = bound.get(self.place)
+            self.layers.append((operator.name, arrived if ours else None))
+            self.lost |= bool(ours) and not (len(ours) == 1 and ours[0] is arrived)
+            return result
+        results = [tensor for _, tensor in tree.tensors(result) if id(tensor) not in self.parts]
+        filled = all(bool((tensor == self.tensor.flatten()[0]).all()) for tensor in results)
+        self.lost |= len(ours) < len(given) or operator.written != () or not filled
+        if results:
+            self.steps.append(_Step(func, bound, results))
+            self.parts.update((id(tensor), tensor) for tensor in results)
+        return result
 
 
-def _ask(node: Node, place: str) -> bool:
-    module, call = node.call.module, node.call
+def _ask(call: ModuleCall, nodes: list[Node], place: str, size: int) -> _Route | None:
+    """Run the module's forward with something in the place; None if that does not get to its operators alone."""
+    module = call.module
     reference = next(module.parameters(recurse=False), None)
     device = reference.device if reference is not None else None
     if call.plain and len(call.inputs) == 1:
@@ -116,27 +227,35 @@ def _ask(node: Node, place: str) -> bool:
             call.arguments, lambda t: torch.zeros_like(t, device=device) if t.is_meta else t
         )
     else:
-        return False
+        return None
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(module))
         stack.enter_context(forked_random_state())
         watch = stack.enter_context(untouched(module))
-        parameter = stack.enter_context(_placed(module, place, node.outputs[0].shape[_channel_axis(node)], device))
+        parameter = stack.enter_context(_placed(module, place, size, device))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(eager())
         stack.enter_context(WriteWatch(module, watch))
-        witness = stack.enter_context(_Witness(parameter))
+        trace = stack.enter_context(_Trace(parameter, place))
         try:
             module.forward(*args, **kwargs)
         except Exception:  # noqa: BLE001 (whatever it raises, the answer is no)
-            return False
-    return bool(witness.seen == [node.operator])
+            return None
+    ran = [node for node in call.all_nodes if node.operator in _PLACES]
+    if trace.lost or [name for name, _ in trace.layers] != [node.operator for node in ran]:
+        return None
+    uses = [(node, part) for node, (_, part) in zip(ran, trace.layers, strict=True) if part is not None]
+    if not uses or any(node not in nodes for node, _ in uses):
+        return None
+    return _Route(size, call, uses, trace.steps, parameter)
 
 
 @contextlib.contextmanager
-def _placed(module: nn.Module, place: str, channels: int, device: torch.device | None) -> Iterator[Tensor]:
+def _placed(module: nn.Module, place: str, size: int, device: torch.device | None) -> Iterator[Tensor]:
     weight = module._parameters.get("weight")
-    parameter = nn.Parameter(torch.zeros(channels, device=device, dtype=None if weight is None else weight.dtype))
+    dtype = None if weight is None else weight.dtype
+    contents = torch.full((size,), 1.0 if place == "weight" else 0.0, device=device, dtype=dtype)
+    parameter = nn.Parameter(contents)
     module._parameters[place] = parameter
     try:
         yield parameter

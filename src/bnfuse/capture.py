@@ -332,7 +332,7 @@ class WriteWatch(_Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        operator = _operator(func)
+        operator = operator_of(func)
         if operator.written or operator.name in _SILENT_WRITERS:
             for _, tensor in tree.tensors((args, kwargs)):
                 for held in self.held.get(_memory(tensor), ()):
@@ -341,7 +341,7 @@ class WriteWatch(_Mode):
 
 
 @dataclass(frozen=True, slots=True)
-class _Operator:
+class Operator:
     """What the recorder needs of an operator's schema, looked up once."""
 
     name: str
@@ -529,7 +529,7 @@ class _Recorder(_Mode):
         if func is torch.ops.aten.set_.default and id(args[0]) not in self.leaves:
             self._forget(args[0])  # gives its memory back, and writes to none
             return func(*args, **kwargs)
-        operator = _operator(func)
+        operator = operator_of(func)
         bound: dict[str, Any] = {}
         tensors: list[Tensor] = []
         inputs: list[Value] = []
@@ -601,7 +601,7 @@ class _Recorder(_Mode):
     def _record(
         self,
         func: Any,
-        operator: _Operator,
+        operator: Operator,
         bound: dict[str, Any],
         tensors: list[Tensor],
         inputs: list[Value],
@@ -802,11 +802,12 @@ def _parts(func: Any) -> Callable[..., Any] | None:
     """A function of the same arguments that is made of several operators, None if there is none."""
     if func._can_decompose():
         return lambda *args, **kwargs: func.decompose(*args, **kwargs)
-    return _SUMS_AND_PRODUCTS.get(_operator(func).name)
+    return _SUMS_AND_PRODUCTS.get(operator_of(func).name)
 
 
 @functools.cache
-def _operator(func: Any) -> _Operator:
+def operator_of(func: Any) -> Operator:
+    """Name, arguments and written arguments of an operator that the dispatcher has seen."""
     schema = func._schema
     namespace, name = schema.name.split("::")
     written = tuple(
@@ -824,7 +825,7 @@ def _operator(func: Any) -> _Operator:
         name = name[:-1]
     elif written:
         name = schema.name  # out= variants and silent writers: known to no rule
-    return _Operator(name, tuple(argument.name for argument in schema.arguments), written)
+    return Operator(name, tuple(argument.name for argument in schema.arguments), written)
 
 
 def _values(argument: Any) -> list[Value]:

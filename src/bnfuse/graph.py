@@ -81,6 +81,7 @@ class Node:
         bound: arguments by their schema names, tensors replaced by values; defaults are left out.
         inputs, outputs: the values read and made. An in-place operator makes a new version of what it writes to.
         written: the inputs that it writes to.
+        absent: biases and gains, or parts of them, that it would read if they were created.
     """
 
     index: int
@@ -91,6 +92,7 @@ class Node:
     outputs: list[Value]
     call: ModuleCall
     written: list[Value] = field(default_factory=list)
+    absent: tuple[Value, ...] = ()
 
     def argument(self, name: str, default: Any = None) -> Any:
         return self.bound.get(name, default)
@@ -127,6 +129,12 @@ class ModuleCall:
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     @property
+    def all_nodes(self) -> list[Node]:
+        """What it ran itself and what the modules ran that it called, in the order of the run."""
+        nodes = [*self.nodes, *(node for child in self.children for node in child.all_nodes)]
+        return sorted(nodes, key=lambda node: node.index)
+
+    @property
     def is_standard(self) -> bool:
         """True if the module runs the forward of a class of PyTorch's."""
         if isinstance(self.module, torch.jit.ScriptModule):
@@ -148,12 +156,14 @@ class Graph:
     Attributes:
         leaves: the value of every parameter and buffer that took part, by each of its names.
         seen: what hooks saw, what left PyTorch, what was returned and what was stored, by the index of the value.
+        paths: operators that did not run, and that would hand parts of a created bias on to a layer.
     """
 
     nodes: list[Node]
     calls: list[ModuleCall]
     leaves: dict[str, Value]
     seen: list[int] = field(default_factory=list)
+    paths: list[Node] = field(default_factory=list)
 
     def calls_of(self, module: nn.Module) -> Iterator[ModuleCall]:
         return (call for call in self.calls if call.module is module)

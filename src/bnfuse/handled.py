@@ -27,7 +27,7 @@ def add_handled(model: nn.Module, graph: Graph, handlers: Mapping[type[nn.Module
     layers: dict[int, Value] = {}
     for call in graph.calls:
         handler = _handler(call.module, handlers)
-        inside = _nodes(call)
+        inside = call.all_nodes
         if handler is None or not inside or id(call.module) not in names or len(call.outputs) != 1:
             continue
         y = call.outputs[0]
@@ -42,11 +42,6 @@ def add_handled(model: nn.Module, graph: Graph, handlers: Mapping[type[nn.Module
 
 def _handler(module: nn.Module, handlers: Mapping[type[nn.Module], Handler]) -> Handler | None:
     return next((handler for kind, handler in handlers.items() if isinstance(module, kind)), None)
-
-
-def _nodes(call: ModuleCall) -> list[Node]:
-    nodes = [*call.nodes, *(node for child in call.children for node in _nodes(child))]
-    return sorted(nodes, key=lambda node: node.index)
 
 
 def _collapse(call: ModuleCall, inside: list[Node], layer: Value) -> None:

@@ -136,14 +136,10 @@ def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], r
 
 def _reader(calls: list[ModuleCall]) -> Node | None:
     """An operator outside of the norm's own calls that reads its parameters or statistics."""
-    own = [node for call in calls for node in _all_nodes(call)]
+    own = [node for call in calls for node in call.all_nodes]
     inside = set(own)
     leaves = {value for node in own for value in node.inputs if value.names}
     return next((node for value in leaves for node in value.consumers if node not in inside), None)
-
-
-def _all_nodes(call: ModuleCall) -> list[Node]:
-    return [*call.nodes, *(node for child in call.children for node in _all_nodes(child))]
 
 
 def _functional_norm(node: Node) -> Norm:

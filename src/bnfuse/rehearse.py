@@ -91,7 +91,7 @@ def _steps(graph: Graph) -> list[tuple[str, list[int], list[bool]]]:
     return [
         (
             node.operator,
-            [value.index for value in node.inputs if value.kind is not Kind.ABSENT],
+            [value.index for value in node.inputs],
             [value.pinned is None for value in node.outputs],
         )
         for node in graph.nodes

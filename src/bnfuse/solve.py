@@ -78,8 +78,9 @@ class Network:
     def __init__(self, graph: Graph, varying: Collection[Node] = (), forbidden: Collection[nn.Module] = ()) -> None:
         self.varying = varying
         self.memory = Memory(forbidden)
-        self.layouts = Layouts(graph.nodes)
-        self.limits = Limits(graph.nodes)
+        nodes = [*graph.paths, *graph.nodes]
+        self.layouts = Layouts(nodes)
+        self.limits = Limits(nodes)
         self.assumed: set[Node] = set()
         self.removed: set[Node] = set()
         self.edits: dict[Value, list[Unit]] = {}
@@ -277,6 +278,8 @@ class Trial:
 
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
         if unit.is_identity:
+            if value in self.units and value.kind is Kind.COMPUTED:
+                self.demand(value, IDENTITY)  # refuses what another use of the same parameter has asked for
             return
         for part in (unit.scale, unit.shift, None if unit.entries is None else unit.entries.values):
             if part is not None and not math.isfinite(part.sum()):
@@ -374,7 +377,9 @@ class Trial:
                 assert node.data is not None
                 link(self, node.data, node.outputs[0], same, same)
                 continue
-            if all(self.units.get(value, IDENTITY).is_identity for value in (*node.inputs, *node.outputs)):
+            if all(
+                self.units.get(value, IDENTITY).is_identity for value in (*node.inputs, *node.absent, *node.outputs)
+            ):
                 continue
             if node.operator in ABSORBERS:
                 self._touched[node] = None

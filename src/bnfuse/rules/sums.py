@@ -5,6 +5,9 @@ shifts add up, so a shift may sit on either operand or go on to the sum. In the 
 the inverse scale and shift. A unit that varies along an axis on which an operand is broadcast cannot be that
 operand's. A parameter is an operand like any other: it is edited to take its unit.
 
+A bias that is read several times changes alike at each: where ``x`` holds ``m`` times the bias and ``y`` holds ``n``
+times the same one, a shift ``v`` of ``z`` is ``v*m/(m + k*n)`` of x and ``v*n/(m + k*n)`` of y.
+
 A number ``d`` cannot be edited: ``z = x + d`` gives ``z_new = s*z + (t + d*(1 - s))``.
 """
 
@@ -121,7 +124,7 @@ class _Sum:
             self._offer(open_terms, scale, rest, inverse)
 
     def _offer(self, open_terms: list[tuple[Value, float]], scale: Tensor | None, rest: Tensor, inverse: bool) -> None:
-        alternatives = []
+        alternatives = self._shares(open_terms, scale, rest, inverse)
         for taker, factor in sorted(open_terms, key=lambda term: 3 if term[0] is self.z else cost(term[0])):
             units = {}
             for value, _ in open_terms:
@@ -138,6 +141,24 @@ class _Sum:
         if not alternatives:
             self.trial.refuse(self.node, "none of its operands has an axis for the shift")
         self.trial.choose(self.node, alternatives)
+
+    def _shares(
+        self, operands: list[tuple[Value, float]], scale: Tensor | None, rest: Tensor, inverse: bool
+    ) -> list[dict[Value, Unit]]:
+        """The shift in parts, where both operands hold the same bias, which changes alike wherever it is read."""
+        if any(value is self.z for value, _ in operands):
+            return []
+        biases, times = zip(*(_bias_of(value) for value, _ in operands), strict=True)
+        total = sum(factor * part for (_, factor), part in zip(operands, times, strict=True))
+        if biases[0] is None or biases[0] is not biases[1] or total == 0:
+            return []
+        units = {}
+        for (value, _), part in zip(operands, times, strict=True):
+            lowered = lower(Unit.of(scale, -rest * (part / total), inverse), value, self.z)
+            if lowered is None:
+                return []
+            units[value] = lowered
+        return [units]
 
     def _demand(self, value: Value, unit: Unit) -> None:
         lowered = lower(unit, value, self.z)
@@ -171,6 +192,40 @@ class _Sum:
             if not agree:
                 self.trial.refuse(self.node, "its operands would get different scales", scale=True)
         return first.scale
+
+
+_STEPS = 32
+"""Operators between a bias and a sum that are looked at."""
+
+
+def _bias_of(value: Value) -> tuple[Value | None, float]:
+    """The bias that layers add to make a tensor, and how many times it; None if they have none in common."""
+    bias, total, waiting = None, 0.0, [(value, 1.0)]
+    for _ in range(_STEPS):
+        value, times = waiting.pop()
+        node = value.producer
+        if node is None:
+            return None, 0.0
+        given = node.argument("bias")
+        if isinstance(given, Value):
+            while given.producer is not None and given.producer.inputs:
+                given = given.producer.inputs[0]  # of which it is a part
+            if bias is not None and bias is not given:
+                return None, 0.0
+            bias, total = given, total + times
+        elif node.data is not None:
+            number = node.argument("other")
+            if node.operator in ("mul", "div") and isinstance(number, (int, float)) and number:
+                times *= number if node.operator == "mul" else 1 / number
+            waiting.append((node.data, times))
+        elif node.operator in ("add", "sub") and len(node.inputs) == 2:
+            alpha = node.argument("alpha", 1) * (1 if node.operator == "add" else -1)
+            waiting += zip(node.inputs, (times, times * alpha), strict=True)
+        else:
+            return None, 0.0
+        if not waiting:
+            return bias, total
+    return None, 0.0
 
 
 def _magnitude(known: dict[Value, Unit]) -> Tensor | float:
