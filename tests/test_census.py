@@ -164,7 +164,7 @@ def test_an_error_is_held_against_the_rounding_of_the_model(
     row = visit(Job(f"{networks}:net", "own"))
     assert row.outcome == outcome
     assert row.noise64 is not None
-    assert 1e-17 < row.noise64 < 1e-14
+    assert 1e-17 < row.noise64 < 1e-13  # 64-bit rounding, a few times over
 
 
 @pytest.mark.parametrize(

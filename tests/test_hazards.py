@@ -360,6 +360,15 @@ PARTS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], tuple[int, ...]]] =
 }  # fmt: skip
 
 
+def space_to_depth(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of columns are stacked, each with a row of two by two pixels as channels, as in i-RevNet."""
+    y = m.c(x)
+    batch, _, height, _ = y.shape
+    pairs = [pair.contiguous().view(batch, height // 2, -1) for pair in y.permute(0, 2, 3, 1).split(2, 2)]
+    blocks = torch.stack(pairs, 1).permute(0, 3, 2, 1)
+    return F.relu(m.k(blocks)), F.relu(m.n(y))
+
+
 def parts_net(two: Callable[..., tuple[Tensor, Tensor]], shape: tuple[int, ...]) -> Net:
     """A norm behind an operator that reads a part of a parameter, and another operator that reads it and has none."""
 
@@ -559,6 +568,7 @@ CASES: dict[str, Case] = {
     "called twice and subtracted": Case(lambda: Net(lambda m, x: m.n(m.c(x) - m.c(x.flip(-1))), c=conv(), n=norm()), {"n": TWICE}),
     "called twice and summed, with a factor": Case(lambda: Net(lambda m, x: m.n(torch.add(m.c(x), m.c(x.flip(-1)), alpha=3)), c=conv(), n=norm()), {"n": None}),
     "called three times, and summed with factors": Case(lambda: Net(lambda m, x: m.n(m.c(x) + (3 * m.c(x.flip(-1)) - m.c(-x) / 2)), c=conv(), n=norm()), {"n": None}),
+    "space to depth, by stacking": Case(lambda: Net(space_to_depth, c=conv(), n=norm(), k=norm(24)), {"n": None, "k": "relu"}),
     "parts of a bias that is created": Case(octave_net, {"n1": None, "n2": None, "n3": None, "n4": None}),
     "parts of a bias that would do more": Case(lambda: octave_net(spoiled=True), {"n1": None, "n2": None, "n3": "no bias", "n4": "no bias"}),
     **{

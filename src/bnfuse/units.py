@@ -16,7 +16,7 @@ size 1, so that they broadcast. ``None`` stands for 1 (scale) and 0 (shift).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -219,10 +219,10 @@ def scaled(shift: Tensor | None, scale: Tensor | None) -> Tensor | None:
     return None if shift is None else multiply(shift, scale)
 
 
-def shrink(tensor: Tensor) -> Tensor:
-    """The tensor with every axis along which it is uniform reduced to size 1."""
-    for axis, size in enumerate(tensor.shape):
-        if size > 1:
+def shrink(tensor: Tensor, axes: Iterable[int] | None = None) -> Tensor:
+    """The tensor with every one of the axes (None: of all) along which it is uniform reduced to size 1."""
+    for axis in range(tensor.dim()) if axes is None else axes:
+        if tensor.shape[axis] > 1:
             first = tensor.narrow(axis, 0, 1)
             if tensor.stride(axis) == 0 or bool((tensor == first).all()):
                 tensor = first

@@ -11,7 +11,8 @@ norms that stay, drawn at random from all of them, for the derivations.
 from __future__ import annotations
 
 import argparse
-import random
+import hashlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -84,14 +85,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def drawn(zoos: Sequence[Zoo], count: int, seed: int = 0) -> list[tuple[str, Row, Kept]]:
-    """Norms that stay, drawn at random: each norm is as likely as any other, and a group is drawn once."""
+    """Norms that stay, drawn at random: each norm is as likely as any other, and a group is drawn once.
+
+    Each group draws its lot by itself, so that rows which are added or made again change the lots of no others: those
+    with the largest of ``log(u)/size`` are drawn, for u between 0 and 1 (P. S. Efraimidis and P. G. Spirakis, Weighted
+    random sampling with a reservoir, 2006).
+    """
+
+    def lot(group: tuple[str, Row, Kept]) -> float:
+        name, row, kept = group
+        digest = hashlib.sha256(f"{seed} {name}:{row.model} {kept.norm}".encode()).digest()
+        return math.log((int.from_bytes(digest[:8], "big") + 1) / 2**64) / kept.count
+
     groups = [(zoo.name, row, kept) for zoo in zoos for row in zoo.fused for kept in row.kept]
-    generator = random.Random(seed)
-    chosen: list[tuple[str, Row, Kept]] = []
-    while groups and len(chosen) < count:
-        [index] = generator.choices(range(len(groups)), [kept.count for _, _, kept in groups])
-        chosen.append(groups.pop(index))
-    return chosen
+    return sorted(groups, key=lot, reverse=True)[:count]
 
 
 def page(docs: Path) -> str:

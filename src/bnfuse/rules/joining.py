@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bnfuse.graph import Node, Value
 from bnfuse.rules.registry import Trial, rule
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit
+from bnfuse.units import IDENTITY, NotInvertibleError, Unit, shrink
 
 
 class _Piece(NamedTuple):
@@ -262,7 +262,7 @@ def _joined(units: list[tuple[_Piece, Unit]], whole: Value, axis: int) -> Unit:
             tensor[(slice(None),) * axis + (p.elements,)] = t.expand(
                 [size if i != axis else p.size for i, size in enumerate(shape)]
             )
-        return tensor
+        return shrink(tensor, [axis])
 
     scale = join([(piece, unit.scale) for piece, unit in units], 1.0)
     shift = join([(piece, unit.shift) for piece, unit in units], 0.0)
