@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -546,6 +547,29 @@ def test_an_interrupted_census_continues(tmp_path: Path) -> None:
     after = read(output)[1]
     assert list(after) == ["resnet20_cifar10", "resnet20_cifar100", "resnet20_svhn"]
     assert after["resnet20_cifar10"] == before["resnet20_cifar10"]
+
+
+@pytest.mark.skipif(not ROWS, reason="no census has been made")
+def test_the_thirty_derivations_are_those_drawn() -> None:
+    text = (DOCS / "census" / "derivations.md").read_text()
+    table, rest = text.split("Most norms that stay belong")
+    derived = re.findall(r"^\| `(\w+:\S+)`, `(\S+)` \|", table, re.MULTILINE)
+    _, could_go = rest.split("### Norms that could go")
+    families = re.findall(r"\(`(\w+)`\)", could_go)
+    lots = page.drawn(page.zoos_in(DOCS), 40)
+    others = [(f"{name}:{row.model}", kept.norm) for name, row, kept in lots if row.family not in families]
+    assert derived == others[:30]
+
+
+@pytest.mark.skipif(not ROWS, reason="no census has been made")
+def test_a_row_that_is_gone_changes_no_other_lot() -> None:
+    zoos = page.zoos_in(DOCS)
+    lots = page.drawn(zoos, 10)
+    name, row, _ = lots[0]
+    fewer = [replace(zoo, rows=[other for other in zoo.rows if zoo.name != name or other is not row]) for zoo in zoos]
+    left = [lot for lot in lots if lot[1] is not row]
+    assert page.drawn(fewer, len(left)) == left
+    assert page.drawn(zoos, 10, seed=1) != lots
 
 
 @pytest.mark.skipif(not ROWS, reason="no census has been made")
