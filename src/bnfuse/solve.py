@@ -85,7 +85,7 @@ class Network:
         self.removed: set[Node] = set()
         self.edits: dict[Value, list[Unit]] = {}
         self.placed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
-        self._contents: dict[Value, Tensor] = {}
+        self._contents = _statistics(graph.nodes)
 
     def content(self, value: Value) -> Tensor:
         """Present float64 contents of a parameter. Vectors are kept, since norms are read again and again."""
@@ -180,6 +180,27 @@ def _initial(value: Value) -> Tensor:
         raise Refusal(Reason("its contents depend on the run"), scale=False)
     tensor = value.tensor.detach()
     return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
+
+
+def _statistics(nodes: Collection[Node]) -> dict[Value, Tensor]:
+    """Contents of the vectors of all batch norms, which are converted together: they are many and small."""
+    alike: dict[tuple[torch.dtype, torch.device], dict[Value, Tensor]] = {}
+    for node in nodes:
+        if node.operator == "batch_norm":
+            for value in node.inputs:
+                tensor = value.tensor
+                plain = value.kind is Kind.PARAMETER and type(tensor) in (Tensor, nn.Parameter)
+                if plain and tensor is not None and tensor.dim() == 1 and tensor.is_floating_point():
+                    alike.setdefault((tensor.dtype, tensor.device), {})[value] = tensor.detach()
+    return {
+        value: contents
+        for vectors in alike.values()
+        for value, contents in zip(
+            vectors,
+            torch.cat(list(vectors.values())).to("cpu", torch.float64).split([len(v) for v in vectors.values()]),
+            strict=True,
+        )
+    }
 
 
 def edited(tensor: Tensor, unit: Unit) -> Tensor:
