@@ -15,6 +15,7 @@ import random
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from operator import is_
@@ -217,11 +218,13 @@ class _Watch:
             value
             for _, attributes in self.attributes
             for value in attributes.values()
-            if isinstance(value, (dict, list, set)) and hasattr(value, "copy")
+            if (kind := type(value)) not in _ATOMS
+            and (kind in _CONTAINERS or (isinstance(value, (dict, list, set)) and hasattr(value, "copy")))
         ]
         self.empty = [container for container in containers if not container]  # most of them, and most stay so
         self.containers = [(container, container.copy()) for container in containers if container]
         self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
+        self._found_containers: list[tuple[Any, Any]] | None = None
 
     def held(self, tensor: Tensor) -> bool:
         """True if an attribute of a module, or a container in one, held the tensor before the run."""
@@ -252,8 +255,11 @@ class _Watch:
         return self._found
 
     def _changed_containers(self) -> list[tuple[Any, Any]]:
-        filled = [(now, ()) for now in self.empty if now]
-        return filled + [(now, before) for now, before in self.containers if _differs(now, before)]
+        if self._found_containers is None:
+            filled = [(now, ()) for now in self.empty if now]
+            changed = [(now, before) for now, before in self.containers if _differs(now, before)]
+            self._found_containers = filled + changed
+        return self._found_containers
 
     def replaced(self) -> Iterator[Tensor]:
         """Parameters and buffers in whose place the run put others."""
@@ -279,6 +285,8 @@ class _Watch:
 
 
 _MISSING = object()
+_ATOMS = frozenset({bool, int, float, str, tuple, type(None)})
+_CONTAINERS = frozenset({dict, list, set, OrderedDict})
 
 
 def _differs(container: Any, before: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,16 +70,18 @@ def find_norms(model: nn.Module, graph: Graph, also: Sequence[str] = ()) -> list
         also: patterns for the names of further classes, whatever their case.
     """
     names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    modules: dict[int, nn.Module] = {}
+    for name, module in tree.named_modules(model):
         names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
     calls: dict[int, list[ModuleCall]] = {}
     for call in graph.calls:
         calls.setdefault(id(call.module), []).append(call)
-    referenced = _referenced_elsewhere(model)
+    referenced = _referenced_elsewhere((names[key][0], module) for key, module in modules.items())
     norms = []
-    for module in model.modules():
-        if is_norm(module) or _matches(module, also):
-            norms.append(_module_norm(module, names[id(module)], calls.get(id(module), []), referenced))
+    for key, module in modules.items():
+        if is_norm(module) or (also and _matches(module, also)):
+            norms.append(_module_norm(module, names[key], calls.get(key, []), referenced))
     norms += [
         _functional_norm(node)
         for node in graph.nodes
@@ -97,8 +99,10 @@ def is_norm(module: nn.Module) -> bool:
     """True for PyTorch's batch norms and for every class that keeps running statistics under the same names."""
     if isinstance(module, _BatchNorm):
         return True
-    own = {*module._buffers.keys(), *module._parameters.keys()}
-    return not isinstance(module, _InstanceNorm) and {"running_mean", "running_var"} <= own
+    buffers, parameters = module._buffers, module._parameters
+    if not ("running_var" in buffers or "running_var" in parameters):
+        return False
+    return ("running_mean" in buffers or "running_mean" in parameters) and not isinstance(module, _InstanceNorm)
 
 
 def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: dict[int, str]) -> Norm:
@@ -182,10 +186,10 @@ def _parts(call: ModuleCall) -> tuple[Site, tuple[str, ...]] | None:
     return (site, tuple(keep)) if call.outputs == [value] else None
 
 
-def _referenced_elsewhere(model: nn.Module) -> dict[int, str]:
+def _referenced_elsewhere(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
     """Modules that are also held by plain attributes (a list, a bound method), by id, with the place."""
     found: dict[int, str] = {}
-    for name, module in model.named_modules():
+    for name, module in modules:
         for attribute, value in tree.plain_attributes(module):
             for other in _modules_in(value, 3):
                 found[id(other)] = f"{name}.{attribute}" if name else attribute

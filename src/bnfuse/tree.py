@@ -77,14 +77,16 @@ def modules(model: nn.Module) -> list[nn.Module]:
     return list({id(module): module for _, module in named_modules(model)}.values())
 
 
-def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
     """What a module holds by name beside its registries, without numbers, texts and empty containers."""
-    for name, value in module.__dict__.items():
-        kind = type(value)
-        if kind in _SIMPLE or name in _REGISTRIES or (kind in _CONTAINERS and not value):
-            continue
-        if kind is not tuple or not all(type(item) in _SIMPLE for item in value):
-            yield name, value
+    return [
+        (name, value)
+        for name, value in module.__dict__.items()
+        if (kind := type(value)) not in _SIMPLE
+        and (kind not in _CONTAINERS or value)
+        and name not in _REGISTRIES
+        and not (kind is tuple and _SIMPLE.issuperset(map(type, value)))
+    ]
 
 
 def map_tensors(tree: Any, function: Function) -> Any:
