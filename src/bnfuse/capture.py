@@ -72,6 +72,8 @@ _LOOKS = {
     torch.Tensor.__contains__,
 }
 
+_SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
+
 # Ways for numbers in the code to become a tensor.
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 
@@ -284,6 +286,9 @@ class _Watch:
                 tensor.data.copy_(contents)
 
 
+# Operators made of others whose results are new memory all the same.
+_FRESH = {"conv1d", "conv2d", "conv3d", "batch_norm", "layer_norm"}
+
 _MISSING = object()
 _ATOMS = frozenset({bool, int, float, str, tuple, type(None)})
 _CONTAINERS = frozenset({dict, list, set, OrderedDict})
@@ -350,11 +355,16 @@ class WriteWatch(_Mode):
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """What the recorder needs of an operator's schema, looked up once."""
+    """What the recorder needs of an operator's schema, looked up once.
+
+    Attributes:
+        fresh: its results share memory with none of its arguments.
+    """
 
     name: str
     arguments: tuple[str, ...]
     written: tuple[str, ...]
+    fresh: bool
 
 
 class _Recorder(_Mode):
@@ -534,7 +544,7 @@ class _Recorder(_Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.set_.default and id(args[0]) not in self.leaves:
+        if func is _SET and id(args[0]) not in self.leaves:
             self._forget(args[0])  # gives its memory back, and writes to none
             return func(*args, **kwargs)
         operator = operator_of(func)
@@ -635,9 +645,7 @@ class _Recorder(_Mode):
         for tensor in results:
             if id(tensor) in given:
                 continue
-            memory = _memory(tensor)
-            same = [] if memory is None else [other for other in tensors if _memory(other) == memory]
-            storage = self.value(same[-1]).storage if same else None
+            storage = None if operator.fresh else self._storage_of(tensor, tensors)
             fresh = self._new_value(tensor, Kind.COMPUTED, storage or Storage())
             fresh.producer, fresh.independent = node, independent
             self._tag(tensor, fresh)
@@ -645,10 +653,16 @@ class _Recorder(_Mode):
         for value in inputs:
             if not value.consumers or value.consumers[-1] is not node:
                 value.consumers.append(node)
-        if func is torch.ops.aten.squeeze.default:
+        if func is _SQUEEZE:
             self.looks |= not independent  # which axes go depends on the sizes
         self.nodes.append(node)
         self.call.nodes.append(node)
+
+    def _storage_of(self, tensor: Tensor, tensors: list[Tensor]) -> Storage | None:
+        """That of one of the tensors, if it is the memory of this one too."""
+        memory = _memory(tensor)
+        same = [] if memory is None else [other for other in tensors if _memory(other) == memory]
+        return self.value(same[-1]).storage if same else None
 
     def alias(self, tensor: Tensor, other: Tensor) -> bool:
         """Take another tensor for the same, which has its memory and shape; not for a parameter or buffer."""
@@ -833,7 +847,10 @@ def operator_of(func: Any) -> Operator:
         name = name[:-1]
     elif written:
         name = schema.name  # out= variants and silent writers: known to no rule
-    return Operator(name, tuple(argument.name for argument in schema.arguments), written)
+    aliased = any(result.alias_info for result in schema.returns)
+    composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)  # of any views
+    fresh = namespace == "aten" and not written and not aliased and (not composite or name in _FRESH)
+    return Operator(name, tuple(argument.name for argument in schema.arguments), written, fresh)
 
 
 def _values(argument: Any) -> list[Value]:

@@ -29,7 +29,7 @@ from bnfuse.limits import Limits, fixed
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
-from bnfuse.rules.norms import FARTHEST, affine, offset
+from bnfuse.rules.norms import FARTHEST, affine, affine_together, offset
 from bnfuse.rules.registry import Rule, link, same
 from bnfuse.units import (
     IDENTITY,
@@ -86,6 +86,12 @@ class Network:
         self.edits: dict[Value, list[Unit]] = {}
         self.placed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
         self._contents = _statistics(graph.nodes)
+        self._affine = affine_together(graph.nodes, self._contents)
+
+    def affine(self, node: Node) -> tuple[Tensor, Tensor]:
+        """(a, c) of ``y = a*x + c``, of a step of a norm, as it is at present."""
+        known = self._affine.get(node)
+        return affine(node, Trial(self)) if known is None else known
 
     def content(self, value: Value) -> Tensor:
         """Present float64 contents of a parameter. Vectors are kept, since norms are read again and again."""
@@ -161,6 +167,8 @@ class Network:
             unit = next(iter(requests.values()))
             self.edits.setdefault(value, []).append(unit)
             self._contents.pop(value, None)
+            for node in value.consumers:
+                self._affine.pop(node, None)
 
     def composed(self, value: Value, unit: Unit) -> tuple[Tensor | None, Tensor | None]:
         """Scale and shift of all units that a value has been given, with another one."""
@@ -719,8 +727,8 @@ def _reciprocal(norm: Norm, scale: Tensor) -> Tensor:
 def _affine(network: Network, site: Site) -> tuple[Tensor, Tensor]:
     """(a, c) of the whole site: its steps composed."""
     first, *rest = site.nodes
-    a, c = affine(first, Trial(network))
+    a, c = network.affine(first)
     for node in rest:
-        factor, term = affine(node, Trial(network))
+        factor, term = network.affine(node)
         a, c = a * factor, c * factor + term
     return (a, c) if a.shape == c.shape else (a.expand_as(c + a), c.expand_as(c + a))

@@ -17,6 +17,8 @@ input must stay as it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,8 @@ def affine(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
     rank = len(node.outputs[0].shape)
     if node.operator == "batch_norm":
         weight, sigma, mean, bias = _parts(node, trial)
-        a, c = weight / sigma, bias - mean * (weight / sigma)
-        shape = [1, -1] + [1] * (rank - 2)
-        return a.reshape(shape), c.reshape(shape)
+        a = weight / sigma
+        return _over_channels(rank, a), _over_channels(rank, bias - mean * a)
     trial.assume(node)
     left, right = node.bound["self"], node.bound["other"]
     swapped = not isinstance(left, Value) or left.independent
@@ -54,6 +55,38 @@ def affine(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
     if node.operator == "add":
         return (alpha * one, k) if swapped else (one, alpha * k)
     return (-alpha * one, k) if swapped else (one, -alpha * k)  # sub
+
+
+def _over_channels(rank: int, vector: Tensor) -> Tensor:
+    return vector.reshape([1, -1] + [1] * (rank - 2))
+
+
+def affine_together(nodes: Iterable[Node], contents: Mapping[Value, Tensor]) -> dict[Node, tuple[Tensor, Tensor]]:
+    """The same as `affine` for all batch norms whose statistics and parameters are given, in a few operators.
+
+    Args:
+        nodes: of any kind.
+        contents: in float64, by value.
+    """
+    places = ("running_mean", "running_var", "weight", "bias")
+    found = [
+        node
+        for node in nodes
+        if node.operator == "batch_norm"
+        and not node.argument("training")
+        and all(node.argument(place) in contents for place in places)
+    ]
+    if not found:
+        return {}
+    mean, variance, weight, bias = (torch.cat([contents[node.bound[place]] for node in found]) for place in places)
+    sizes = [contents[node.bound["weight"]].numel() for node in found]
+    eps = torch.tensor([node.bound["eps"] for node in found], dtype=torch.float64)
+    a = weight / torch.sqrt(variance + eps.repeat_interleave(torch.tensor(sizes)))
+    c = bias - mean * a
+    return {
+        node: (_over_channels(len(node.outputs[0].shape), one), _over_channels(len(node.outputs[0].shape), other))
+        for node, one, other in zip(found, a.split(sizes), c.split(sizes), strict=True)
+    }
 
 
 def offset(node: Node, trial: Trial) -> float:
