@@ -161,13 +161,17 @@ class _Write:
         wide = scratch[:size].view(self.source.shape) if size <= PIECE else scratch.new_empty(self.source.shape)
         values = _edited(wide.copy_(self.source), self.unit)
         out.copy_(values)
-        total = out.sum(dtype=torch.float32 if out.dtype.itemsize < 4 else out.dtype)
-        if not math.isfinite(total) and bool((torch.isfinite(values) & ~torch.isfinite(out.cpu())).any()):
+        if not math.isfinite(_sum(out)) and bool((torch.isfinite(values) & ~torch.isfinite(out.cpu())).any()):
             raise FusionError(
                 f"{self.name} would leave the range of {out.dtype}. Convert the model to float32 first "
                 f"(model.float()), or keep the norm that it takes up (keep=...)."
             )
         return out
+
+
+def _sum(tensor: Tensor) -> float:
+    """Not finite if an element is not."""
+    return float(tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype))
 
 
 def _scratch() -> Tensor:
@@ -273,9 +277,12 @@ def _create(owners: list[tuple[nn.Module, str]], edit: Edit, undo: list[Callable
     if place not in owner._parameters or owner._parameters[place] is not None:
         raise FusionError(f"The plan does not fit the model: {edit.names[0]} should be an empty place for a parameter.")
     like = next(itertools.chain(owner.parameters(recurse=False), owner.parameters(), owner.buffers()))
-    contents = torch.full(edit.shape, 1.0 if place == "weight" else 0.0, dtype=torch.float64)
-    data = _edited(contents, _composed(edit.factors)).to(device=like.device, dtype=like.dtype).contiguous()
-    if not bool(torch.isfinite(data).all()):
+    unit = _composed(edit.factors)
+    contents = unit.shift  # a bias of zeros has no other part
+    if place == "weight" or contents is None or unit.entries is not None:
+        contents = _edited(torch.full(edit.shape, 1.0 if place == "weight" else 0.0, dtype=torch.float64), unit)
+    data = contents.expand(edit.shape).to(device=like.device, dtype=like.dtype, copy=True).contiguous()
+    if not math.isfinite(_sum(data)) and not bool(torch.isfinite(data).all()):
         raise FusionError(f"{edit.names[0]} would leave the range of {like.dtype}. Convert the model to float32 first.")
     owner._parameters[place] = nn.Parameter(data, requires_grad=like.requires_grad)
     undo.append(lambda: owner._parameters.__setitem__(place, None))

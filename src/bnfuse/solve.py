@@ -12,6 +12,7 @@ The graph and its tensors are only read.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from bnfuse.limits import Limits, fixed
 from bnfuse.norms import Norm, Site
 from bnfuse.plan import Decision, Edit, Plan, Reason, Replacement
 from bnfuse.rules import ABSORBERS, RULES
-from bnfuse.rules.norms import FARTHEST, affine, affine_together, offset
+from bnfuse.rules.norms import FARTHEST, affine, affine_together, offset, offsets_together
 from bnfuse.rules.registry import Rule, link, same
 from bnfuse.units import (
     IDENTITY,
@@ -76,6 +77,7 @@ class Network:
     """The graph with everything that was accepted so far."""
 
     def __init__(self, graph: Graph, varying: Collection[Node] = (), forbidden: Collection[nn.Module] = ()) -> None:
+        self.nodes = graph.nodes
         self.varying = varying
         self.memory = Memory(forbidden)
         nodes = [*graph.paths, *graph.nodes]
@@ -87,11 +89,19 @@ class Network:
         self.placed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
         self._contents = _statistics(graph.nodes)
         self._affine = affine_together(graph.nodes, self._contents)
+        self._offsets: dict[Node, float] = {}
 
     def affine(self, node: Node) -> tuple[Tensor, Tensor]:
         """(a, c) of ``y = a*x + c``, of a step of a norm, as it is at present."""
         known = self._affine.get(node)
         return affine(node, Trial(self)) if known is None else known
+
+    def offset(self, node: Node) -> float:
+        """How far a mean of a step of a norm lies from 0 at present, in standard deviations."""
+        if not self._offsets:
+            self._offsets = offsets_together(self.nodes, self._contents)
+        known = None if node.argument("input") in self.placed else self._offsets.get(node)
+        return offset(node, Trial(self)) if known is None else known
 
     def content(self, value: Value) -> Tensor:
         """Present float64 contents of a parameter. Vectors are kept, since norms are read again and again."""
@@ -620,26 +630,26 @@ def _attempt(network: Network, norm: Norm) -> Decision:
     """Try every way; what can be settled nearby comes first, since it touches nothing else."""
     reasons: dict[str, Reason] = {}
     targets = [node for site in norm.sites for node in site.nodes]
-    open_ways = [(direction, run, Trial(network, targets)) for direction, run in _ways(network, norm)]
+    open_ways = [(way, Trial(network, targets)) for way in _ways(network, norm)]
     for limit in (*_NEARBY, None):
-        for way in list(open_ways):
-            direction, run, trial = way
+        for entry in list(open_ways):
+            way, trial = entry
             try:
                 if limit == _NEARBY[0]:
-                    run(trial, limit)
+                    way.start(trial, limit)
                 else:
                     trial.go_on(limit)
                 _check_memory(network, norm)
             except _TooFarError:
                 continue
             except Refusal as refusal:
-                open_ways.remove(way)
-                if direction != _BOTH:
-                    reasons.setdefault(direction, replace(refusal.reason, direction=direction))
+                open_ways.remove(entry)
+                if way.direction != _BOTH:
+                    reasons.setdefault(way.direction, replace(refusal.reason, direction=way.direction))
                 continue
             network.accept(trial)
             into = dict.fromkeys(_layer_name(value) for value in trial.edits)
-            return Decision(norm.label, norm.kind, norm.channels, True, direction, tuple(into))
+            return Decision(norm.label, norm.kind, norm.channels, True, way.direction, tuple(into))
     return _stay(norm, tuple(reasons[way] for way in ("backward", "forward", _BESIDE) if way in reasons))
 
 
@@ -667,61 +677,86 @@ def _check_memory(network: Network, norm: Norm) -> None:
     memory.merge(norm.sites)
 
 
-def _ways(network: Network, norm: Norm) -> Iterator[tuple[str, Callable[[Trial, int], None]]]:
+@dataclass(frozen=True)
+class _Way:
+    """One way to remove a norm.
+
+    Attributes:
+        start: begins a trial, of so many operators.
+    """
+
+    direction: str
+    start: Callable[[Trial, int], None]
+
+
+def _ways(network: Network, norm: Norm) -> Iterator[_Way]:
     """What to try, in turn: a layer beside the norm takes it up, which changes no units; all of ``a*x + c`` goes back,
     or on; or the scale goes one way and the shift the other."""
-
-    known: list[tuple[Site, Tensor, Tensor]] = []
-
-    def maps() -> list[tuple[Site, Tensor, Tensor]]:
-        if not known:
-            known.extend((site, *_affine(network, site)) for site in norm.sites)
-            if not all(math.isfinite(a.sum() + c.sum()) for _, a, c in known):
-                known.clear()
-                raise Refusal(Reason("its statistics or parameters are not finite", None, norm.label), True)
-        return known
-
-    def demands(scale: str, shift: str) -> dict[Value, Unit]:
-        result: dict[Value, Unit] = {}
-        for site, a, c in maps():
-            if shift == "forward":
-                far = max(offset(node, Trial(network)) for node in site.nodes)
-                if far > FARTHEST.get(site.x.dtype, 0.0):
-                    text = (
-                        f"a mean lies {far:.0f} standard deviations from 0, "
-                        "which costs precision in the layers after it"
-                    )
-                    raise Refusal(Reason(text, None, norm.label), True)
-            if scale == "backward":
-                units = (Unit.of(a, c), IDENTITY) if shift == scale else (Unit.of(a, None), Unit.of(None, c, True))
-            elif shift == scale:
-                units = (IDENTITY, Unit.of(a, c, inverse=True))
-            else:  # a*x + c = a*(x + c/a)
-                units = (Unit.of(None, c * _reciprocal(norm, a)), Unit.of(a, None, inverse=True))
-            for value, demand in zip((site.x, site.y), units, strict=True):
-                if value in result and not _agree(result[value], demand):
-                    raise Refusal(Reason("it is applied to its own output", None, norm.label), True)
-                result[value] = demand
-        return result
-
+    maps = _Maps(network, norm)
     for layers in zip(*(beside.siblings(site, network.removed) for site in norm.sites), strict=False):
         if len({layer.node for layer in layers}) == len(layers):  # none twice
 
             def run(trial: Trial, limit: int, layers: tuple[beside.Sibling, ...] = layers) -> None:
-                trial.run_beside([(layer, *site) for layer, site in zip(layers, maps(), strict=True)])
+                sites = zip(layers, maps.known, strict=True)
+                trial.run_beside([(layer, site, a, c) for layer, (site, a, c, _) in sites])
 
-            yield _BESIDE, run
-    yield "backward", lambda trial, limit: trial.run(demands("backward", "backward"), limit)
-    yield "forward", lambda trial, limit: trial.run(demands("forward", "forward"), limit)
-    yield _BOTH, lambda trial, limit: trial.run(demands("backward", "forward"), limit)
-    yield _BOTH, lambda trial, limit: trial.run(demands("forward", "backward"), limit)
+            yield _Way(_BESIDE, run)
+    yield _Way("backward", lambda trial, limit: trial.run(maps.demands("backward", "backward"), limit))
+    yield _Way("forward", lambda trial, limit: trial.run(maps.demands("forward", "forward"), limit))
+    yield _Way(_BOTH, lambda trial, limit: trial.run(maps.demands("backward", "forward"), limit))
+    yield _Way(_BOTH, lambda trial, limit: trial.run(maps.demands("forward", "backward"), limit))
 
 
-def _reciprocal(norm: Norm, scale: Tensor) -> Tensor:
-    try:
-        return reciprocal(scale)
-    except NotInvertibleError:
-        raise Refusal(Reason("it would have to undo a scale of (nearly) 0", None, norm.label), True) from None
+class _Maps:
+    """What a norm does at its sites, and the units that are demanded to begin with."""
+
+    def __init__(self, network: Network, norm: Norm) -> None:
+        self.network, self.norm = network, norm
+
+    @functools.cached_property
+    def known(self) -> list[tuple[Site, Tensor, Tensor, Unit]]:
+        """``a*x + c`` at each site, and as a unit."""
+        made = [(site, *_affine(self.network, site)) for site in self.norm.sites]
+        if not all(math.isfinite(a.sum() + c.sum()) for _, a, c in made):
+            raise Refusal(Reason("its statistics or parameters are not finite", None, self.norm.label), True)
+        return [(site, a, c, Unit.of(a, c)) for site, a, c in made]
+
+    def demands(self, scale: str, shift: str) -> dict[Value, Unit]:
+        """The units of the input and the output of each site, by where scale and shift go."""
+        result: dict[Value, Unit] = {}
+        for site, a, c, unit in self.known:
+            if shift == "forward":
+                self._check_means(site)
+            whole = scale == shift
+            if scale == "backward":
+                units = (unit, IDENTITY) if whole else (Unit(unit.scale), _inverse(None, unit.shift))
+            elif whole:
+                units = (IDENTITY, _inverse(unit.scale, unit.shift))
+            else:  # a*x + c = a*(x + c/a)
+                units = (Unit.of(None, c * self._reciprocal(a)), _inverse(unit.scale, None))
+            for value, demand in zip((site.x, site.y), units, strict=True):
+                if value in result and not _agree(result[value], demand):
+                    raise Refusal(Reason("it is applied to its own output", None, self.norm.label), True)
+                result[value] = demand
+        return result
+
+    def _check_means(self, site: Site) -> None:
+        """A shift that goes on takes the means along, which should not be too large for that."""
+        far = max(self.network.offset(node) for node in site.nodes)
+        if far > FARTHEST.get(site.x.dtype, 0.0):
+            text = f"a mean lies {far:.0f} standard deviations from 0, which costs precision in the layers after it"
+            raise Refusal(Reason(text, None, self.norm.label), True)
+
+    def _reciprocal(self, scale: Tensor) -> Tensor:
+        try:
+            return reciprocal(scale)
+        except NotInvertibleError:
+            text = "it would have to undo a scale of (nearly) 0"
+            raise Refusal(Reason(text, None, self.norm.label), True) from None
+
+
+def _inverse(scale: Tensor | None, shift: Tensor | None) -> Unit:
+    return IDENTITY if scale is None and shift is None else Unit(scale, shift, True)
 
 
 def _affine(network: Network, site: Site) -> tuple[Tensor, Tensor]:

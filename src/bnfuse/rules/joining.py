@@ -217,22 +217,27 @@ def _part(unit: Unit, piece: _Piece, axis: int) -> Unit:
     return Unit.of(cut_unit.scale, cut_unit.shift, cut_unit.inverse)
 
 
+def _changed(tensor: Tensor | None, default: float, axis: int) -> bytes:
+    """A byte for each element of an axis: 1 where the scale or shift is another than the default."""
+    if tensor is None:
+        return b""
+    changed = tensor != default
+    if tensor.numel() != tensor.shape[axis]:
+        changed = changed.movedim(axis, 0).flatten(1).any(1)
+    return bytes(changed.reshape(-1).tolist())
+
+
 def _parts(unit: Unit, pieces: list[_Piece], axis: int) -> Iterator[Unit]:
     """The unit of each piece. Most pieces of a long concatenation keep their units, which one look at all tells."""
     if len(pieces) < 2 or any(piece.dropped or piece.step != 1 or piece.table is not None for piece in pieces):
         for piece in pieces:
             yield _part(unit, piece, axis)
         return
-    scaled, shifted = (
-        None if tensor is None else (tensor != default).movedim(axis, 0).unsqueeze(-1).flatten(1).any(1).tolist()
-        for tensor, default in ((unit.scale, 1), (unit.shift, 0))
-    )
+    scaled, shifted = _changed(unit.scale, 1.0, axis), _changed(unit.shift, 0.0, axis)
 
-    def cut(tensor: Tensor | None, changed: list[bool] | None, piece: _Piece) -> Tensor | None:
-        if tensor is None or changed is None:
-            return None
+    def cut(tensor: Tensor | None, changed: bytes, piece: _Piece) -> Tensor | None:
         uniform = len(changed) == 1
-        if not any(changed if uniform else changed[piece.start : piece.start + piece.size]):
+        if tensor is None or (changed if uniform else changed[piece.start : piece.start + piece.size]).find(1) < 0:
             return None
         return tensor if uniform else tensor.narrow(axis, piece.start, piece.size)
 

@@ -17,7 +17,7 @@ input must stay as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,25 +68,47 @@ def affine_together(nodes: Iterable[Node], contents: Mapping[Value, Tensor]) -> 
         nodes: of any kind.
         contents: in float64, by value.
     """
-    places = ("running_mean", "running_var", "weight", "bias")
-    found = [
+    found = _norms_with(("running_mean", "running_var", "weight", "bias"), nodes, contents)
+    if not found:
+        return {}
+    mean, sigma, sizes = _statistics_together(found, contents)
+    weight, bias = (torch.cat([contents[node.bound[place]] for node in found]) for place in ("weight", "bias"))
+    a = weight / sigma
+    c = bias - mean * a
+    return {
+        node: (_over_channels(len(node.outputs[0].shape), one), _over_channels(len(node.outputs[0].shape), other))
+        for node, one, other in zip(found, a.split(sizes), c.split(sizes), strict=True)
+    }
+
+
+def offsets_together(nodes: Iterable[Node], contents: Mapping[Value, Tensor]) -> dict[Node, float]:
+    """The same as `offset` for all batch norms whose statistics are given and whose input has its first units."""
+    found = _norms_with(("running_mean", "running_var"), nodes, contents)
+    if not found:
+        return {}
+    mean, sigma, sizes = _statistics_together(found, contents)
+    distances = (mean.abs() / sigma).where(sigma > 0, 0.0).split(sizes)
+    return {node: float(part.max()) if len(part) else 0.0 for node, part in zip(found, distances, strict=True)}
+
+
+def _norms_with(places: Sequence[str], nodes: Iterable[Node], contents: Mapping[Value, Tensor]) -> list[Node]:
+    return [
         node
         for node in nodes
         if node.operator == "batch_norm"
         and not node.argument("training")
         and all(node.argument(place) in contents for place in places)
     ]
-    if not found:
-        return {}
-    mean, variance, weight, bias = (torch.cat([contents[node.bound[place]] for node in found]) for place in places)
-    sizes = [contents[node.bound["weight"]].numel() for node in found]
-    eps = torch.tensor([node.bound["eps"] for node in found], dtype=torch.float64)
-    a = weight / torch.sqrt(variance + eps.repeat_interleave(torch.tensor(sizes)))
-    c = bias - mean * a
-    return {
-        node: (_over_channels(len(node.outputs[0].shape), one), _over_channels(len(node.outputs[0].shape), other))
-        for node, one, other in zip(found, a.split(sizes), c.split(sizes), strict=True)
-    }
+
+
+def _statistics_together(nodes: Sequence[Node], contents: Mapping[Value, Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    """Means, standard deviations, and how many belong to each norm."""
+    mean, variance = (
+        torch.cat([contents[node.bound[place]] for node in nodes]) for place in ("running_mean", "running_var")
+    )
+    sizes = [contents[node.bound["running_mean"]].numel() for node in nodes]
+    eps = torch.tensor([node.bound["eps"] for node in nodes], dtype=torch.float64)
+    return mean, torch.sqrt(variance + eps.repeat_interleave(torch.tensor(sizes))), sizes
 
 
 def offset(node: Node, trial: Trial) -> float:
