@@ -554,7 +554,7 @@ def test_the_thirty_derivations_are_those_drawn() -> None:
     text = (DOCS / "census" / "derivations.md").read_text()
     table, rest = text.split("Most norms that stay belong")
     derived = re.findall(r"^\| `(\w+:\S+)`, `(\S+)` \|", table, re.MULTILINE)
-    _, could_go = rest.split("### Norms that could go")
+    _, could_go = rest.split("### Norms that could go instead")
     families = re.findall(r"\(`(\w+)`\)", could_go)
     lots = page.drawn(page.zoos_in(DOCS), 40)
     others = [(f"{name}:{row.model}", kept.norm) for name, row, kept in lots if row.family not in families]
@@ -576,7 +576,7 @@ def test_a_row_that_is_gone_changes_no_other_lot() -> None:
 def test_every_norm_of_the_derivations_stays() -> None:
     text = (DOCS / "census" / "derivations.md").read_text()
     derived = re.findall(r"^\| `(\w+):(\S+)`, `(\S+)` \|", text, re.MULTILINE)
-    assert len(derived) == len(set(derived)) == 38
+    assert len(derived) == len(set(derived)) == 39
     rows = {headings[-1]["census"]: found for headings, found, _ in map(read, ROWS)}
     gone = [item for item in derived if item[2] not in {kept.norm for kept in rows[item[0]][item[1]].kept}]
     assert not gone, f"these norms have gone, so their derivations are wrong: {gone}"
