@@ -424,13 +424,14 @@ class _Recorder(_Mode):
 
     def _register_leaf(self, tensor: Tensor, kind: Kind, names: tuple[str, ...] = ()) -> Value:
         memory = _memory(tensor)
-        neighbours = self.memory.setdefault(memory, []) if memory is not None else []
+        neighbours = [] if memory is None else self.memory.setdefault(memory, [])
         for other in neighbours:
             assert other.tensor is not None
             if kind is other.kind is Kind.PARAMETER and _same_memory(tensor, other.tensor):
                 other.names += names
                 self.leaves[id(tensor)] = other
-                self.names.update(dict.fromkeys(names, other))
+                for name in names:
+                    self.names[name] = other
                 return other
         value = self._new_value(tensor, kind, neighbours[0].storage if neighbours else Storage())
         value.independent, value.tensor, value.names = True, tensor, names
@@ -448,7 +449,8 @@ class _Recorder(_Mode):
                 value.pin(f"it shares memory with {other.names[0] if other.names else 'another tensor'}")
         neighbours.append(value)
         self.leaves[id(tensor)] = value
-        self.names.update(dict.fromkeys(names, value))
+        for name in names:
+            self.names[name] = value
         return value
 
     def enter(self, tensor: Tensor) -> None:
