@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bnfuse import solve
+from bnfuse import solve, trial
 
 
 @contextmanager
@@ -15,25 +15,25 @@ def counted() -> Iterator[tuple[Counter[str], Counter[str]]]:
     """Two counters by operator: crossings in accepted removals, and operators that refused a removal."""
     crossed: Counter[str] = Counter()
     refused: Counter[str] = Counter()
-    accept, stay = solve.Network.accept, solve._stay
+    accept, stay = trial.Network.accept, solve._stay
 
-    def counting_accept(network: solve.Network, trial: solve.Trial) -> None:
+    def counting_accept(network: trial.Network, tried: trial.Trial) -> None:
         nodes = {
             node
-            for value, unit in trial.units.items()
+            for value, unit in tried.units.items()
             if not unit.is_identity
             for node in (value.producer, *value.consumers)
-            if node is not None and node not in trial.targets and node not in network.removed
+            if node is not None and node not in tried.targets and node not in network.removed
         }
         crossed.update(node.operator for node in nodes)
-        accept(network, trial)
+        accept(network, tried)
 
     def counting_stay(norm: Any, reasons: Any) -> Any:
         refused.update(reason.operator for reason in reasons if reason.operator)
         return stay(norm, reasons)
 
-    solve.Network.accept, solve._stay = counting_accept, counting_stay  # type: ignore[method-assign]
+    trial.Network.accept, solve._stay = counting_accept, counting_stay  # type: ignore[method-assign]
     try:
         yield crossed, refused
     finally:
-        solve.Network.accept, solve._stay = accept, stay  # type: ignore[method-assign]
+        trial.Network.accept, solve._stay = accept, stay  # type: ignore[method-assign]

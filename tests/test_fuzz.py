@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bnfuse import beside, capture, graph, norms, solve, units
+from bnfuse import beside, capture, graph, norms, solve, trial, units, untouched
 from bnfuse.rules import activation, layers, pooling, products, sums
 from bnfuse.rules import norms as norm_rules
 from fuzz.check import bare_algebra, check
@@ -118,7 +118,7 @@ def transposed_weight_taken_for_a_plain_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def shared_parameters_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(solve.Trial, "_check_edits", lambda self: None)
+    patch.setattr(trial.Trial, "_check_edits", lambda self: None)
 
 
 def outputs_not_pinned(patch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def hooks_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def numbers_of_the_shape_trusted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(solve.Trial, "assume", lambda self, node: None)
+    patch.setattr(trial.Trial, "assume", lambda self, node: None)
 
 
 def memory_not_watched(patch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def memory_not_watched(patch: pytest.MonkeyPatch) -> None:
 
 
 def run_leaves_traces(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(capture._Watch, "restore", lambda self: None)
+    patch.setattr(untouched.Watch, "restore", lambda self: None)
 
 
 def padded_zeros_counted(patch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse import tree
-from bnfuse.capture import WriteWatch, eager, evaluation_mode, forked_random_state, operator_of, untouched
 from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
+from bnfuse.operators import operator_of
+from bnfuse.untouched import WriteWatch, eager, evaluation_mode, forked_random_state, untouched
 
 _BIASED = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",

@@ -3,33 +3,28 @@
 Under ``torch.inference_mode`` a ``TorchDispatchMode`` sees composite operators whole (``aten.conv2d``,
 ``aten.batch_norm``, ``aten.dropout``), which is the level at which the rules are written. Intermediate tensors carry
 their value as an attribute, so nothing is kept alive and no identity is ever mistaken for another; parameters,
-buffers and constants are known by identity. The run leaves no trace on the model: see :func:`untouched`.
+buffers and constants are known by identity. The run leaves no trace on the model: see :mod:`bnfuse.untouched`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
-import random
-import sys
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse import hollow, tree
 from bnfuse.errors import InputError
 from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value, may_overlap
+from bnfuse.operators import SILENT_WRITERS, Operator, memory_of, operator_of, parts_of
+from bnfuse.untouched import Mode, Watch, eager, evaluation_mode, forked_random_state, untouched
 
 _TAG = "_bnfuse_value"
 
@@ -78,14 +73,6 @@ _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 
 _WATCHED = frozenset({*_ESCAPES, *_LOOKS, *_LITERALS})
-
-# Operators that write running statistics without saying so in their schema, with the flag that makes them do it.
-_SILENT_WRITERS = {
-    "batch_norm": "training",
-    "instance_norm": "use_input_stats",
-    "native_batch_norm": "training",
-}
-
 
 _OWN_HOOKS: set[int] = set()
 """The global hooks that the recorder has registered; all others are the caller's."""
@@ -174,201 +161,8 @@ def _run(
     return Capture(recorder.graph(), output, recorder.looks, recorder.stateful, recorder.traces)
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module's training flag False, and as it was afterwards. Overridden ``train`` methods are not called."""
-    flags = [(module, module.training) for module in tree.modules(model)]
-    try:
-        for module, flag in flags:
-            if flag:
-                module.training = False
-        yield
-    finally:
-        for module, flag in flags:
-            if module.training is not flag:
-                module.training = flag
-
-
-@contextlib.contextmanager
-def forked_random_state(seed: int = 0) -> Iterator[None]:
-    """Seeded random numbers inside, the caller's random states untouched outside."""
-    state = random.getstate()
-    numpy_random = sys.modules.get("numpy.random")
-    numpy_state = numpy_random.get_state() if numpy_random else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            if numpy_random:
-                numpy_random.seed(seed)
-            yield
-    finally:
-        random.setstate(state)
-        if numpy_random:
-            numpy_random.set_state(numpy_state)
-
-
-class _Watch:
-    """The state that a run may change: the contents of tensors are saved just before their first write."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self.assigned: dict[int, tuple[Tensor, Tensor]] = {}
-        self.attributes = [(module, module.__dict__.copy()) for module in tree.modules(model)]
-        containers = [
-            value
-            for _, attributes in self.attributes
-            for value in attributes.values()
-            if (kind := type(value)) not in _ATOMS
-            and (kind in _CONTAINERS or (isinstance(value, (dict, list, set)) and hasattr(value, "copy")))
-        ]
-        self.empty = [container for container in containers if not container]  # most of them, and most stay so
-        self.containers = [(container, container.copy()) for container in containers if container]
-        self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
-        self._found_containers: list[tuple[Any, Any]] | None = None
-
-    def held(self, tensor: Tensor) -> bool:
-        """True if an attribute of a module, or a container in one, held the tensor before the run."""
-        attributes = (value for _, before in self.attributes for value in before.values())
-        items = (item for _, copy in self.containers for item in (copy.values() if isinstance(copy, dict) else copy))
-        return any(value is tensor for value in itertools.chain(attributes, items))
-
-    def before_assignment(self, tensor: Tensor) -> None:
-        """``tensor.data = other`` changes no element: the old memory is put back."""
-        self.assigned.setdefault(id(tensor), (tensor, tensor.data))
-
-    def before_write(self, tensor: Tensor) -> None:
-        if id(tensor) not in self.saved:
-            self.saved[id(tensor)] = (tensor, tensor.detach().clone())
-
-    def changed(self) -> Iterator[tuple[str, Any]]:
-        """What the run, which is over, stored in attributes and in the containers that they hold."""
-        for module, before in self._changed_modules():
-            for name, value in module.__dict__.items():
-                if before.get(name, _MISSING) is not value:
-                    yield f"{type(module).__name__}.{name}", value
-        for container, _ in self._changed_containers():
-            yield f"a {type(container).__name__} of the model", container
-
-    def _changed_modules(self) -> list[tuple[nn.Module, dict[str, Any]]]:
-        if self._found is None:
-            self._found = [(module, before) for module, before in self.attributes if _differs(module.__dict__, before)]
-        return self._found
-
-    def _changed_containers(self) -> list[tuple[Any, Any]]:
-        if self._found_containers is None:
-            filled = [(now, ()) for now in self.empty if now]
-            changed = [(now, before) for now, before in self.containers if _differs(now, before)]
-            self._found_containers = filled + changed
-        return self._found_containers
-
-    def replaced(self) -> Iterator[Tensor]:
-        """Parameters and buffers in whose place the run put others."""
-        for container, copy in self._changed_containers():
-            if isinstance(container, dict) and isinstance(copy, dict):
-                for name, value in copy.items():
-                    if isinstance(value, Tensor) and container.get(name) is not value:
-                        yield value
-
-    def restore(self) -> None:
-        for module, before in self._changed_modules():
-            module.__dict__.clear()
-            module.__dict__.update(before)
-        for container, copy in self._changed_containers():
-            container.clear()
-            container.extend(copy) if isinstance(container, list) else container.update(copy)
-        for tensor, memory in self.assigned.values():
-            if _memory(tensor) != _memory(memory):
-                tensor.data = memory
-        for tensor, contents in self.saved.values():
-            if tensor.shape == contents.shape:
-                tensor.data.copy_(contents)
-
-
-# Operators made of others whose results are new memory all the same.
-_FRESH = {"conv1d", "conv2d", "conv3d", "batch_norm", "layer_norm"}
-
-_MISSING = object()
-_ATOMS = frozenset({bool, int, float, str, tuple, type(None)})
-_CONTAINERS = frozenset({dict, list, set, OrderedDict})
-
-
-def _differs(container: Any, before: Any) -> bool:
-    if len(container) != len(before):
-        return True
-    if isinstance(container, dict):
-        if all(map(is_, container, before)):  # names in the same order, which is quick to compare
-            return not all(map(is_, container.values(), before.values()))
-        return any(before.get(name, _MISSING) is not value for name, value in container.items())
-    if isinstance(container, list):
-        return not all(map(is_, container, before))
-    return bool(container != before)
-
-
-@contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[_Watch]:
-    """Attributes, registries, caches and the contents of tensors are as before when this ends."""
-    watch = _Watch(model)
-    try:
-        yield watch
-    finally:
-        watch.restore()
-
-
-def eager() -> contextlib.AbstractContextManager[object]:
-    """Compiled functions and modules run eagerly, so that their operators are seen."""
-    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading it takes seconds
-    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
-
-
-class _Mode(TorchDispatchMode):
-    """For use under :func:`eager`, where no compiler meets the mode's own code."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would wrap every call, which takes longer than the call
-
-
-class WriteWatch(_Mode):
-    """Has the contents of a model's tensors saved just before an operator writes to them."""
-
-    def __init__(self, model: nn.Module, watch: _Watch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.watch = watch
-        self.held: dict[int | None, list[Tensor]] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.held.setdefault(_memory(tensor), []).append(tensor)
-            watch.before_assignment(tensor)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        operator = operator_of(func)
-        if operator.written or operator.name in _SILENT_WRITERS:
-            for _, tensor in tree.tensors((args, kwargs)):
-                for held in self.held.get(_memory(tensor), ()):
-                    self.watch.before_write(held)
-        return func(*args, **kwargs)
-
-
-@dataclass(frozen=True, slots=True)
-class Operator:
-    """What the recorder needs of an operator's schema, looked up once.
-
-    Attributes:
-        fresh: its results share memory with none of its arguments.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    written: tuple[str, ...]
-    fresh: bool
-
-
-class _Recorder(_Mode):
-    def __init__(self, model: nn.Module, watch: _Watch, whole: Container[str] | None, without_contents: bool) -> None:
+class _Recorder(Mode):
+    def __init__(self, model: nn.Module, watch: Watch, whole: Container[str] | None, without_contents: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
         self.whole = whole
@@ -423,7 +217,7 @@ class _Recorder(_Mode):
             self._register_leaf(tensor, kinds.get(key, Kind.CONSTANT), tuple(names))
 
     def _register_leaf(self, tensor: Tensor, kind: Kind, names: tuple[str, ...] = ()) -> Value:
-        memory = _memory(tensor)
+        memory = memory_of(tensor)
         neighbours = [] if memory is None else self.memory.setdefault(memory, [])
         for other in neighbours:
             assert other.tensor is not None
@@ -488,13 +282,13 @@ class _Recorder(_Mode):
         tensor.__dict__[_TAG] = value
         reference = weakref.ref(tensor)
         self.tagged.append(reference)
-        memory = _memory(tensor)
+        memory = memory_of(tensor)
         if memory is not None:
             self.computed[memory] = (value, reference)
 
     def _forget(self, tensor: Tensor) -> None:
         tensor.__dict__.pop(_TAG, None)
-        memory = _memory(tensor)
+        memory = memory_of(tensor)
         if memory in self.computed and self.computed[memory][1]() is tensor:
             del self.computed[memory]
 
@@ -506,7 +300,7 @@ class _Recorder(_Mode):
         """The value that a tensor holds now."""
         value = tensor.__dict__.get(_TAG) or self.leaves.get(id(tensor))
         if value is None:
-            memory = _memory(tensor)
+            memory = memory_of(tensor)
             other, alive = self.computed.get(memory, (None, None)) if memory is not None else (None, None)
             if other is not None and alive is not None and alive() is not None:
                 fresh = self._fresh(tensor, other)
@@ -558,7 +352,7 @@ class _Recorder(_Mode):
         for name, argument in kwargs.items():
             bound[name] = self._bind(argument, tensors, inputs)
         written = [value for name in operator.written for value in _values(bound.get(name))]
-        writers = _SILENT_WRITERS.get(operator.name)
+        writers = SILENT_WRITERS.get(operator.name)
         if writers and bound.get(writers):
             written += [bound[name] for name in ("running_mean", "running_var") if isinstance(bound.get(name), Value)]
         if written:
@@ -585,7 +379,7 @@ class _Recorder(_Mode):
 
         The model gets what the operator itself made, and the values of what its parts made.
         """
-        parts = _parts(func)
+        parts = parts_of(func)
         results = _flat(result)
         if parts is None or not results:
             return False
@@ -662,8 +456,8 @@ class _Recorder(_Mode):
 
     def _storage_of(self, tensor: Tensor, tensors: list[Tensor]) -> Storage | None:
         """That of one of the tensors, if it is the memory of this one too."""
-        memory = _memory(tensor)
-        same = [] if memory is None else [other for other in tensors if _memory(other) == memory]
+        memory = memory_of(tensor)
+        same = [] if memory is None else [other for other in tensors if memory_of(other) == memory]
         return self.value(same[-1]).storage if same else None
 
     def alias(self, tensor: Tensor, other: Tensor) -> bool:
@@ -810,51 +604,6 @@ def _has_global_hooks() -> bool:
     return any(not _OWN_HOOKS.issuperset(registry) for registry in registries)
 
 
-_SUMS_AND_PRODUCTS: dict[str, Callable[..., Tensor]] = {
-    "addcmul": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.mul(tensor1, tensor2), alpha=value),
-    "addcdiv": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.div(tensor1, tensor2), alpha=value),
-    "lerp": lambda self, end, weight: torch.add(self, torch.mul(torch.sub(end, self), weight)),
-    "baddbmm": lambda self, batch1, batch2, beta=1, alpha=1: torch.add(
-        torch.mul(self, beta), torch.bmm(batch1, batch2), alpha=alpha
-    ),
-}
-"""Operators with a kernel of their own that are sums and products of others; the names are those of their schemas."""
-
-
-@functools.cache
-def _parts(func: Any) -> Callable[..., Any] | None:
-    """A function of the same arguments that is made of several operators, None if there is none."""
-    if func._can_decompose():
-        return lambda *args, **kwargs: func.decompose(*args, **kwargs)
-    return _SUMS_AND_PRODUCTS.get(operator_of(func).name)
-
-
-@functools.cache
-def operator_of(func: Any) -> Operator:
-    """Name, arguments and written arguments of an operator that the dispatcher has seen."""
-    schema = func._schema
-    namespace, name = schema.name.split("::")
-    written = tuple(
-        argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write
-    )
-    if schema.name == "aten::view" and schema.overload_name == "dtype":
-        name = "view.dtype"
-    if schema.overload_name == "Sequence":
-        name = f"{name}.Sequence"  # of several tensors, each by itself
-    if schema.name == "aten::detach_":
-        written = ()  # it changes what is known of the tensor's history, and no element
-    if namespace != "aten":
-        name = schema.name
-    elif name.endswith("_") and (written or name == "detach_") and not name.startswith("_"):
-        name = name[:-1]
-    elif written:
-        name = schema.name  # out= variants and silent writers: known to no rule
-    aliased = any(result.alias_info for result in schema.returns)
-    composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)  # of any views
-    fresh = namespace == "aten" and not written and not aliased and (not composite or name in _FRESH)
-    return Operator(name, tuple(argument.name for argument in schema.arguments), written, fresh)
-
-
 def _values(argument: Any) -> list[Value]:
     if isinstance(argument, Value):
         return [argument]
@@ -867,13 +616,6 @@ def _flat(result: Any) -> list[Tensor]:
     if isinstance(result, (list, tuple)):
         return [tensor for item in result for tensor in _flat(item)]
     return []
-
-
-def _memory(tensor: Tensor) -> int | None:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None  # sparse and other tensors without a storage
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

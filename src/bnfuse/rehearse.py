@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from bnfuse import tree
-from bnfuse.capture import capture, capture_hollow, forked_random_state
+from bnfuse.capture import capture, capture_hollow
 from bnfuse.elsewhere import Elsewhere
 from bnfuse.graph import Graph, Kind, Node, Value
 from bnfuse.hollow import NeedsContentsError
@@ -33,6 +33,7 @@ from bnfuse.judge import Reference, judge_by
 from bnfuse.plan import Plan
 from bnfuse.rewrite import fused_copy, rewrite
 from bnfuse.rules import RULES
+from bnfuse.untouched import forked_random_state
 from bnfuse.verify import compare_outputs
 from bnfuse.wrappers import copy_model
 

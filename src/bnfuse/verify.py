@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfuse.capture import WriteWatch, eager, evaluation_mode, forked_random_state, untouched
 from bnfuse.errors import InputError
 from bnfuse.tree import map_tensors, tensors
+from bnfuse.untouched import WriteWatch, eager, evaluation_mode, forked_random_state, untouched
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,87 @@
+"""What PyTorch's operators say of themselves: names, arguments, what they write to, what they are made of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Operators that write running statistics without saying so in their schema, with the flag that makes them do it.
+SILENT_WRITERS = {
+    "batch_norm": "training",
+    "instance_norm": "use_input_stats",
+    "native_batch_norm": "training",
+}
+
+# Operators made of others whose results are new memory all the same.
+_FRESH = {"conv1d", "conv2d", "conv3d", "batch_norm", "layer_norm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What the recorder needs of an operator's schema, looked up once.
+
+    Attributes:
+        fresh: its results share memory with none of its arguments.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    written: tuple[str, ...]
+    fresh: bool
+
+
+_SUMS_AND_PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "addcmul": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.mul(tensor1, tensor2), alpha=value),
+    "addcdiv": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.div(tensor1, tensor2), alpha=value),
+    "lerp": lambda self, end, weight: torch.add(self, torch.mul(torch.sub(end, self), weight)),
+    "baddbmm": lambda self, batch1, batch2, beta=1, alpha=1: torch.add(
+        torch.mul(self, beta), torch.bmm(batch1, batch2), alpha=alpha
+    ),
+}
+"""Operators with a kernel of their own that are sums and products of others; the names are those of their schemas."""
+
+
+@functools.cache
+def parts_of(func: Any) -> Callable[..., Any] | None:
+    """A function of the same arguments that is made of several operators, None if there is none."""
+    if func._can_decompose():
+        return lambda *args, **kwargs: func.decompose(*args, **kwargs)
+    return _SUMS_AND_PRODUCTS.get(operator_of(func).name)
+
+
+@functools.cache
+def operator_of(func: Any) -> Operator:
+    """Name, arguments and written arguments of an operator that the dispatcher has seen."""
+    schema = func._schema
+    namespace, name = schema.name.split("::")
+    written = tuple(
+        argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write
+    )
+    if schema.name == "aten::view" and schema.overload_name == "dtype":
+        name = "view.dtype"
+    if schema.overload_name == "Sequence":
+        name = f"{name}.Sequence"  # of several tensors, each by itself
+    if schema.name == "aten::detach_":
+        written = ()  # it changes what is known of the tensor's history, and no element
+    if namespace != "aten":
+        name = schema.name
+    elif name.endswith("_") and (written or name == "detach_") and not name.startswith("_"):
+        name = name[:-1]
+    elif written:
+        name = schema.name  # out= variants and silent writers: known to no rule
+    aliased = any(result.alias_info for result in schema.returns)
+    composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)  # of any views
+    fresh = namespace == "aten" and not written and not aliased and (not composite or name in _FRESH)
+    return Operator(name, tuple(argument.name for argument in schema.arguments), written, fresh)
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None  # sparse and other tensors without a storage

@@ -1,0 +1,194 @@
+"""Running a model in evaluation mode without leaving a trace on it, or on the caller's random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnfuse import tree
+from bnfuse.operators import SILENT_WRITERS, memory_of, operator_of
+
+_MISSING = object()
+_ATOMS = frozenset({bool, int, float, str, tuple, type(None)})
+_CONTAINERS = frozenset({dict, list, set, OrderedDict})
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module's training flag False, and as it was afterwards. Overridden ``train`` methods are not called."""
+    flags = [(module, module.training) for module in tree.modules(model)]
+    try:
+        for module, flag in flags:
+            if flag:
+                module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            if module.training is not flag:
+                module.training = flag
+
+
+@contextlib.contextmanager
+def forked_random_state(seed: int = 0) -> Iterator[None]:
+    """Seeded random numbers inside, the caller's random states untouched outside."""
+    state = random.getstate()
+    numpy_random = sys.modules.get("numpy.random")
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            if numpy_random:
+                numpy_random.seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
+
+
+class Watch:
+    """The state that a run may change: the contents of tensors are saved just before their first write."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.assigned: dict[int, tuple[Tensor, Tensor]] = {}
+        self.attributes = [(module, module.__dict__.copy()) for module in tree.modules(model)]
+        containers = [
+            value
+            for _, attributes in self.attributes
+            for value in attributes.values()
+            if (kind := type(value)) not in _ATOMS
+            and (kind in _CONTAINERS or (isinstance(value, (dict, list, set)) and hasattr(value, "copy")))
+        ]
+        self.empty = [container for container in containers if not container]  # most of them, and most stay so
+        self.containers = [(container, container.copy()) for container in containers if container]
+        self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
+        self._found_containers: list[tuple[Any, Any]] | None = None
+
+    def held(self, tensor: Tensor) -> bool:
+        """True if an attribute of a module, or a container in one, held the tensor before the run."""
+        attributes = (value for _, before in self.attributes for value in before.values())
+        items = (item for _, copy in self.containers for item in (copy.values() if isinstance(copy, dict) else copy))
+        return any(value is tensor for value in itertools.chain(attributes, items))
+
+    def before_assignment(self, tensor: Tensor) -> None:
+        """``tensor.data = other`` changes no element: the old memory is put back."""
+        self.assigned.setdefault(id(tensor), (tensor, tensor.data))
+
+    def before_write(self, tensor: Tensor) -> None:
+        if id(tensor) not in self.saved:
+            self.saved[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def changed(self) -> Iterator[tuple[str, Any]]:
+        """What the run, which is over, stored in attributes and in the containers that they hold."""
+        for module, before in self._changed_modules():
+            for name, value in module.__dict__.items():
+                if before.get(name, _MISSING) is not value:
+                    yield f"{type(module).__name__}.{name}", value
+        for container, _ in self._changed_containers():
+            yield f"a {type(container).__name__} of the model", container
+
+    def _changed_modules(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        if self._found is None:
+            self._found = [(module, before) for module, before in self.attributes if _differs(module.__dict__, before)]
+        return self._found
+
+    def _changed_containers(self) -> list[tuple[Any, Any]]:
+        if self._found_containers is None:
+            filled = [(now, ()) for now in self.empty if now]
+            changed = [(now, before) for now, before in self.containers if _differs(now, before)]
+            self._found_containers = filled + changed
+        return self._found_containers
+
+    def replaced(self) -> Iterator[Tensor]:
+        """Parameters and buffers in whose place the run put others."""
+        for container, copy in self._changed_containers():
+            if isinstance(container, dict) and isinstance(copy, dict):
+                for name, value in copy.items():
+                    if isinstance(value, Tensor) and container.get(name) is not value:
+                        yield value
+
+    def restore(self) -> None:
+        for module, before in self._changed_modules():
+            module.__dict__.clear()
+            module.__dict__.update(before)
+        for container, copy in self._changed_containers():
+            container.clear()
+            container.extend(copy) if isinstance(container, list) else container.update(copy)
+        for tensor, memory in self.assigned.values():
+            if memory_of(tensor) != memory_of(memory):
+                tensor.data = memory
+        for tensor, contents in self.saved.values():
+            if tensor.shape == contents.shape:
+                tensor.data.copy_(contents)
+
+
+def _differs(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return True
+    if isinstance(container, dict):
+        if all(map(is_, container, before)):  # names in the same order, which is quick to compare
+            return not all(map(is_, container.values(), before.values()))
+        return any(before.get(name, _MISSING) is not value for name, value in container.items())
+    if isinstance(container, list):
+        return not all(map(is_, container, before))
+    return bool(container != before)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[Watch]:
+    """Attributes, registries, caches and the contents of tensors are as before when this ends."""
+    watch = Watch(model)
+    try:
+        yield watch
+    finally:
+        watch.restore()
+
+
+def eager() -> contextlib.AbstractContextManager[object]:
+    """Compiled functions and modules run eagerly, so that their operators are seen."""
+    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading it takes seconds
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
+
+
+class Mode(TorchDispatchMode):
+    """For use under :func:`eager`, where no compiler meets the mode's own code."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would wrap every call, which takes longer than the call
+
+
+class WriteWatch(Mode):
+    """Has the contents of a model's tensors saved just before an operator writes to them."""
+
+    def __init__(self, model: nn.Module, watch: Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.watch = watch
+        self.held: dict[int | None, list[Tensor]] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.held.setdefault(memory_of(tensor), []).append(tensor)
+            watch.before_assignment(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operator = operator_of(func)
+        if operator.written or operator.name in SILENT_WRITERS:
+            for _, tensor in tree.tensors((args, kwargs)):
+                for held in self.held.get(memory_of(tensor), ()):
+                    self.watch.before_write(held)
+        return func(*args, **kwargs)
