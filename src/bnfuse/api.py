@@ -86,6 +86,7 @@ def fuse(
             draft = Draft.of(source, example_inputs, options, contents=verify or budget is not None)
             made = draft.plan() if budget is None else within_budget(draft, budget)
             made, target = carry_out(made, source, draft, verify, inplace)
+            draft.release()
         report(made)
     except BaseException:
         for module, flag in flags:
@@ -153,8 +154,10 @@ def plan(
     with _uncollected():
         draft = Draft.of(_in_evaluation(inner), example_inputs, options, contents=budget is not None)
         made = draft.plan() if budget is None else within_budget(draft, budget)
+        made = replace(made, witness=draft.witness(made))
+        draft.release()
     report(made)
-    return replace(made, witness=draft.witness(made))
+    return made
 
 
 def apply_plan(plan: Plan, model: nn.Module, inplace: bool = False) -> nn.Module:

@@ -130,7 +130,11 @@ def capture_hollow(
     try:
         return _run(model, args, kwargs, known, True)
     except _FailedError as failed:
-        raise failed.error from None
+        error = failed.error
+    try:
+        raise error
+    finally:
+        del error  # of whose traceback this is a part
 
 
 class _FailedError(Exception):
@@ -155,6 +159,7 @@ def _run(
             try:
                 output = model(*args, **kwargs)
             except Exception as error:
+                recorder.graph().release()
                 raise _FailedError(error) from error
         recorder.leave(output)
     output = None if without_contents else output

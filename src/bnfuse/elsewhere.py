@@ -54,6 +54,13 @@ class Elsewhere:
             yield self._known[place]
             place += 1
 
+    def release(self) -> None:
+        """Free what was recorded."""
+        self._next = iter(())
+        for _, record in self._known:
+            if record is not None:
+                record.graph.release()
+
     def _runs(self) -> Iterator[tuple[Call, Capture | None]]:
         todo = _choices(self.call)
         fixed: list[set[int]] = []

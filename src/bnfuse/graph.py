@@ -165,6 +165,19 @@ class Graph:
     seen: list[int] = field(default_factory=list)
     paths: list[Node] = field(default_factory=list)
 
+    def release(self) -> None:
+        """Take apart what refers to each other, so that all is freed at once; the graph is of no use afterwards."""
+        for node in (*self.paths, *self.nodes):
+            for value in node.outputs:
+                value.producer, value.consumers, value.storage.values = None, [], []
+            node.inputs, node.outputs, node.absent, node.bound = [], [], (), {}
+        for value in self.leaves.values():
+            value.storage.values = []
+        for call in self.calls:
+            if call.parent is not None:
+                call.parent.children = []
+            call.nodes, call.inputs, call.outputs = [], [], []
+
     def calls_of(self, module: nn.Module) -> Iterator[ModuleCall]:
         return (call for call in self.calls if call.module is module)
 

@@ -258,6 +258,12 @@ class Draft:
         plan = replace(made, out_of_place=tuple(names[id(module)] for module in assumed.out_of_place))
         return _Solution(plan, kept, different, forbidden, assumed.out_of_place)
 
+    def release(self) -> None:
+        """Free what was recorded; no plan can be made afterwards."""
+        self.graph.release()
+        if "_elsewhere" in self.__dict__:
+            self._elsewhere.release()
+
     def witness(self, plan: Plan) -> dict[str, float]:
         """A number for every tensor that the plan was made from, by name."""
         nodes = [node for norm in self.norms for site in norm.sites for node in site.nodes]

@@ -234,7 +234,7 @@ class Trial:
         self.network = network
         self._steps_left = math.inf
         self._backtracks = self._deepest = 0
-        self._first: Refusal | None = None
+        self._first: tuple[Reason, bool] | None = None
         self.targets = set(targets)
         self.units: dict[Value, Unit] = {}
         self.edits: dict[Value, dict[Node, Unit]] = {}
@@ -364,13 +364,13 @@ class Trial:
                 self._settle()
                 return
             except Refusal as refusal:
-                self._first = self._first or refusal
+                self._first = self._first or (refusal.reason, refusal.scale)
                 self._backtracks += 1
                 while refusal.scale and self._choices and not self._choices[-1].scale:
                     self._choices.pop()  # no other place for a shift would help
                 most = _MAX_BACKTRACKS + 2 * self._deepest  # a stream of hundreds of sums may go back at each of them
                 if self._backtracks > most or self._next_alternative() is not None:
-                    raise self._first from None
+                    raise Refusal(*self._first) from None
 
     def run_beside(self, layers: Sequence[tuple[beside.Sibling, Site, Tensor, Tensor]]) -> None:
         """Let a layer beside each site of the norm take it up; raises Refusal if one cannot."""
@@ -438,11 +438,11 @@ class Trial:
             self._deepest = max(self._deepest, len(self._choices))
             refusal = self._next_alternative()
             if refusal is not None:
-                raise refusal
+                raise Refusal(refusal, scale=True)  # every alternative was tried
 
-    def _next_alternative(self) -> Refusal | None:
-        """Go back to the last choice that has another way to go on, and take it; the refusal if there is none."""
-        last = Refusal(Reason("no choice is left"), scale=True)
+    def _next_alternative(self) -> Reason | None:
+        """Go back to the last choice that has another way to go on, and take it; why not, if there is none."""
+        last = Reason("no choice is left")
         while self._choices:
             choice = self._choices[-1]
             length = choice.settled
@@ -461,7 +461,7 @@ class Trial:
                 for value, unit in units.items():
                     self.demand(value, unit)
             except Refusal as refusal:
-                last = Refusal(refusal.reason, scale=True)  # every alternative was tried
+                last = refusal.reason
                 continue
             return None
         return last
