@@ -680,7 +680,7 @@ def tied_convolutions(g: Builder) -> None:
     """Two layers that hold one weight."""
     x = g.pick(4)
     channels = g.shape(x)[1]
-    code = f"nn.Conv2d({channels}, {channels}, 3, padding=1)"
+    code = f"nn.Conv2d({channels}, {channels}, 3, padding=1{g.one_of('', ', bias=False')})"
     first, second = g.layer("c", code), g.layer("c", code)
     g.setup.append(
         g.one_of(

@@ -76,6 +76,20 @@ class BiasAwareConv(nn.Conv2d):
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
+class BiasBranchConv(nn.Conv2d):
+    """Does something else where it has a bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight if self.bias is None else 2 * self.weight, self.bias)
+
+
+class BiasBySizeConv(nn.Conv2d):
+    """Reads its bias on images of even width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None if self.bias is None or x.shape[-1] % 2 else self.bias)
+
+
 class OctaveConv(nn.Conv2d):
     """One weight and one bias, whose parts belong to two resolutions; ``whole`` has one resolution."""
 
@@ -360,6 +374,12 @@ PARTS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], tuple[int, ...]]] =
 }  # fmt: skip
 
 
+def registry_shared(forward: Callable[..., Any], **others: nn.Module) -> Net:
+    net = Net(forward, a=conv(3, 3), b=conv(3, 3), n=norm(3), **others)
+    net.b._parameters = net.a._parameters
+    return net
+
+
 def space_to_depth(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs of columns are stacked, each with a row of two by two pixels as channels, as in i-RevNet."""
     y = m.c(x)
@@ -562,6 +582,9 @@ CASES: dict[str, Case] = {
     "output also read": Case(lambda: Net(lambda m, x: m.n(y := m.c(x)) + F.silu(y), c=conv(), n=norm()), {"n": "silu"}),
     "called twice": Case(lambda: Net(called_twice, c=conv(), n1=norm(), n2=norm()), {"n1": None, "n2": TWICE}),
     "called twice, once bare": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + F.relu(m.c(x.flip(-1))), c=conv(), n=norm()), {"n": TWICE}),
+    "registry shared by two layers": Case(lambda: registry_shared(lambda m, x: F.relu(m.n(m.a(x))) + F.relu(m.n(m.b(-x)))), {"n": None}),
+    "registry shared by two layers, two norms": Case(lambda: registry_shared(lambda m, x: F.relu(m.n(m.a(x))) + F.relu(m.k(m.b(-x))), k=norm(3)), {"n": None, "k": TWICE}),
+    "registry shared by two layers, once bare": Case(lambda: registry_shared(lambda m, x: F.relu(m.n(m.a(x))) + F.relu(m.b(-x))), {"n": TWICE}),
     "called twice and summed": Case(lambda: Net(lambda m, x: m.n(m.c(x) + m.c(x.flip(-1))), c=conv(), n=norm()), {"n": None}),
     "called twice at two resolutions": Case(lambda: Net(lambda m, x: m.n(m.c(x) + F.interpolate(m.c(F.avg_pool2d(x, 2)), scale_factor=2.0)), c=conv(), n=norm()), {"n": None}),
     "called three times and summed": Case(lambda: Net(lambda m, x: m.n(m.c(x) + m.c(x.flip(-1)) + m.c(x.flip(-2))), c=conv(bias=True), n=norm()), {"n": None}),
@@ -585,6 +608,8 @@ CASES: dict[str, Case] = {
     "weight standardisation": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=StandardisedConv(3, 6, 3), n=norm()), {"n": "std"}),
     "forward that ignores its bias": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBlindConv(3, 6, 3, bias=False), n=norm()), {"n": "no bias"}),
     "forward that ignores its bias, which is there": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBlindConv(3, 6, 3), n=norm()), {"n": "no bias"}),
+    "forward that does more with a bias": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBranchConv(3, 6, 3, bias=False), n=norm()), {"n": "no bias"}),
+    "forward that reads its bias at some sizes": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBySizeConv(3, 6, 3, bias=False), n=norm()), {"n": "treats apart"}),
     "weight read elsewhere": Case(lambda: Net(lambda m, x: m.n(m.c(x)) * m.c.weight.sum(), c=conv(), n=norm()), {"n": TWICE}),
     "write through a view": Case(lambda: Net(write_through_view, c=conv(), n=norm()), {"n": "through another view"}),
     "write to the base of a view": Case(lambda: Net(write_to_base, c=conv(), n=norm()), {"n": "through another view"}),

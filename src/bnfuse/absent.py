@@ -1,8 +1,9 @@
 """Biases and gains that layers were made without and that can be created: they enter the graph as values.
 
 A layer that was made with ``bias=False`` can be given one, provided that its ``forward`` reads it. That is known of
-PyTorch's own layers. Any other class is asked: its forward runs once on zeros with a bias in place, and the bias must
-arrive at its operators, whole or in parts. The operators that take it apart enter the graph beside those that ran.
+PyTorch's own layers. Any other class is asked: its forward runs without a bias and with one of zeros, which must
+arrive at its operators, whole or in parts, and change nothing. The operators that take it apart enter the graph beside
+those that ran.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse import tree
+from bnfuse.capture import LOOKS
 from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 from bnfuse.operators import operator_of
 from bnfuse.untouched import WriteWatch, eager, evaluation_mode, forked_random_state, untouched
@@ -37,40 +40,48 @@ _KNOWN_FORWARDS = {
 }  # fmt: skip
 
 
-def add_absent(model: nn.Module, graph: Graph) -> list[Value]:
-    """Give every operator whose layer has an empty place for a bias (or gain) a value for it; returns these values."""
+def add_absent(model: nn.Module, graph: Graph) -> tuple[list[Value], bool]:
+    """Give every operator whose layer has an empty place for a bias (or gain) a value for it.
+
+    Returns:
+        The values; and whether code of the model goes by sizes or contents where such a place is not empty.
+    """
     names: dict[int, list[str]] = {}
     for name, module in tree.named_modules(model):
-        names.setdefault(id(module), []).append(name)
+        names.setdefault(id(module._parameters), []).append(name)
     created: list[Value] = []
+    looks = False
     known: dict[tuple[Any, ...], bool] = {}
     for (key, place), calls in _empty_places(graph).items():
         if key not in names:
             continue
-        module = next(iter(calls)).module
-        routes = _routes(module, place, calls, known)
+        routes = _routes(place, calls, known)
         if routes is None:
             continue
         dtype = _data_type(next(iter(calls.values()))[0], place)
         value = Value(-1 - len(created), Kind.ABSENT, (routes[0].size,), dtype, Storage(), independent=True)
         value.names = tuple(f"{name}.{place}" if name else place for name in names[key])
+        looks |= any(route.looks for route in routes)
         for route in routes:
             graph.paths += route.lay(value, place)
         created.append(value)
-    return created
+    return created, looks
 
 
 _Calls = dict[ModuleCall, list[Node]]
 
 
 def _empty_places(graph: Graph) -> dict[tuple[int, str], _Calls]:
-    """The operators that were given nothing where the module that ran them has an empty place, by module and place."""
+    """The operators that were given nothing where the module that ran them has an empty place.
+
+    They are listed by place and by the registry that has it, which two modules may share.
+    """
     found: dict[tuple[int, str], _Calls] = {}
     for node in graph.nodes:
         parameters = node.call.module._parameters
         for place in _PLACES.get(node.operator, ()):
             if node.argument(place) is None and place in parameters and parameters[place] is None:
-                found.setdefault((id(node.call.module), place), {}).setdefault(node.call, []).append(node)
+                found.setdefault((id(parameters), place), {}).setdefault(node.call, []).append(node)
     return found
 
 
@@ -96,6 +107,7 @@ class _Route:
         steps: the operators that take it apart.
         uses: the operators of the call that are given it or a part of it, with the part.
         whole: what stands there, None if every use is given that.
+        looks: whether the code goes by sizes or contents then.
     """
 
     size: int
@@ -103,6 +115,7 @@ class _Route:
     uses: list[tuple[Node, Tensor | None]]
     steps: list[_Step]
     whole: Tensor | None = None
+    looks: bool = False
 
     def lay(self, value: Value, place: str) -> list[Node]:
         """Enter the steps and uses into the graph; returns the steps as operators."""
@@ -135,12 +148,12 @@ class _Route:
         return nodes
 
 
-def _routes(module: nn.Module, place: str, calls: _Calls, known: dict[tuple[Any, ...], bool]) -> list[_Route] | None:
+def _routes(place: str, calls: _Calls, known: dict[tuple[Any, ...], bool]) -> list[_Route] | None:
     """The routes of all calls of a module; None if one of them is not known, or does not lead to an operator."""
-    own = "forward" in module.__dict__
-    kind = type(module)
     routes = []
     for call, nodes in calls.items():
+        module, kind = call.module, type(call.module)
+        own = "forward" in module.__dict__
         size = _channels(nodes[0])
         whole = _Route(size, call, [(node, None) for node in nodes], [])
         if not own and kind.forward in _KNOWN_FORWARDS:
@@ -221,26 +234,33 @@ def _ask(call: ModuleCall, nodes: list[Node], place: str, size: int) -> _Route |
     device = reference.device if reference is not None else None
     if call.plain and len(call.inputs) == 1:
         value = call.inputs[0]
-        args: tuple[Any, ...] = (torch.zeros(value.shape, dtype=value.dtype, device=device),)
+        args: tuple[Any, ...] = (torch.empty(value.shape, dtype=value.dtype, device="meta"),)
         kwargs: dict[str, Any] = {}
     elif call.arguments is not None:
-        args, kwargs = tree.map_tensors(
-            call.arguments, lambda t: torch.zeros_like(t, device=device) if t.is_meta else t
-        )
+        args, kwargs = call.arguments
     else:
         return None
+
+    def run() -> object:
+        with forked_random_state():
+            given, named = tree.map_tensors((args, kwargs), lambda tensor: _drawn(tensor, device))
+            return module.forward(*given, **named)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(module))
-        stack.enter_context(forked_random_state())
         watch = stack.enter_context(untouched(module))
-        parameter = stack.enter_context(_placed(module, place, size, device))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(eager())
         stack.enter_context(WriteWatch(module, watch))
-        trace = stack.enter_context(_Trace(parameter, place))
         try:
-            module.forward(*args, **kwargs)
+            without = run()
+            parameter = stack.enter_context(_placed(module, place, size, device))
+            looks = stack.enter_context(_Looks())
+            with _Trace(parameter, place) as trace:
+                with_it = run()
         except Exception:  # noqa: BLE001 (whatever it raises, the answer is no)
+            return None
+        if not _alike(without, with_it):
             return None
     ran = [node for node in call.all_nodes if node.operator in _PLACES]
     if trace.lost or [name for name, _ in trace.layers] != [node.operator for node in ran]:
@@ -248,7 +268,45 @@ def _ask(call: ModuleCall, nodes: list[Node], place: str, size: int) -> _Route |
     uses = [(node, part) for node, (_, part) in zip(ran, trace.layers, strict=True) if part is not None]
     if not uses or any(node not in nodes for node, _ in uses):
         return None
-    return _Route(size, call, uses, trace.steps, parameter)
+    return _Route(size, call, uses, trace.steps, parameter, looks.seen)
+
+
+def _drawn(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """Random contents for a tensor that has none."""
+    if not tensor.is_meta:
+        return tensor.clone()
+    if not tensor.is_floating_point():
+        return torch.zeros_like(tensor, device=device)
+    return torch.randn_like(tensor, device=device)
+
+
+def _alike(a: object, b: object) -> bool:
+    """True if the results are equal up to rounding."""
+    pairs = list(zip(tree.tensors(a), tree.tensors(b), strict=False))
+    if len(tree.tensors(a)) != len(tree.tensors(b)) or not pairs:
+        return False
+    for (_, x), (_, y) in pairs:
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return False
+        if x.is_floating_point():
+            difference, size = (x - y).double().norm(), x.double().norm()
+            if not bool(difference <= (1e-5 if x.dtype.itemsize > 2 else 1e-2) * size):
+                return False
+        elif not torch.equal(x, y):
+            return False
+    return True
+
+
+class _Looks(TorchFunctionMode):
+    """Notices code that goes by the size or the contents of a tensor that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen |= func in LOOKS and bool(args) and not isinstance(args[0], nn.Parameter)
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ _ESCAPES: dict[Any, str] = {
 }
 
 # Ways for the code to learn of a size or an element, on which it may then depend.
-_LOOKS = {
+LOOKS = {
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.size,
     torch.Tensor.numel,
@@ -72,7 +72,7 @@ _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
 # Ways for numbers in the code to become a tensor.
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 
-_WATCHED = frozenset({*_ESCAPES, *_LOOKS, *_LITERALS})
+_WATCHED = frozenset({*_ESCAPES, *LOOKS, *_LITERALS})
 
 _OWN_HOOKS: set[int] = set()
 """The global hooks that the recorder has registered; all others are the caller's."""
@@ -557,7 +557,7 @@ class _EscapeWatch(TorchFunctionMode):
     ) -> Any:
         if func not in _WATCHED:
             return func(*args, **(kwargs or {}))
-        if func in _LOOKS and not self.recorder.looks and args and isinstance(args[0], Tensor):
+        if func in LOOKS and not self.recorder.looks and args and isinstance(args[0], Tensor):
             value = self.recorder.known(args[0])
             by_pytorch = self.recorder.call.is_standard  # which checks sizes, and does not go by them
             self.recorder.looks = not by_pytorch and (value is None or not value.independent)

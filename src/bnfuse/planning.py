@@ -102,7 +102,8 @@ class Draft:
             raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
         _check_also(model, options.also)
         self.kept = _kept(self.norms, options.keep)
-        absent = add_absent(model, self.graph)
+        absent, looks = add_absent(model, self.graph)
+        self.looks = record.looks or looks
         _pin_shared_with_idle(model, self.graph)
         if options.layers is not None:
             _pin_others(model, [*self.graph.leaves.values(), *absent], options.layers)
@@ -122,7 +123,7 @@ class Draft:
         kept = {**self.kept, **(kept or {})}
         solution = self._solved(kept)
         plan = solution.plan
-        if not rehearsed or not (self.record.looks or self.record.stateful) or self._holds(solution):
+        if not rehearsed or not (self.looks or self.record.stateful) or self._holds(solution):
             return plan
         fused = [norm for norm, decision in zip(self.norms, plan.decisions, strict=True) if decision.fused]
         bad = self._refused(fused, kept)
@@ -246,7 +247,7 @@ class Draft:
         while True:
             made, assumed = solve(name, graph, self.norms, kept, different, forbidden)
             # A sum counts for itself; any other number can follow the size only if the code looks at it.
-            new = {node for node in assumed.numbers - checked if self.record.looks or node.operator == "sum"}
+            new = {node for node in assumed.numbers - checked if self.looks or node.operator == "sum"}
             varied = varying(graph, new, self._elsewhere) if new else set()
             needed = needed_in_place(self.model, graph, assumed.out_of_place, *self.inputs)
             if not varied and not needed:
