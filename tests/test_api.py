@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import pickle
@@ -532,3 +533,17 @@ def test_norms_that_are_edited_before_they_go() -> None:
         torch.testing.assert_close(fused(x), expected, rtol=1e-11, atol=1e-11)
     plan = bnfuse.plan(prepared(Stream(4), dead=0.0), x)
     assert not any("norms" in name for edit in plan.edits for name in edit.names)
+
+
+def test_what_was_recorded_is_freed_at_once() -> None:
+    """The garbage collector has next to nothing to find."""
+    layers = [layer for _ in range(30) for layer in (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())]
+    model, x = prepared(nn.Sequential(*layers)), torch.randn(1, 4, 4, 4, dtype=torch.float64)
+    bnfuse.fuse(model, x)
+    gc.collect()
+    gc.disable()
+    try:
+        bnfuse.fuse(model, x)
+        assert gc.collect() < len(layers)
+    finally:
+        gc.enable()
