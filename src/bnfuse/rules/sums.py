@@ -149,8 +149,9 @@ class _Sum:
         if any(value is self.z for value, _ in operands):
             return []
         biases, times = zip(*(_bias_of(value) for value, _ in operands), strict=True)
-        total = sum(factor * part for (_, factor), part in zip(operands, times, strict=True))
-        if biases[0] is None or biases[0] is not biases[1] or total == 0:
+        parts = [factor * part for (_, factor), part in zip(operands, times, strict=True)]
+        total, size = sum(parts), sum(map(abs, parts))
+        if biases[0] is None or biases[0] is not biases[1] or abs(total) < 1e-6 * size or not size:
             return []
         units = {}
         for (value, _), part in zip(operands, times, strict=True):
@@ -219,8 +220,10 @@ def _bias_of(value: Value) -> tuple[Value | None, float]:
                 times *= number if node.operator == "mul" else 1 / number
             waiting.append((node.data, times))
         elif node.operator in ("add", "sub") and len(node.inputs) == 2:
-            alpha = node.argument("alpha", 1) * (1 if node.operator == "add" else -1)
-            waiting += zip(node.inputs, (times, times * alpha), strict=True)
+            alpha = node.argument("alpha", 1)
+            if isinstance(alpha, complex):
+                return None, 0.0
+            waiting += zip(node.inputs, (times, times * alpha * (1 if node.operator == "add" else -1)), strict=True)
         else:
             return None, 0.0
         if not waiting:
