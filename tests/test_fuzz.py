@@ -192,6 +192,16 @@ def _same(unit: Any) -> Any:
     return unit
 
 
+def parts_of_parameters_trusted(patch: pytest.MonkeyPatch) -> None:
+    edit = trial.Trial.edit
+
+    def no_identity(self: Any, node: Any, value: Any, unit: Any) -> None:
+        if not unit.is_identity:
+            edit(self, node, value, unit)
+
+    patch.setattr(trial.Trial, "edit", no_identity)
+
+
 MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     groups_mixed_up: "groups=", negative_scale_through_relu: "", zero_padding_ignored: "padding", eps_forgotten: "",
     transposed_weight_taken_for_a_plain_one: "ConvTranspose", shared_parameters_ignored: "", outputs_not_pinned: "",
@@ -200,6 +210,7 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     sign_of_a_sum_forgotten: "sub| - ", shift_through_a_number_unscaled: "", unequal_units_taken_for_equal: "",
     middle_tap_taken_for_its_own: r"pad\(|, 2, padding|, 4, padding",
     layer_of_another_tensor_taken_for_one_beside: r"\+", factors_of_a_norm_beside_forgotten: r"sub| - |alpha",
+    parts_of_parameters_trusted: r"m\.[wp]\d+(\[|\.chunk)",
 }  # fmt: skip
 """Mutants, with what a program must mention to be worth a try (which only saves time)."""
 
