@@ -246,9 +246,10 @@ def _ask(call: ModuleCall, nodes: list[Node], place: str, size: int) -> _Route |
             given, named = tree.map_tensors((args, kwargs), lambda tensor: _drawn(tensor, device))
             return module.forward(*given, **named)
 
+    modules = tree.modules(module)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluation_mode(module))
-        watch = stack.enter_context(untouched(module))
+        stack.enter_context(evaluation_mode(modules))
+        watch = stack.enter_context(untouched(modules))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(eager())
         stack.enter_context(WriteWatch(module, watch))

@@ -7,7 +7,7 @@ value of one, made before a write to the other, is read after it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -23,30 +23,35 @@ class Memory:
         self.switched: dict[nn.Module, None] = {}
         self._groups: dict[Storage, list[Storage]] = {}
 
-    def conflicts(self, sites: Iterable[Site]) -> list[tuple[Node, Value]]:
+    def conflicts(self, sites: Sequence[Site]) -> list[tuple[Node, Value]]:
         """Writers that would overwrite what is still read, with the value, if the norm at the sites went."""
         found = []
-        groups = dict(self._groups)
-        for site in sites:
-            ours, theirs = _merge(groups, site)
+        for ours, theirs in self._merged(sites):
             for first in ours:
                 for second in theirs:
                     if first is not second:
                         found += self._overwritten(first, second) + self._overwritten(second, first)
         return found
 
-    def training_conflicts(self, sites: Iterable[Site]) -> list[Node]:
+    def training_conflicts(self, sites: Sequence[Site]) -> list[Node]:
         """Writers that would overwrite what training keeps for its backward pass: inputs that others have read, and
         results of functions whose gradient is made of them."""
         found = []
-        groups = dict(self._groups)
-        for site in sites:
-            ours, theirs = _merge(groups, site)
+        for site, (ours, theirs) in zip(sites, self._merged(sites), strict=True):
             if ours is not theirs:
                 values = [value for storage in ours for value in storage.values]
                 if any(_is_kept_for_training(value, site) for value in values):
                     found += [writer for storage in theirs for writer in self._writers(storage)]
         return found
+
+    def _merged(self, sites: Sequence[Site]) -> Iterator[tuple[list[Storage], list[Storage]]]:
+        """What becomes one at each of the sites, one after the other."""
+        groups = self._groups if len(sites) == 1 else dict(self._groups)
+        for site in sites:
+            ours, theirs = _groups_of(groups, site)
+            if len(sites) > 1:
+                _merge(groups, ours, theirs)
+            yield ours, theirs
 
     def _writers(self, storage: Storage) -> list[Node]:
         return [
@@ -66,20 +71,22 @@ class Memory:
         module = writer.call.module
         return getattr(module, "inplace", None) is True and bool(writer.call.path) and module not in self.forbidden
 
-    def merge(self, sites: Iterable[Site]) -> None:
+    def merge(self, sites: Sequence[Site]) -> None:
         """The norm at the sites is gone."""
         for site in sites:
-            _merge(self._groups, site)
+            _merge(self._groups, *_groups_of(self._groups, site))
 
 
-def _merge(groups: dict[Storage, list[Storage]], site: Site) -> tuple[list[Storage], list[Storage]]:
-    """Make the memory of the input and of the output one; what either was one with before."""
-    ours = groups.get(site.x.storage, [site.x.storage])
-    theirs = groups.get(site.y.storage, [site.y.storage])
+def _groups_of(groups: Mapping[Storage, list[Storage]], site: Site) -> tuple[list[Storage], list[Storage]]:
+    """The memory that is one with that of the input, and with that of the output."""
+    ours, theirs = site.x.storage, site.y.storage
+    return groups.get(ours) or [ours], groups.get(theirs) or [theirs]
+
+
+def _merge(groups: dict[Storage, list[Storage]], ours: list[Storage], theirs: list[Storage]) -> None:
     if ours is not theirs:
         both = [*ours, *theirs]
         groups.update((storage, both) for storage in both)
-    return ours, theirs
 
 
 _RESULT_KEPT = {"relu", "sigmoid", "tanh", "softmax", "log_softmax", "exp", "sqrt", "rsqrt", "elu", "selu"}

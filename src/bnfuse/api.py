@@ -87,12 +87,14 @@ def fuse(
             made = draft.plan() if budget is None else within_budget(draft, budget)
             made, target = carry_out(made, source, draft, verify, inplace)
             draft.release()
+            del draft
         report(made)
     except BaseException:
         for module, flag in flags:
             module.training = flag
         raise
-    target.eval()
+    if any(module.training for module in tree.modules(target)):
+        target.eval()
     return model if inplace else wrap(target)
 
 

@@ -11,19 +11,20 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
 from bnfuse import hollow, tree
 from bnfuse.errors import InputError
 from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value, may_overlap
-from bnfuse.operators import SILENT_WRITERS, Operator, memory_of, operator_of, parts_of
+from bnfuse.operators import Operator, memory_of, operator_of, parts_of
 from bnfuse.untouched import Mode, Watch, eager, evaluation_mode, forked_random_state, untouched
 
 _TAG = "_bnfuse_value"
@@ -151,11 +152,14 @@ def _run(
     without_contents: bool,
 ) -> Capture:
     args, kwargs = tree.map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
-    with evaluation_mode(model), forked_random_state(), untouched(model) as watch, torch.inference_mode():
-        recorder = _Recorder(model, watch, known, without_contents)
+    named = tree.named_modules(model)
+    modules = tree.distinct(named)
+    with evaluation_mode(modules), forked_random_state(), untouched(modules) as watch, torch.inference_mode():
+        recorder = _Recorder(named, watch, known, without_contents)
         for tensor in (tensor for _, tensor in tree.tensors((args, kwargs))):
             recorder.enter(tensor)
-        with eager(), recorder.module_calls(), recorder, _EscapeWatch(recorder):
+        escapes = _EscapeWatch(recorder)
+        with eager(), recorder.module_calls(escapes), recorder, escapes:
             try:
                 output = model(*args, **kwargs)
             except Exception as error:
@@ -167,7 +171,13 @@ def _run(
 
 
 class _Recorder(Mode):
-    def __init__(self, model: nn.Module, watch: Watch, whole: Container[str] | None, without_contents: bool) -> None:
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Module]],
+        watch: Watch,
+        whole: Container[str] | None,
+        without_contents: bool,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watch = watch
         self.whole = whole
@@ -178,17 +188,16 @@ class _Recorder(Mode):
         self.names: dict[str, Value] = {}
         self.memory: dict[int, list[Value]] = {}
         self.tagged: list[weakref.ref[Tensor]] = []
-        self.computed: dict[int, tuple[Value, weakref.ref[Tensor]]] = {}
-        self.paths: dict[int, str] = {}
-        for name, module in tree.named_modules(model):
-            self.paths.setdefault(id(module), name)
-        self.call = ModuleCall("", model, None)
+        self.placed: dict[int, list[weakref.ref[Tensor]]] = {}
+        self.number_placed = 0
+        self.paths = {id(module): name for name, module in reversed(named)}
+        self.call = ModuleCall("", named[0][1], None)
         self.calls: list[ModuleCall] = []
         self.thread = threading.get_ident()
         self.in_literal = False
         self.looks = self.stateful = self.traces = False
         self.seen: list[int] = []
-        self._register_leaves(model)
+        self._register_leaves(named)
 
     # Values -----------------------------------------------------------------------------------------------------
 
@@ -200,12 +209,12 @@ class _Recorder(Mode):
         storage.values.append(value)
         return value
 
-    def _register_leaves(self, model: nn.Module) -> None:
+    def _register_leaves(self, named: Sequence[tuple[str, nn.Module]]) -> None:
         """Parameters and buffers by identity; equal memory is one value, overlapping memory is pinned."""
         kinds: dict[int, Kind] = {}
         tensors: dict[int, tuple[Tensor, list[str]]] = {}
         buffers: dict[int, tuple[Tensor, list[str]]] = {}
-        for path, module in tree.named_modules(model):
+        for path, module in named:
             prefix = f"{path}." if path else ""
             for place, parameter in module._parameters.items():
                 if parameter is not None:
@@ -285,17 +294,21 @@ class _Recorder(Mode):
 
     def _tag(self, tensor: Tensor, value: Value) -> None:
         tensor.__dict__[_TAG] = value
-        reference = weakref.ref(tensor)
-        self.tagged.append(reference)
-        memory = memory_of(tensor)
-        if memory is not None:
-            self.computed[memory] = (value, reference)
+        self.tagged.append(weakref.ref(tensor))
 
-    def _forget(self, tensor: Tensor) -> None:
-        tensor.__dict__.pop(_TAG, None)
+    def _computed(self, tensor: Tensor) -> Value | None:
+        """The last value that was computed of those whose memory this is, None if there is none."""
+        for reference in self.tagged[self.number_placed :]:
+            alive = reference()
+            if alive is not None and (memory := memory_of(alive)) is not None:
+                self.placed.setdefault(memory, []).append(reference)
+        self.number_placed = len(self.tagged)
         memory = memory_of(tensor)
-        if memory in self.computed and self.computed[memory][1]() is tensor:
-            del self.computed[memory]
+        for reference in reversed(self.placed.get(memory, ())) if memory is not None else ():
+            alive = reference()
+            if alive is not None and _TAG in alive.__dict__ and memory_of(alive) == memory:
+                return self.known(alive)
+        return None
 
     def known(self, tensor: Tensor) -> Value | None:
         value = tensor.__dict__.get(_TAG)
@@ -305,9 +318,8 @@ class _Recorder(Mode):
         """The value that a tensor holds now."""
         value = tensor.__dict__.get(_TAG) or self.leaves.get(id(tensor))
         if value is None:
-            memory = memory_of(tensor)
-            other, alive = self.computed.get(memory, (None, None)) if memory is not None else (None, None)
-            if other is not None and alive is not None and alive() is not None:
+            other = self._computed(tensor)
+            if other is not None:
                 fresh = self._fresh(tensor, other)
                 for shared in other.storage.values:
                     shared.pin("its memory is read in another way")
@@ -346,19 +358,19 @@ class _Recorder(Mode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is _SET and id(args[0]) not in self.leaves:
-            self._forget(args[0])  # gives its memory back, and writes to none
+            args[0].__dict__.pop(_TAG, None)  # gives its memory back, and writes to none
             return func(*args, **kwargs)
         operator = operator_of(func)
-        bound: dict[str, Any] = {}
+        bound: dict[str, Any] = dict(zip(operator.arguments, args, strict=False))
+        bound.update(kwargs)
         tensors: list[Tensor] = []
         inputs: list[Value] = []
-        for name, argument in zip(operator.arguments, args, strict=False):
-            bound[name] = self._bind(argument, tensors, inputs)
-        for name, argument in kwargs.items():
-            bound[name] = self._bind(argument, tensors, inputs)
+        for name, argument in bound.items():
+            if isinstance(argument, (Tensor, list, tuple)):
+                bound[name] = self._bind(argument, tensors, inputs)
+        independent = all(map(_INDEPENDENT, inputs))
         written = [value for name in operator.written for value in _values(bound.get(name))]
-        writers = SILENT_WRITERS.get(operator.name)
-        if writers and bound.get(writers):
+        if operator.writes_if and bound.get(operator.writes_if):
             written += [bound[name] for name in ("running_mean", "running_var") if isinstance(bound.get(name), Value)]
         if written:
             for storage in {value.storage: None for value in written}:
@@ -366,9 +378,9 @@ class _Recorder(Mode):
                     if leaf.tensor is not None:  # a parameter, written to itself or through a view
                         leaf.pin("it is written to during the run")
                         self.watch.before_write(leaf.tensor)
-        if self.hollow and not all(value.independent for value in inputs):
+        if self.hollow and not independent:
             try:
-                result = hollow.compute(func, args, kwargs)
+                result = hollow.compute(func, operator, args, kwargs)
             except RuntimeError as error:
                 if any(value.independent and value.shape for value in inputs):
                     raise hollow.FixedSizeError(str(error)) from error
@@ -376,7 +388,8 @@ class _Recorder(Mode):
         else:
             result = func(*args, **kwargs)
         if self.whole is None or operator.name in self.whole or written or not self._split(func, args, kwargs, result):
-            self._record(func, operator, bound, tensors, inputs, written, result)
+            node = Node(len(self.nodes), operator.name, func, bound, inputs, [], self.call, written)
+            self._record(node, operator, tensors, independent, _flat(result))
         return result
 
     def _split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
@@ -418,21 +431,12 @@ class _Recorder(Mode):
         return argument
 
     def _record(
-        self,
-        func: Any,
-        operator: Operator,
-        bound: dict[str, Any],
-        tensors: list[Tensor],
-        inputs: list[Value],
-        written: list[Value],
-        result: Any,
+        self, node: Node, operator: Operator, tensors: list[Tensor], independent: bool, results: list[Tensor]
     ) -> None:
-        results = _flat(result)
-        given = set(map(id, tensors))
-        if results and not written and all(id(tensor) in given for tensor in results):
-            return  # nothing was done: dropout in evaluation, contiguous of a contiguous tensor
-        node = Node(len(self.nodes), operator.name, func, bound, inputs, [], self.call, written)
-        independent = all(value.independent for value in inputs)
+        """Add an operator that read the tensors and made the results, unless it did nothing."""
+        given, written = set(map(id, tensors)), node.written
+        if results and not written and given.issuperset(map(id, results)):
+            return  # dropout in evaluation, contiguous of a contiguous tensor
         for tensor in tensors if written else ():
             value = self.known(tensor)
             if value in written and value is not None and value.version == value.storage.version:
@@ -451,10 +455,10 @@ class _Recorder(Mode):
             fresh.producer, fresh.independent = node, independent
             self._tag(tensor, fresh)
             node.outputs.append(fresh)
-        for value in inputs:
+        for value in node.inputs:
             if not value.consumers or value.consumers[-1] is not node:
                 value.consumers.append(node)
-        if func is _SQUEEZE:
+        if node.overload is _SQUEEZE:
             self.looks |= not independent  # which axes go depends on the sizes
         self.nodes.append(node)
         self.call.nodes.append(node)
@@ -484,42 +488,48 @@ class _Recorder(Mode):
     # Module calls -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def module_calls(self) -> Iterator[None]:
+    def module_calls(self, escapes: _EscapeWatch) -> Iterator[None]:
         """Record which module call runs each operator, and pin what the caller's own hooks get to see."""
-
         hooked = _has_global_hooks()
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             if threading.get_ident() != self.thread:
                 return
-            inputs = [self.value(tensor) for _, tensor in tree.tensors(args)]
-            self.call = ModuleCall(self.paths.get(id(module)), module, self.call, inputs=inputs)
+            call = ModuleCall(self.paths.get(id(module)), module, self.call, [], [], self._values_in(args))
+            self.call = call
             if hooked or has_own_hooks(module):
-                self._pin_all(args, f"a hook on {self.call.label} reads it")
+                self._pin_all(args, f"a hook on {call.label} reads it")
+            elif not module._modules and call.is_standard:
+                escapes.pause()  # it looks at sizes to check them, and at no contents
 
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            if threading.get_ident() != self.thread:
+                return
             call = self.call
             while call.module is not module and call.parent is not None:
                 call = call.parent  # calls that ended in an exception which the model caught
-            if threading.get_ident() != self.thread or call.parent is None:
+            if call.parent is None:
                 return
+            self.call = call.parent
+            escapes.resume()
+            if len(rest) < 2:
+                return  # it raised an exception
+            kwargs, output = rest
             if hooked or has_own_hooks(module):
                 self._pin_all((args, kwargs, output), f"a hook on {call.label} reads it")
-            given = [*args, *(value for name, value in kwargs.items() if name == "input")]
-            call.plain = len(given) == len(args) + len(kwargs) == 1 and isinstance(given[0], Tensor)
-            call.plain = call.plain and isinstance(output, Tensor)
+            given = args if not kwargs else (*args, *kwargs.values()) if kwargs.keys() == {"input"} else ()
+            call.plain = len(given) == 1 and isinstance(given[0], Tensor) and isinstance(output, Tensor)
             if not call.plain and any(place in module._parameters for place in ("weight", "bias")):
                 call.arguments = tree.map_tensors((args, kwargs), _like)
             if kwargs:
-                call.inputs += [self.value(tensor) for _, tensor in tree.tensors(kwargs)]
-            call.outputs = [self.value(tensor) for _, tensor in tree.tensors(output)]
+                call.inputs += self._values_in(kwargs)
+            call.outputs = self._values_in(output)
             self.calls.append(call)
             call.parent.children.append(call)
-            self.call = call.parent
 
         handles = [
             module_hooks.register_module_forward_pre_hook(before),
-            module_hooks.register_module_forward_hook(after, with_kwargs=True),
+            module_hooks.register_module_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         _OWN_HOOKS.update(handle.id for handle in handles)
         try:
@@ -528,8 +538,14 @@ class _Recorder(Mode):
             for handle in handles:
                 handle.remove()
                 _OWN_HOOKS.discard(handle.id)
-                # RemovableHandle forgets this registry, which would leave every later call on the slow path.
+                # RemovableHandle forgets these registries, which would leave every later call on the slow path.
                 module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
+                module_hooks._global_forward_hooks_always_called.pop(handle.id, None)
+
+    def _values_in(self, structure: Any) -> list[Value]:
+        if isinstance(structure, Tensor):
+            return [self.value(structure)]
+        return [self.value(tensor) for _, tensor in tree.tensors(structure)]
 
     def _pin_all(self, structure: Any, reason: str) -> None:
         for _, tensor in tree.tensors(structure):
@@ -547,6 +563,22 @@ class _EscapeWatch(TorchFunctionMode):
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
         self.recorder = recorder
+        self.paused = False
+
+    def pause(self) -> None:
+        """See nothing for a while, which makes every call of PyTorch's faster."""
+        if _get_current_function_mode() is self:
+            _pop_mode()
+            self.paused = True
+
+    def resume(self) -> None:
+        if self.paused:
+            _push_mode(self)
+            self.paused = False
+
+    def __exit__(self, *raised: Any) -> None:
+        self.resume()
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
@@ -577,6 +609,8 @@ class _EscapeWatch(TorchFunctionMode):
         finally:
             self.recorder.in_literal = False
 
+
+_INDEPENDENT = attrgetter("independent")
 
 _FEW = 64
 

@@ -10,12 +10,13 @@ other error that the unwritten numbers lead to means the same. Then the model is
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bnfuse.operators import Operator
 
 
 class NeedsContentsError(BaseException):
@@ -26,31 +27,21 @@ class FixedSizeError(RuntimeError):
     """A tensor that depends on the input does not fit one that does not, such as a parameter."""
 
 
-_DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-
-
-def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def compute(func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator returns that depends on the input, unwritten where that is known to be enough.
 
     What does not fit together is left to the operator itself, which raises.
     """
-    name = _unwritten(func)
-    if name is None or (name == "index" and _masked(args[1])):
+    name = operator.name
+    if operator.needs_contents or (name == "index" and _masked(args[1])):
         raise NeedsContentsError(func._schema.name)
-    if name in _IN_PLACE and isinstance(args[0], Tensor):
-        return args[0]
     make = _MADE.get(name)
-    made = make(*args, **kwargs) if make is not None else None
-    return func(*args, **kwargs) if made is None else made
-
-
-@functools.cache
-def _unwritten(func: Any) -> str | None:
-    """The name of an operator that may do with unwritten numbers, None for any other."""
-    schema = func._schema
-    namespace, name = schema.name.split("::")
-    needs = any(tag in func.tags for tag in _DYNAMIC) or not any("Tensor" in str(kind.type) for kind in schema.returns)
-    return None if needs or namespace != "aten" else name
+    if make is None:
+        return func(*args, **kwargs)
+    if not operator.written:
+        made = make(*args, **kwargs)
+        return func(*args, **kwargs) if made is None else made
+    return args[0] if name in _IN_PLACE and isinstance(args[0], Tensor) else func(*args, **kwargs)
 
 
 def _masked(indices: Sequence[Tensor | None]) -> bool:
@@ -192,4 +183,4 @@ _MADE: dict[str, Callable[..., Tensor | None]] = {
     "cat": _joined,
 }
 
-_IN_PLACE = {f"{name}_" for name in (*_ELEMENTWISE, *_BINARY)}
+_IN_PLACE = frozenset({*_ELEMENTWISE, *_BINARY})

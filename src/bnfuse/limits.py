@@ -72,9 +72,11 @@ class _Classes:
         self._parent[b] = a
         of_a, of_b = self._limits.get(a, _NONE), self._limits.pop(b, _NONE)
         pieces = self._pieces.pop(b, [])
-        self._spread(pieces, of_a)
-        self._pieces.setdefault(a, []).extend(pieces)
-        self.limit(a, of_b)
+        if pieces:
+            self._spread(pieces, of_a)
+            self._pieces.setdefault(a, []).extend(pieces)
+        if of_b:
+            self.limit(a, of_b)
 
     def cut(self, whole: Value, pieces: Iterable[Value]) -> None:
         pieces = list(pieces)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Operators that write running statistics without saying so in their schema, with the flag that makes them do it.
-SILENT_WRITERS = {
+_SILENT_WRITERS = {
     "batch_norm": "training",
     "instance_norm": "use_input_stats",
     "native_batch_norm": "training",
@@ -21,18 +21,25 @@ SILENT_WRITERS = {
 _FRESH = {"conv1d", "conv2d", "conv3d", "batch_norm", "layer_norm"}
 
 
+_DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Operator:
     """What the recorder needs of an operator's schema, looked up once.
 
     Attributes:
+        writes_if: the argument that makes it write running statistics, which the schema does not say; "" for none.
         fresh: its results share memory with none of its arguments.
+        needs_contents: what it returns, or the shape of that, depends on the contents of tensors.
     """
 
     name: str
     arguments: tuple[str, ...]
     written: tuple[str, ...]
+    writes_if: str
     fresh: bool
+    needs_contents: bool
 
 
 _SUMS_AND_PRODUCTS: dict[str, Callable[..., Tensor]] = {
@@ -77,7 +84,10 @@ def operator_of(func: Any) -> Operator:
     aliased = any(result.alias_info for result in schema.returns)
     composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)  # of any views
     fresh = namespace == "aten" and not written and not aliased and (not composite or name in _FRESH)
-    return Operator(name, tuple(argument.name for argument in schema.arguments), written, fresh)
+    arguments = tuple(argument.name for argument in schema.arguments)
+    tensors = any("Tensor" in str(result.type) for result in schema.returns)
+    needs_contents = namespace != "aten" or not tensors or any(tag in func.tags for tag in _DYNAMIC)
+    return Operator(name, arguments, written, _SILENT_WRITERS.get(name, ""), fresh, needs_contents)
 
 
 def memory_of(tensor: Tensor) -> int | None:

@@ -9,8 +9,7 @@ as it would then be.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -106,10 +105,10 @@ def _attempt(network: Network, norm: Norm) -> Decision:
     """Try every way; what can be settled nearby comes first, since it touches nothing else."""
     reasons: dict[str, Reason] = {}
     targets = [node for site in norm.sites for node in site.nodes]
-    open_ways = [(way, Trial(network, targets)) for way in _ways(network, norm)]
+    ways: Iterable[tuple[_Way, Trial]] = ((way, Trial(network, targets)) for way in _ways(network, norm))
     for limit in (*_NEARBY, None):
-        for entry in list(open_ways):
-            way, trial = entry
+        too_far = []
+        for way, trial in ways:
             try:
                 if limit == _NEARBY[0]:
                     way.start(trial, limit)
@@ -117,15 +116,16 @@ def _attempt(network: Network, norm: Norm) -> Decision:
                     trial.go_on(limit)
                 _check_memory(network, norm)
             except TooFarError:
+                too_far.append((way, trial))
                 continue
             except Refusal as refusal:
-                open_ways.remove(entry)
                 if way.direction != _BOTH:
                     reasons.setdefault(way.direction, replace(refusal.reason, direction=way.direction))
                 continue
             network.accept(trial)
             into = dict.fromkeys(_layer_name(value) for value in trial.edits)
             return Decision(norm.label, norm.kind, norm.channels, True, way.direction, tuple(into))
+        ways = too_far
     return _stay(norm, tuple(reasons[way] for way in ("backward", "forward", _BESIDE) if way in reasons))
 
 
@@ -192,10 +192,13 @@ class _Maps:
     @functools.cached_property
     def known(self) -> list[tuple[Site, Tensor, Tensor, Unit]]:
         """``a*x + c`` at each site, and as a unit."""
-        made = [(site, *_affine(self.network, site)) for site in self.norm.sites]
-        if not all(math.isfinite(a.sum() + c.sum()) for _, a, c in made):
-            raise Refusal(Reason("its statistics or parameters are not finite", None, self.norm.label), True)
-        return [(site, a, c, Unit.of(a, c)) for site, a, c in made]
+        made = []
+        for site in self.norm.sites:
+            a, c, unit = self.network.affine(site.nodes)
+            if unit is None:
+                raise Refusal(Reason("its statistics or parameters are not finite", None, self.norm.label), True)
+            made.append((site, a, c, unit))
+        return made
 
     def demands(self, scale: str, shift: str) -> dict[Value, Unit]:
         """The units of the input and the output of each site, by where scale and shift go."""
@@ -233,13 +236,3 @@ class _Maps:
 
 def _inverse(scale: Tensor | None, shift: Tensor | None) -> Unit:
     return IDENTITY if scale is None and shift is None else Unit(scale, shift, True)
-
-
-def _affine(network: Network, site: Site) -> tuple[Tensor, Tensor]:
-    """(a, c) of the whole site: its steps composed."""
-    first, *rest = site.nodes
-    a, c = network.affine(first)
-    for node in rest:
-        factor, term = network.affine(node)
-        a, c = a * factor, c * factor + term
-    return (a, c) if a.shape == c.shape else (a.expand_as(c + a), c.expand_as(c + a))

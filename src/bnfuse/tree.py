@@ -10,7 +10,16 @@ import dataclasses
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Set
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+    Set,
+)
 from typing import Any, TypeGuard
 
 import torch
@@ -74,7 +83,12 @@ def _walk(module: nn.Module, name: str, prefix: str, found: list[tuple[str, nn.M
 
 def modules(model: nn.Module) -> list[nn.Module]:
     """Every module once, in the order of ``model.modules()``."""
-    return list({id(module): module for _, module in named_modules(model)}.values())
+    return distinct(named_modules(model))
+
+
+def distinct(named: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
+    """Every module of such a list once."""
+    return list({id(module): module for _, module in named}.values())
 
 
 def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:

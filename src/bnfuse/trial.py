@@ -78,10 +78,19 @@ class Network:
         self._affine = affine_together(graph.nodes, self._contents)
         self._offsets: dict[Node, float] = {}
 
-    def affine(self, node: Node) -> tuple[Tensor, Tensor]:
-        """(a, c) of ``y = a*x + c``, of a step of a norm, as it is at present."""
-        known = self._affine.get(node)
-        return affine(node, Trial(self)) if known is None else known
+    def affine(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor, Unit | None]:
+        """(a, c) of ``y = a*x + c``, of the steps of a norm, as it is at present; and the unit that they are, None if
+        they are not finite."""
+        first, *rest = nodes
+        if not rest and first in self._affine:
+            return self._affine[first]
+        a, c = affine(first, Trial(self))
+        for node in rest:
+            factor, term = affine(node, Trial(self))
+            a, c = a * factor, c * factor + term
+        if a.shape != c.shape:
+            a, c = a.expand_as(c + a), c.expand_as(c + a)
+        return a, c, Unit.of(a, c) if math.isfinite(a.sum() + c.sum()) else None
 
     def offset(self, node: Node) -> float:
         """How far a mean of a step of a norm lies from 0 at present, in standard deviations."""

@@ -101,6 +101,20 @@ class Unit:
             shift = None if not bool(shift.any()) else shift
         return Unit(scale, shift, inverse and not (scale is None and shift is None))
 
+    @staticmethod
+    def of_many(scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Unit | None]:
+        """The units of scales and shifts of as many elements each, in a few operators; None where one is not finite."""
+        sizes = [scale.numel() for scale in scales]
+        a, c = (torch.cat([part.reshape(-1) for part in parts]) for parts in (scales, shifts))
+        looks = torch.stack([a != 1, c != 0, ~torch.isfinite(a + c)])
+        counts = torch.nn.functional.pad(looks.cumsum(1), (1, 0))  # of those before each element
+        ends = torch.tensor([0, *sizes]).cumsum(0)
+        found = counts[:, ends].diff(dim=1).tolist()
+        return [
+            None if wrong else Unit(scale if scaled else None, shift if shifted else None)
+            for scale, shift, scaled, shifted, wrong in zip(scales, shifts, *found, strict=True)
+        ]
+
     @property
     def is_identity(self) -> bool:
         return self.scale is None and self.shift is None and self.entries is None

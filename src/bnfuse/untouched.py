@@ -6,8 +6,7 @@ import contextlib
 import itertools
 import random
 import sys
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import is_
 from typing import Any
 
@@ -16,24 +15,22 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse import tree
-from bnfuse.operators import SILENT_WRITERS, memory_of, operator_of
+from bnfuse.operators import memory_of, operator_of
 
 _MISSING = object()
-_ATOMS = frozenset({bool, int, float, str, tuple, type(None)})
-_CONTAINERS = frozenset({dict, list, set, OrderedDict})
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Every module's training flag False, and as it was afterwards. Overridden ``train`` methods are not called."""
-    flags = [(module, module.training) for module in tree.modules(model)]
+    flags = [module.training for module in modules]
     try:
-        for module, flag in flags:
+        for module, flag in zip(modules, flags, strict=True):
             if flag:
                 module.training = False
         yield
     finally:
-        for module, flag in flags:
+        for module, flag in zip(modules, flags, strict=True):
             if module.training is not flag:
                 module.training = flag
 
@@ -44,10 +41,8 @@ def forked_random_state(seed: int = 0) -> Iterator[None]:
     state = random.getstate()
     numpy_random = sys.modules.get("numpy.random")
     numpy_state = numpy_random.get_state() if numpy_random else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with _forked_torch_state(seed):
             random.seed(seed)
             if numpy_random:
                 numpy_random.seed(seed)
@@ -58,20 +53,33 @@ def forked_random_state(seed: int = 0) -> Iterator[None]:
             numpy_random.set_state(numpy_state)
 
 
+@contextlib.contextmanager
+def _forked_torch_state(seed: int) -> Iterator[None]:
+    if torch.accelerator.is_available():
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+        return
+    generator = torch.default_generator  # torch.manual_seed would also note the call stack, for devices to come
+    state = generator.get_state()
+    try:
+        generator.manual_seed(seed)
+        yield
+    finally:
+        generator.set_state(state)
+
+
 class Watch:
     """The state that a run may change: the contents of tensors are saved just before their first write."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.saved: dict[int, tuple[Tensor, Tensor]] = {}
         self.assigned: dict[int, tuple[Tensor, Tensor]] = {}
-        self.attributes = [(module, module.__dict__.copy()) for module in tree.modules(model)]
-        containers = [
-            value
-            for _, attributes in self.attributes
-            for value in attributes.values()
-            if (kind := type(value)) not in _ATOMS
-            and (kind in _CONTAINERS or (isinstance(value, (dict, list, set)) and hasattr(value, "copy")))
-        ]
+        self.attributes = _Attributes(modules)
+        kinds = list(map(type, self.attributes.values))
+        mutable = {kind for kind in set(kinds) if issubclass(kind, (dict, list, set))}
+        containers = list(itertools.compress(self.attributes.values, map(mutable.__contains__, kinds)))
         self.empty = [container for container in containers if not container]  # most of them, and most stay so
         self.containers = [(container, container.copy()) for container in containers if container]
         self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
@@ -79,9 +87,8 @@ class Watch:
 
     def held(self, tensor: Tensor) -> bool:
         """True if an attribute of a module, or a container in one, held the tensor before the run."""
-        attributes = (value for _, before in self.attributes for value in before.values())
         items = (item for _, copy in self.containers for item in (copy.values() if isinstance(copy, dict) else copy))
-        return any(value is tensor for value in itertools.chain(attributes, items))
+        return any(value is tensor for value in itertools.chain(self.attributes.values, items))
 
     def before_assignment(self, tensor: Tensor) -> None:
         """``tensor.data = other`` changes no element: the old memory is put back."""
@@ -102,12 +109,12 @@ class Watch:
 
     def _changed_modules(self) -> list[tuple[nn.Module, dict[str, Any]]]:
         if self._found is None:
-            self._found = [(module, before) for module, before in self.attributes if _differs(module.__dict__, before)]
+            self._found = list(self.attributes.changed())
         return self._found
 
     def _changed_containers(self) -> list[tuple[Any, Any]]:
         if self._found_containers is None:
-            filled = [(now, ()) for now in self.empty if now]
+            filled = [(now, ()) for now in self.empty if now] if any(self.empty) else []
             changed = [(now, before) for now, before in self.containers if _differs(now, before)]
             self._found_containers = filled + changed
         return self._found_containers
@@ -135,6 +142,32 @@ class Watch:
                 tensor.data.copy_(contents)
 
 
+class _Attributes:
+    """What modules hold by name, in one list of names and one of values, which are quick to compare."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.sizes, self.names, self.values = self._now()
+
+    def _now(self) -> tuple[list[int], list[str], list[Any]]:
+        held = [module.__dict__ for module in self.modules]
+        chain = itertools.chain.from_iterable
+        return list(map(len, held)), list(chain(held)), list(chain(map(dict.values, held)))
+
+    def changed(self) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+        """The modules that hold something else now, and what they held."""
+        sizes, names, values = self._now()
+        if sizes == self.sizes and all(map(is_, names, self.names)) and all(map(is_, values, self.values)):
+            return
+        start = 0
+        for module, size in zip(self.modules, self.sizes, strict=True):
+            own = slice(start, start + size)
+            before = dict(zip(self.names[own], self.values[own], strict=True))
+            if _differs(module.__dict__, before):
+                yield module, before
+            start += size
+
+
 def _differs(container: Any, before: Any) -> bool:
     if len(container) != len(before):
         return True
@@ -148,9 +181,13 @@ def _differs(container: Any, before: Any) -> bool:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[Watch]:
-    """Attributes, registries, caches and the contents of tensors are as before when this ends."""
-    watch = Watch(model)
+def untouched(modules: Sequence[nn.Module]) -> Iterator[Watch]:
+    """Attributes, registries, caches and the contents of tensors are as before when this ends.
+
+    Args:
+        modules: all modules of a model, each once.
+    """
+    watch = Watch(modules)
     try:
         yield watch
     finally:
@@ -187,7 +224,7 @@ class WriteWatch(Mode):
     ) -> Any:
         kwargs = kwargs or {}
         operator = operator_of(func)
-        if operator.written or operator.name in SILENT_WRITERS:
+        if operator.written or operator.writes_if:
             for _, tensor in tree.tensors((args, kwargs)):
                 for held in self.held.get(memory_of(tensor), ()):
                     self.watch.before_write(held)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.errors import InputError
-from bnfuse.tree import map_tensors, tensors
+from bnfuse.tree import map_tensors, modules, tensors
 from bnfuse.untouched import WriteWatch, eager, evaluation_mode, forked_random_state, untouched
 
 _log = logging.getLogger(__name__)
@@ -504,12 +504,13 @@ def run_under(
     traces: bool = True,
     writes: bool = True,
 ) -> Any:
-    with torch.inference_mode(), evaluation_mode(model), forked_random_state(seed):
+    every = modules(model)
+    with torch.inference_mode(), evaluation_mode(every), forked_random_state(seed):
         args, kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
         if not traces:
             with eager(), mode:
                 return model(*args, **kwargs)
-        with untouched(model) as watch:
+        with untouched(every) as watch:
             with eager(), WriteWatch(model, watch) if writes else nullcontext(), mode:
                 output = model(*args, **kwargs)
             # What lives in a buffer is about to be put back to its old values.

@@ -38,7 +38,7 @@ UNDEFORMED = ("linear", *_CONVOLUTIONS, *_TRANSPOSED, *_MATRIX)
 LAYERS = (*UNDEFORMED, _DEFORMED)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)  # not frozen, since thousands are made; nothing writes to one
 class Layer:
     """The parts of a layer that the algebra needs."""
 

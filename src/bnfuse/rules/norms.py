@@ -61,12 +61,17 @@ def _over_channels(rank: int, vector: Tensor) -> Tensor:
     return vector.reshape([1, -1] + [1] * (rank - 2))
 
 
-def affine_together(nodes: Iterable[Node], contents: Mapping[Value, Tensor]) -> dict[Node, tuple[Tensor, Tensor]]:
+def affine_together(
+    nodes: Iterable[Node], contents: Mapping[Value, Tensor]
+) -> dict[Node, tuple[Tensor, Tensor, Unit | None]]:
     """The same as `affine` for all batch norms whose statistics and parameters are given, in a few operators.
 
     Args:
         nodes: of any kind.
         contents: in float64, by value.
+
+    Returns:
+        (a, c) for each of the norms, and the unit that they are, None if they are not finite.
     """
     found = _norms_with(("running_mean", "running_var", "weight", "bias"), nodes, contents)
     if not found:
@@ -75,10 +80,11 @@ def affine_together(nodes: Iterable[Node], contents: Mapping[Value, Tensor]) -> 
     weight, bias = (torch.cat([contents[node.bound[place]] for node in found]) for place in ("weight", "bias"))
     a = weight / sigma
     c = bias - mean * a
-    return {
-        node: (_over_channels(len(node.outputs[0].shape), one), _over_channels(len(node.outputs[0].shape), other))
-        for node, one, other in zip(found, a.split(sizes), c.split(sizes), strict=True)
-    }
+    ranks = [len(node.outputs[0].shape) for node in found]
+    scales, shifts = (
+        [_over_channels(rank, part) for rank, part in zip(ranks, whole.split(sizes), strict=True)] for whole in (a, c)
+    )
+    return dict(zip(found, zip(scales, shifts, Unit.of_many(scales, shifts), strict=True), strict=True))
 
 
 def offsets_together(nodes: Iterable[Node], contents: Mapping[Value, Tensor]) -> dict[Node, float]:
