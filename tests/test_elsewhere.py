@@ -55,8 +55,8 @@ def test_a_table_of_one_size_fits_no_larger_size() -> None:
             return super().run(x) + self.table
 
     assert shapes(Positions(), 2, 3, 16, 16) == [(3, 3, 16, 16)]
-    assert SHAPES[:4] == [(3, 3, 17, 17), (3, 3, 32, 32), (3, 3, 16, 16), (2, 3, 17, 17)]
-    assert (3, 3, 18, 18) not in SHAPES
+    assert SHAPES[:3] == [(3, 3, 17, 17), (3, 3, 16, 16), (2, 3, 17, 17)]
+    assert not {(3, 3, 32, 32), (3, 3, 18, 18)} & set(SHAPES)
 
 
 def test_two_parts_that_do_not_fit_at_an_odd_size_may_fit_at_an_even_one() -> None:

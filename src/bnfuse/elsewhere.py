@@ -1,8 +1,8 @@
 """Inputs of other sizes and values that a model takes, and what it runs on them.
 
 Most runs are without arithmetic, see :mod:`bnfuse.hollow`. Where a tensor that depends on the input does not fit a
-parameter (a table of positions, a linear layer over all pixels) at two larger sizes, no others are tried along these
-axes: a larger input makes a tensor that is as large or larger, and fits no better.
+parameter (a table of positions, a linear layer over all pixels) at a larger size, no others are tried along these axes:
+a larger input makes a tensor that is as large or larger, and fits no better.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class Elsewhere:
 
     def _runs(self) -> Iterator[tuple[Call, Capture | None]]:
         todo = _choices(self.call)
-        fixed: list[set[int]] = []
         while todo:
             axes, step = todo.pop(0)
             call = _larger(self.call, axes, step)
@@ -72,10 +71,8 @@ class Elsewhere:
             except NeedsContentsError:
                 yield call, None
             except FixedSizeError:
-                if axes in fixed:
-                    todo = [choice for choice in todo if not axes <= choice[0]]
-                    todo.sort(key=lambda choice: choice[0] != {0})  # most often it is not the batch that is fixed
-                fixed.append(axes)
+                todo = [choice for choice in todo if not axes <= choice[0]]
+                todo.sort(key=lambda choice: choice[0] != {0})  # most often it is not the batch that is fixed
             except Exception:  # noqa: BLE001 (a size that the model does not take, or what unwritten numbers lead to)
                 continue
 

@@ -5,6 +5,9 @@ the model. Operators that hand every element on carry such a limit along: what a
 it was made of, and the pieces of a concatenation have those of the whole. A sum carries limits of the scale alone,
 since its operands and its result have one scale, and their shifts may cancel; so does an average.
 
+A norm that stays must undo the scale of its input, so a scale of 0 (a dead channel) is limited by the norms that read a
+tensor of the class, as long as they stay.
+
 So tensors are put into classes, one family of classes for limits of the scale and one for limits of the shift, and a
 demand that breaks a limit is refused at once. That changes no decision; it saves the way to the tensor in question,
 which in a dense block or along a residual stream is long.
@@ -12,12 +15,12 @@ which in a dense block or along a residual stream is long.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from bnfuse.graph import Kind, Node, Value
 from bnfuse.plan import Reason
 from bnfuse.rules.registry import RULES
-from bnfuse.units import Unit
+from bnfuse.units import SAFE_SCALE, Unit
 
 _POSITIVE = {"relu", "leaky_relu", "abs", "prelu", "_prelu_kernel"}
 _SUMS = {"add", "sub", "rsub"}
@@ -44,12 +47,19 @@ def fixed(value: Value, text: str) -> Reason:
     return Reason(f"{label} cannot change units: {text}")
 
 
+_Kind = str | Node
+"""What is limited: by name, or a scale of 0 by the norm that would have to undo it."""
+
+_MOST_READERS = 3
+"""So many norms are remembered for a class: one of them may be the one to go."""
+
+
 class _Classes:
     """Sets of values that have the same limits, by union-find; and pieces, which have those of their whole."""
 
     def __init__(self) -> None:
         self._parent: dict[Value, Value] = {}
-        self._limits: dict[Value, dict[str, Reason]] = {}
+        self._limits: dict[Value, dict[_Kind, Reason]] = {}
         self._pieces: dict[Value, list[Value]] = {}
 
     def root(self, value: Value) -> Value:
@@ -60,7 +70,7 @@ class _Classes:
             self._parent[value], value = root, self._parent[value]
         return root
 
-    def limits(self, value: Value) -> dict[str, Reason]:
+    def limits(self, value: Value) -> dict[_Kind, Reason]:
         return self._limits.get(self.root(value), _NONE)
 
     def unite(self, a: Value, b: Value) -> None:
@@ -83,24 +93,29 @@ class _Classes:
         self._pieces.setdefault(self.root(whole), []).extend(pieces)
         self._spread(pieces, self.limits(whole))
 
-    def limit(self, value: Value, limits: dict[str, Reason]) -> None:
+    def limit(self, value: Value, limits: dict[_Kind, Reason]) -> None:
         waiting = [(value, limits)]
         while waiting:
             value, limits = waiting.pop()
             root = self.root(value)
             present = self._limits.setdefault(root, {})
-            new = {kind: reason for kind, reason in limits.items() if kind not in present}
+            full = len(present) >= _MOST_READERS and sum(isinstance(kind, Node) for kind in present) >= _MOST_READERS
+            new = {
+                kind: reason
+                for kind, reason in limits.items()
+                if kind not in present and not (full and isinstance(kind, Node))
+            }
             if new:
                 present.update(new)
                 waiting += [(piece, new) for piece in self._pieces.get(root, ())]
 
-    def _spread(self, pieces: Iterable[Value], limits: dict[str, Reason]) -> None:
+    def _spread(self, pieces: Iterable[Value], limits: dict[_Kind, Reason]) -> None:
         if limits:
             for piece in pieces:
                 self.limit(piece, limits)
 
 
-_NONE: dict[str, Reason] = {}
+_NONE: dict[_Kind, Reason] = {}
 _SCALE, _NEGATIVE, _SHIFT = "scale", "negative", "shift"
 
 
@@ -126,6 +141,9 @@ class Limits:
         if name in _POSITIVE:
             self._limit(y, _NEGATIVE, Reason("it passes no negative scale", name, node.call.label))
             self._limit(y, _SHIFT, Reason("it passes no shift", name, node.call.label))
+        elif name == "batch_norm":
+            reason = Reason("it would have to undo a scale of (nearly) 0", name, node.call.label)
+            self._scales.limit(x, {node: reason})
         elif name in _AVERAGES:
             self._scales.unite(x, y)
         elif name in _SUMS:
@@ -155,14 +173,23 @@ class Limits:
     def _limit(self, value: Value, kind: str, reason: Reason) -> None:
         (self._shifts if kind == _SHIFT else self._scales).limit(value, {kind: reason})
 
-    def refusal(self, value: Value, unit: Unit) -> tuple[Reason, bool] | None:
-        """Why the value cannot have the unit, and whether its scale is to blame; None if nothing is known of that."""
+    def refusal(self, value: Value, unit: Unit, *gone: Container[Node]) -> tuple[Reason, bool] | None:
+        """Why the value cannot have the unit, and whether its scale is to blame; None if nothing is known of that.
+
+        Args:
+            gone: operators of norms that do not stay.
+        """
         if unit.scale is not None:
             limits = self._scales.limits(value)
             if _SCALE in limits:
                 return limits[_SCALE], True
             if _NEGATIVE in limits and bool((unit.scale < 0).any()):
                 return limits[_NEGATIVE], True
+            for kind, reason in limits.items():
+                if isinstance(kind, Node) and not any(kind in nodes for nodes in gone):
+                    if not unit.inverse and bool((unit.scale.abs() < 1 / SAFE_SCALE).any()):
+                        return reason, True
+                    break
         if unit.shift is not None:
             limits = self._shifts.limits(value)
             if _SHIFT in limits:

@@ -282,7 +282,7 @@ class Trial:
                 self._refuse_value(value, value.pinned, unit)
             if not value.dtype.is_floating_point:
                 self._refuse_value(value, f"it holds {value.dtype}", unit)
-            broken = self.network.limits.refusal(value, unit)
+            broken = self.network.limits.refusal(value, unit, self.targets, self.network.removed)
             if broken is not None:
                 raise Refusal(*broken)
             self.units[value] = unit
