@@ -166,9 +166,7 @@ class Network:
             if node.data is not None:
                 self.limits.unite(node.data, node.outputs[0])
         self.assumed |= trial.assumed
-        for value, unit in trial.units.items():
-            if not unit.is_identity and not value.independent and trial.is_read(value):
-                self.placed[value] = self.composed(value, unit)
+        self.placed.update(trial.composed)
         for value, requests in trial.edits.items():
             unit = next(iter(requests.values()))
             self.edits.setdefault(value, []).append(unit)
@@ -247,6 +245,7 @@ class Trial:
         self.targets = set(targets)
         self.units: dict[Value, Unit] = {}
         self.edits: dict[Value, dict[Node, Unit]] = {}
+        self.composed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
         self._queue: deque[Node] = deque()
         self._queued: set[Node] = set()
         self._pending: dict[Node, None] = {}
@@ -511,12 +510,16 @@ class Trial:
 
     def _check_shifts(self) -> None:
         """A shift that is much larger than what is left of the values takes away their digits."""
-        for value, unit in self.units.items():
-            if unit.is_identity or value.independent or not self.is_read(value):
+        self.composed = {
+            value: self.network.composed(value, unit)
+            for value, unit in self.units.items()
+            if not unit.is_identity and not value.independent and self.is_read(value)
+        }
+        looked_at = set()
+        for value, (scale, shift) in self.composed.items():
+            if scale is None or shift is None or (id(scale), id(shift), value.dtype) in looked_at:
                 continue
-            scale, shift = self.network.composed(value, unit)
-            if scale is None or shift is None:
-                continue
+            looked_at.add((id(scale), id(shift), value.dtype))
             alive = scale != 0
             largest = float((shift.abs() / scale.abs().where(alive, torch.inf)).amax())
             if largest > _LARGEST_SHIFT.get(value.dtype, 0.0):

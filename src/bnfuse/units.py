@@ -16,6 +16,7 @@ size 1, so that they broadcast. ``None`` stands for 1 (scale) and 0 (shift).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -103,17 +104,12 @@ class Unit:
 
     @staticmethod
     def of_many(scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Unit | None]:
-        """The units of scales and shifts of as many elements each, in a few operators; None where one is not finite."""
-        sizes = [scale.numel() for scale in scales]
+        """The units of scales and shifts, None where one is not finite; one look at all of them is mostly enough."""
         a, c = (torch.cat([part.reshape(-1) for part in parts]) for parts in (scales, shifts))
-        looks = torch.stack([a != 1, c != 0, ~torch.isfinite(a + c)])
-        counts = torch.nn.functional.pad(looks.cumsum(1), (1, 0))  # of those before each element
-        ends = torch.tensor([0, *sizes]).cumsum(0)
-        found = counts[:, ends].diff(dim=1).tolist()
-        return [
-            None if wrong else Unit(scale if scaled else None, shift if shifted else None)
-            for scale, shift, scaled, shifted, wrong in zip(scales, shifts, *found, strict=True)
-        ]
+        pairs = list(zip(scales, shifts, strict=True))
+        if math.isfinite(a.sum() + c.sum()) and not bool((a == 1).any()) and not bool((c == 0).any()):
+            return [Unit(scale, shift) for scale, shift in pairs]
+        return [Unit.of(scale, shift) if math.isfinite(scale.sum() + shift.sum()) else None for scale, shift in pairs]
 
     @property
     def is_identity(self) -> bool:
