@@ -82,7 +82,7 @@ def fuse(
     try:
         source = inner.eval() if inplace else _in_evaluation(inner)
         options = Options.of(keep, also, layers, handlers)
-        with _uncollected():
+        with _uncollected(), contextlib.nullcontext() if inplace else tree.unchanging(source):
             draft = Draft.of(source, example_inputs, options, contents=verify or budget is not None)
             made = draft.plan() if budget is None else within_budget(draft, budget)
             made, target = carry_out(made, source, draft, verify, inplace)
@@ -153,8 +153,9 @@ def plan(
     """
     inner, _ = _unwrapped(model)
     options = Options.of(keep, also, layers, handlers)
-    with _uncollected():
-        draft = Draft.of(_in_evaluation(inner), example_inputs, options, contents=budget is not None)
+    source = _in_evaluation(inner)
+    with _uncollected(), tree.unchanging(source):
+        draft = Draft.of(source, example_inputs, options, contents=budget is not None)
         made = draft.plan() if budget is None else within_budget(draft, budget)
         made = replace(made, witness=draft.witness(made))
         draft.release()

@@ -366,7 +366,7 @@ class _Recorder(Mode):
         tensors: list[Tensor] = []
         inputs: list[Value] = []
         for name, argument in bound.items():
-            if isinstance(argument, (Tensor, list, tuple)):
+            if isinstance(argument, Tensor) or (isinstance(argument, (list, tuple)) and not _is_numbers(argument)):
                 bound[name] = self._bind(argument, tensors, inputs)
         independent = all(map(_INDEPENDENT, inputs))
         written = [value for name in operator.written for value in _values(bound.get(name))]
@@ -647,6 +647,11 @@ def _values(argument: Any) -> list[Value]:
     if isinstance(argument, Value):
         return [argument]
     return [value for item in argument for value in _values(item)] if isinstance(argument, tuple) else []
+
+
+def _is_numbers(items: Sequence[Any]) -> bool:
+    """True for a size or a stride, which holds whole numbers alone."""
+    return not items or type(items[0]) is int
 
 
 def _flat(result: Any) -> list[Tensor]:

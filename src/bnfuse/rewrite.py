@@ -32,7 +32,8 @@ def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
         FusionError, InputError: as :func:`rewrite` and :func:`bnfuse.wrappers.copy_model`.
     """
     modules = dict(tree.named_modules(model))
-    shared = shared_memory(held_tensors(model))
+    held = held_tensors(model)
+    shared = shared_memory(held)
     stand_ins: dict[int, Any] = {}
     new_weights: dict[Edit, nn.Parameter] = {}
     with torch.inference_mode(False), torch.no_grad():
@@ -48,7 +49,7 @@ def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
             if not replacement.keep:
                 norm = _norm(modules, replacement)
                 stand_ins[id(norm)] = _identity(norm)
-    copied = copy_model(model, stand_ins)
+    copied = copy_model(model, stand_ins, held)
     # A class with a __deepcopy__ of its own may make the copy from something else.
     modules = dict(tree.named_modules(copied))
     rest = replace(

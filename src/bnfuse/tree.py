@@ -5,6 +5,7 @@ object of its own class.  Containers and plain data objects are looked into; mod
 the machinery of the standard library (loggers, locks, paths, iterators) are not.
 """
 
+import contextlib
 import copy
 import dataclasses
 import sys
@@ -65,9 +66,27 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     >>> [name for name, _ in named_modules(nn.Sequential(nn.ReLU()))]
     ['', '0']
     """
+    known = _unchanging.get(id(model))
+    if known is not None:
+        return list(known)
     found: list[tuple[str, nn.Module]] = []
     _walk(model, "", "", found)
     return found
+
+
+_unchanging: dict[int, list[tuple[str, nn.Module]]] = {}
+
+
+@contextlib.contextmanager
+def unchanging(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is walked once: it keeps its modules."""
+    before = _unchanging.get(id(model))
+    _unchanging[id(model)] = named_modules(model)
+    try:
+        yield
+    finally:
+        if before is None:
+            _unchanging.pop(id(model), None)
 
 
 def _walk(module: nn.Module, name: str, prefix: str, found: list[tuple[str, nn.Module]]) -> None:

@@ -53,7 +53,9 @@ def _compiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def copy_model(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> nn.Module:
+def copy_model(
+    model: nn.Module, stand_ins: Mapping[int, Any] | None = None, held: Mapping[int, Tensor] | None = None
+) -> nn.Module:
     """A deep copy that goes further than ``copy.deepcopy``.
 
     Tensors with a history, which layers compute for themselves and leave as attributes (old-style weight_norm), are
@@ -61,6 +63,7 @@ def copy_model(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> 
 
     Args:
         stand_ins: what the copy is to hold in place of some modules and parameters of the model, by their ``id``.
+        held: what ``held_tensors(model)`` gives, if that is known.
 
     Raises:
         InputError: the model cannot be copied, or its copy shares parameters with it.
@@ -79,7 +82,7 @@ def copy_model(model: nn.Module, stand_ins: Mapping[int, Any] | None = None) -> 
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
             f"Fuse it in place: bnfuse.fuse(model, inputs, inplace=True)."
         ) from error
-    held = held_tensors(model)
+    held = held_tensors(model) if held is None else held
     if not held.keys().isdisjoint(held_tensors(copied)):
         raise InputError(
             f"A copy of {type(model).__name__} shares parameters with it (a __deepcopy__ of its own), so it would "
