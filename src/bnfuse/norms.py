@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def find_norms(model: nn.Module, graph: Graph, also: Sequence[str] = ()) -> list
     calls: dict[int, list[ModuleCall]] = {}
     for call in graph.calls:
         calls.setdefault(id(call.module), []).append(call)
-    referenced = _referenced_elsewhere((names[key][0], module) for key, module in modules.items())
+    referenced = _referenced_elsewhere(model)
     norms = []
     for key, module in modules.items():
         if is_norm(module) or (also and _matches(module, also)):
@@ -186,13 +186,12 @@ def _parts(call: ModuleCall) -> tuple[Site, tuple[str, ...]] | None:
     return (site, tuple(keep)) if call.outputs == [value] else None
 
 
-def _referenced_elsewhere(modules: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
+def _referenced_elsewhere(model: nn.Module) -> dict[int, str]:
     """Modules that are also held by plain attributes (a list, a bound method), by id, with the place."""
     found: dict[int, str] = {}
-    for name, module in modules:
-        for attribute, value in tree.plain_attributes(module):
-            for other in _modules_in(value, 3):
-                found[id(other)] = f"{name}.{attribute}" if name else attribute
+    for place, value in tree.plain_attributes(model):
+        for other in _modules_in(value, 3):
+            found[id(other)] = place
     return found
 
 

@@ -68,25 +68,32 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     known = _unchanging.get(id(model))
     if known is not None:
-        return list(known)
+        return list(known.modules)
     found: list[tuple[str, nn.Module]] = []
     _walk(model, "", "", found)
     return found
 
 
-_unchanging: dict[int, list[tuple[str, nn.Module]]] = {}
+@dataclasses.dataclass
+class _Known:
+    modules: list[tuple[str, nn.Module]]
+    attributes: list[tuple[str, Any]] | None = None
+
+
+_unchanging: dict[int, _Known] = {}
 
 
 @contextlib.contextmanager
 def unchanging(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is walked once: it keeps its modules."""
-    before = _unchanging.get(id(model))
-    _unchanging[id(model)] = named_modules(model)
+    """Inside, the model is walked once: whoever runs it puts its modules and attributes back."""
+    outer = id(model) in _unchanging
+    if not outer:
+        _unchanging[id(model)] = _Known(named_modules(model))
     try:
         yield
     finally:
-        if before is None:
-            _unchanging.pop(id(model), None)
+        if not outer:
+            del _unchanging[id(model)]
 
 
 def _walk(module: nn.Module, name: str, prefix: str, found: list[tuple[str, nn.Module]]) -> None:
@@ -110,16 +117,28 @@ def distinct(named: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
     return list({id(module): module for _, module in named}.values())
 
 
-def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    """What a module holds by name beside its registries, without numbers, texts and empty containers."""
-    return [
-        (name, value)
+def plain_attributes(model: nn.Module) -> list[tuple[str, Any]]:
+    """What the modules hold beside their registries, without numbers, texts and empty containers.
+
+    Returns:
+        (name, value), the name with that of the module: ``"layers.0.cache"``.
+    """
+    known = _unchanging.get(id(model))
+    if known is not None and known.attributes is not None:
+        return known.attributes
+    names = {id(module): name for name, module in reversed(named_modules(model))}
+    found = [
+        (f"{names[id(module)]}.{name}".lstrip("."), value)
+        for module in modules(model)
         for name, value in module.__dict__.items()
         if (kind := type(value)) not in _SIMPLE
         and (kind not in _CONTAINERS or value)
         and name not in _REGISTRIES
         and not (kind is tuple and _SIMPLE.issuperset(map(type, value)))
     ]
+    if known is not None:
+        known.attributes = found
+    return found
 
 
 def map_tensors(tree: Any, function: Function) -> Any:

@@ -69,11 +69,10 @@ def copy_model(
         InputError: the model cannot be copied, or its copy shares parameters with it.
     """
     memo: dict[int, Any] = dict(stand_ins or {})
-    for module in tree.modules(model):
-        for _, attribute in tree.plain_attributes(module):
-            for _, value in tree.tensors(attribute):
-                if not value.is_leaf:
-                    memo[id(value)] = value.detach().clone()
+    for _, attribute in tree.plain_attributes(model):
+        for _, value in tree.tensors(attribute):
+            if not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     try:
         with torch.inference_mode(False), torch.no_grad():
             copied: nn.Module = _copied(model, memo)
