@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.capture import capture
 from bnfuse.graph import Graph, Kind
@@ -98,6 +99,66 @@ def test_a_caught_exception_does_not_confuse_the_calls() -> None:
 
     graph = graph_of(lambda m, x: m["outer"](x) * 2, X, outer=Net(function, f=Failing(), c=nn.Conv2d(3, 3, 1)))
     assert [node.call.path for node in graph.nodes] == ["layers.outer.layers.c", ""]
+
+
+def looks(function: Any, x: Tensor, **layers: nn.Module) -> bool:
+    return capture(Net(function, **layers), (x,), {}).looks
+
+
+def test_a_size_that_the_code_goes_by_is_noticed_and_one_that_pytorch_checks_is_not() -> None:
+    norm = nn.BatchNorm2d(3)
+    assert not looks(lambda m, x: m["n"](x), X, n=norm)
+    assert looks(lambda m, x: m["n"](x) / x.shape[-1], X, n=norm)
+    assert looks(lambda m, x: m["n"](x)[..., : x.size(-1) // 2], X, n=norm)
+
+
+def test_a_size_is_noticed_after_a_layer_that_failed() -> None:
+    def try_it(layers: Any, x: Tensor) -> Tensor:
+        try:
+            return layers["wrong"](x)
+        except RuntimeError:
+            return layers["right"](x) / x.shape[-1]
+
+    assert looks(try_it, X, wrong=nn.Conv2d(5, 3, 1), right=nn.Conv2d(3, 3, 1))
+
+
+def test_a_size_is_noticed_after_a_mode_of_the_code_itself() -> None:
+    def with_mode(layers: Any, x: Tensor) -> Tensor:
+        with torch.device("cpu"):
+            y = layers["c"](x)
+            return y + torch.ones(y.shape[-1])
+
+    assert looks(with_mode, X, c=nn.Conv2d(3, 3, 1))
+
+
+def test_modes_are_gone_after_an_interrupt_within_a_layer() -> None:
+    class Interrupting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.conv2d.default:
+                raise KeyboardInterrupt
+            return func(*args, **(kwargs or {}))
+
+    model = Net(lambda m, x: m["c"](x), c=nn.Conv2d(3, 3, 1))
+    with Interrupting(), pytest.raises(KeyboardInterrupt):
+        capture(model, (X,), {})
+    assert not torch._C._len_torch_function_stack()
+    assert operators(capture(model, (X,), {}).graph) == ["conv2d"]
+
+
+def test_a_tensor_subclass_keeps_its_own_functions_within_a_layer() -> None:
+    class Doubled(nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **(kwargs or {}))
+                return result * 2 if func is torch.nn.functional.linear else result
+
+    layer = nn.Linear(3, 3)
+    layer.weight = Doubled(layer.weight.detach())
+    expected = layer(X[..., :3])
+    record = capture(Net(lambda m, x: m["l"](x), l=layer), (X[..., :3],), {})
+    assert torch.equal(record.output, expected)
+    assert operators(record.graph) == ["linear", "mul"]
 
 
 def test_scripted_parts_are_seen() -> None:

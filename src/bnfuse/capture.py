@@ -699,5 +699,5 @@ def _does_not_run(model: nn.Module, args: Any, kwargs: Any, error: Exception) ->
     first_line = str(error).strip().split("\n")[0]
     return (
         f"{type(model).__name__} does not run on the inputs ({given or 'no tensors'}): "
-        f"{type(error).__name__}: {first_line}. Pass example_inputs that the model accepts."
+        f"{type(error).__name__}: {first_line}. Pass inputs that it accepts."
     )
