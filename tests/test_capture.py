@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,28 @@ def test_a_size_that_the_code_goes_by_is_noticed_and_one_that_pytorch_checks_is_
     assert not looks(lambda m, x: m["n"](x), X, n=norm)
     assert looks(lambda m, x: m["n"](x) / x.shape[-1], X, n=norm)
     assert looks(lambda m, x: m["n"](x)[..., : x.size(-1) // 2], X, n=norm)
+
+
+def test_a_look_of_the_recorder_is_none_of_the_code() -> None:
+    def function(layers: Any, x: Tensor) -> Tensor:
+        y = layers["c"](x)
+        return layers["n"](y) * torch.from_numpy(np.ones(1, np.float32))  # made by no operator
+
+    record = capture(Net(function, c=nn.Conv2d(3, 3, 1), n=nn.BatchNorm2d(3)), (X,), {})
+    assert not record.looks
+    assert [value.pinned for value in record.graph.nodes[0].outputs] == [None]
+
+
+def test_a_tensor_from_elsewhere_may_be_handed_to_a_module() -> None:
+    two = torch.tensor(2.0)
+
+    def function(layers: Any, x: Tensor) -> Tensor:
+        y = layers["c"](x)
+        return layers["n"](y) * layers["i"](two)
+
+    record = capture(Net(function, c=nn.Conv2d(3, 3, 1), n=nn.BatchNorm2d(3), i=nn.Identity()), (X,), {})
+    assert not record.looks
+    assert [value.pinned for value in record.graph.nodes[0].outputs] == [None]
 
 
 def test_a_size_is_noticed_after_a_layer_that_failed() -> None:

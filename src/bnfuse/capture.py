@@ -317,6 +317,13 @@ class _Recorder(Mode):
     def value(self, tensor: Tensor) -> Value:
         """The value that a tensor holds now."""
         value = tensor.__dict__.get(_TAG) or self.leaves.get(id(tensor))
+        if value is not None and value.version == value.storage.version:
+            return value
+        with torch._C.DisableTorchFunction():  # what the recorder looks at is no look of the code's
+            return self._unseen(tensor, value)
+
+    def _unseen(self, tensor: Tensor, value: Value | None) -> Value:
+        """That of a tensor which no operator has made, or whose memory was written to through another one."""
         if value is None:
             other = self._computed(tensor)
             if other is not None:
@@ -330,12 +337,10 @@ class _Recorder(Mode):
                 # Made during the run, by something that was not seen, unless the model keeps it from an earlier run.
                 value.independent = self.watch.held(tensor)
             return value
-        if value.version != value.storage.version:
-            fresh = self._fresh(tensor, value)
-            for shared in value.storage.values:
-                shared.pin("its memory is written through another view")
-            return fresh
-        return value
+        fresh = self._fresh(tensor, value)
+        for shared in value.storage.values:
+            shared.pin("its memory is written through another view")
+        return fresh
 
     def _fresh(self, tensor: Tensor, value: Value) -> Value:
         """A new value for a tensor that has the memory of another, and not through an operator."""
@@ -356,7 +361,12 @@ class _Recorder(Mode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        if not torch._C._is_torch_function_mode_enabled():
+            return self._recorded(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():  # what the recorder looks at is no look of the code's
+            return self._recorded(func, args, kwargs or {})
+
+    def _recorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _SET and id(args[0]) not in self.leaves:
             args[0].__dict__.pop(_TAG, None)  # gives its memory back, and writes to none
             return func(*args, **kwargs)
