@@ -27,7 +27,7 @@ from bench.child import child
 from bench.networks import NETWORKS, QUICK, Network, forward, selected
 from bench.rivals import attempt, fx_fused, is_right, jit_optimised, without_norms
 from bench.section import Section, Settings, at_most, progress
-from bench.timing import Clock, Effort, Rounds, Spread, measured
+from bench.timing import Clock, Effort, Rounds, Spread, geometric_mean, measured
 from bnfuse.report.tables import Column, Table
 from bnfuse.timing import threads, timed
 
@@ -225,6 +225,15 @@ def report(findings: list[Finding]) -> Section:
         return Section(())
     targets = [
         at_most(
+            f"fused / {limit} of a network, over all its rounds,",
+            LIMIT,
+            {network: spread.median for network, spread in _by_network(findings, limit).items()},
+            3,
+        )
+        for limit in (DELETED, BIASED)
+    ]
+    targets += [
+        at_most(
             f"fused / {limit}",
             LIMIT,
             {finding.label: ratio.median for finding in findings if (ratio := finding.ratio(limit))},
@@ -237,7 +246,7 @@ def report(findings: list[Finding]) -> Section:
         targets = [
             replace(target, text=f"{target.text}; without {', '.join(missing)}", met=False) for target in targets
         ]
-    tables = (_time_table(findings), _ratio_table(findings))
+    tables = (_time_table(findings), _ratio_table(findings), _network_table(findings))
     return Section(tables, targets, {"measurements": [finding.to_dict() for finding in findings]})
 
 
@@ -272,6 +281,33 @@ def _ratio_table(findings: list[Finding]) -> Table:
             cells += ["", ""] if ratio is None else [f"{ratio.median:.3f}", ratio.range]
         rows.append(tuple(cells))
     return Table("Latency of the fused network: medians of the ratios within a round", tuple(columns), tuple(rows))
+
+
+def _by_network(findings: list[Finding], limit: str) -> dict[str, Spread]:
+    """The spread of the ratios of all rounds of each network, in every format and at every batch size."""
+    ratios: dict[str, list[float]] = {}
+    for finding in findings:
+        if finding.rounds.has(FUSED) and finding.rounds.has(limit):
+            ratios.setdefault(finding.network, []).extend(finding.rounds.ratios(FUSED, limit))
+    return {network: Spread.of(found) for network, found in ratios.items()}
+
+
+def _network_table(findings: list[Finding]) -> Table:
+    columns, spreads = [Column("network")], {}
+    for limit in (ORIGINAL, DELETED, BIASED):
+        columns += [Column(f"/ {limit}", True), Column("quartiles", True)]
+        spreads[limit] = _by_network(findings, limit)
+    rows = []
+    for network in dict.fromkeys(finding.network for finding in findings):
+        cells = [network]
+        for found in spreads.values():
+            cells += [str(found[network]), found[network].range] if network in found else ["", ""]
+        rows.append(tuple(cells))
+    means = (
+        geometric_mean(spread.median for spread in found.values()) if found else None for found in spreads.values()
+    )
+    rows.append(("geometric mean", *(cell for mean in means for cell in ("" if mean is None else f"{mean:.3f}", ""))))
+    return Table("Latency of the fused network: medians over all rounds of a network", tuple(columns), tuple(rows))
 
 
 _PLACE = (Column("network"), Column("batch", True), Column("format"))

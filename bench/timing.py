@@ -72,7 +72,11 @@ class Rounds:
 
     def ratio(self, above: Weighted, below: Weighted) -> Spread:
         """The spread of the ratios within the rounds, of measures or of sums of measures."""
-        return Spread.of(x / y for x, y in zip(self._sums(above), self._sums(below), strict=True))
+        return Spread.of(self.ratios(above, below))
+
+    def ratios(self, above: Weighted, below: Weighted) -> list[float]:
+        """The ratio within each round."""
+        return [x / y for x, y in zip(self._sums(above), self._sums(below), strict=True)]
 
     def _sums(self, weighted: Weighted) -> list[float]:
         factors = _factors(weighted)

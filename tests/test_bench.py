@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -276,20 +277,24 @@ def test_latency_in_both_formats_at_both_batch_sizes() -> None:
         assert set(found.rounds.seconds) == set(latency.CANDIDATES)
         assert found.problems == {}
     section = latency.report(findings)
-    assert [len(table.rows) for table in section.tables] == [4, 4]
+    assert [len(table.rows) for table in section.tables] == [4, 4, 2]
+    ratios = [ratio for found in findings for ratio in found.rounds.ratios("fused", "deleted")]
+    pooled = f"{statistics.median(ratios):.3f}"
+    assert [row[3] for row in section.tables[2].rows] == [pooled, pooled]
     first = json.loads(json.dumps(section.data))["measurements"][0]
     again = latency.Finding.from_dict(first).to_dict()
     assert {**again, "fused over": first["fused over"]} == first
     assert first["network"] == "own:tiny"
     assert set(first["fused over"]) == {"original", "deleted", "deleted, with biases"}
-    assert "of 4, worst own:tiny batch" in str(section.targets[0])
+    assert f"of 1, worst own:tiny {pooled}" in str(section.targets[0])
+    assert "of 4, worst own:tiny batch" in str(section.targets[2])
 
 
 def test_a_failure_is_a_cell() -> None:
     findings = latency_findings(BRANCHING)
     assert all(found.problems == {"torch.fx": "fails"} for found in findings)
     assert findings[0].errors["torch.fx"].startswith("TraceError")
-    times, ratios = latency.report(findings).tables
+    times, ratios, _ = latency.report(findings).tables
     place = [column.heading for column in times.columns].index("torch.fx")
     assert {row[place] for row in times.rows} == {"fails"}
     assert {row[[column.heading for column in ratios.columns].index("/ torch.fx")] for row in ratios.rows} == {""}
@@ -310,7 +315,7 @@ def test_a_slower_fused_network_misses_the_target(times: int, verdict: str) -> N
     candidates = dict.fromkeys(latency.CANDIDATES, network(0.01)) | {latency.FUSED: network(0.01 * times)}
     rounds, problems, errors = latency.compare(candidates, torch.ones(3), Effort.exactly(5), clock)
     finding = latency.Finding("own:slow", 1, False, (2, 0), 0.0, rounds, problems, errors)
-    assert [str(target).rpartition(": ")[2] for target in latency.report([finding]).targets] == [verdict, verdict]
+    assert [str(target).rpartition(": ")[2] for target in latency.report([finding]).targets] == [verdict] * 4
 
 
 def test_a_fused_network_that_is_wrong_misses_the_target() -> None:
