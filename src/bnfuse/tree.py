@@ -93,7 +93,7 @@ def unchanging(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if not outer:
-            del _unchanging[id(model)]
+            _unchanging.pop(id(model), None)  # another thread may have fused the same model
 
 
 def _walk(module: nn.Module, name: str, prefix: str, found: list[tuple[str, nn.Module]]) -> None:
