@@ -318,6 +318,21 @@ def test_a_slower_fused_network_misses_the_target(times: int, verdict: str) -> N
     assert [str(target).rpartition(": ")[2] for target in latency.report([finding]).targets] == [verdict] * 4
 
 
+def test_a_small_network_is_called_several_times_in_a_row_and_timed_as_one_call() -> None:
+    clock = FakeClock()
+    called: list[str] = []
+
+    def network(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: clock.work(0.02, lambda: (called.append(name), x)[1])()
+
+    candidates = {name: network(name) for name in (latency.ORIGINAL, latency.FUSED)}
+    rounds, _, _ = latency.compare(candidates, torch.ones(3), ONCE, clock)
+    assert rounds.seconds == {name: pytest.approx([0.02] * rounds.count) for name in candidates}
+    first, second = called[-6], called[-1]
+    assert called[-6:] == 3 * [first] + 3 * [second]
+    assert first != second
+
+
 def test_a_fused_network_that_is_wrong_misses_the_target() -> None:
     candidates: dict[str, Callable[[Tensor], Tensor]] = dict.fromkeys(latency.CANDIDATES, lambda x: x)
     candidates[latency.FUSED] = lambda x: 2 * x
