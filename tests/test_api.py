@@ -470,6 +470,32 @@ def test_a_copy_of_its_own_making() -> None:
     torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
 
 
+class Stateful(nn.Module):
+    """Hands out a state that it makes for the occasion, and holds containers of numbers."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.number, self.indices, self.names, self.known = number, [number] * 1000, {"a", "b"}, {"n": number}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": {"number": [self.number, [self.number]]}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(self.conv(x))
+        return normed + self.indices[0]
+
+
+def test_every_module_is_copied_with_its_own_state() -> None:
+    model = nn.Sequential(*(Stateful(number) for number in range(20))).eval()
+    copied = copy_model(model)
+    for number, (old, new) in enumerate(zip(model, copied, strict=True)):
+        assert new.cache == {"number": [number, [number]]}
+        for name in ("indices", "names", "known"):
+            assert getattr(new, name) == getattr(old, name)
+            assert getattr(new, name) is not getattr(old, name)
+
+
 class Interrupting(TorchDispatchMode):
     """An interrupt, as by Ctrl-C, at the n-th operator."""
 

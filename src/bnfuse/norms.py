@@ -202,7 +202,7 @@ def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
     if isinstance(getattr(value, "__self__", None), nn.Module):
         yield value.__self__
         return
-    if depth == 0:
+    if depth == 0 or tree.holds_no_object(value):
         return
     if isinstance(value, dict):
         for item in value.values():

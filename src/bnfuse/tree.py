@@ -56,7 +56,9 @@ def tensors(tree: object) -> list[tuple[str, Tensor]]:
     return found
 
 
-_SIMPLE = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
+SIMPLE = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
+"""Classes of what never changes and holds nothing."""
+
 _REGISTRIES = frozenset({"_modules", "_parameters", "_buffers"})
 
 
@@ -118,7 +120,7 @@ def distinct(named: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
 
 
 def plain_attributes(model: nn.Module) -> list[tuple[str, Any]]:
-    """What the modules hold beside their registries, without numbers, texts and empty containers.
+    """What the modules hold beside their registries, without numbers, texts and containers of nothing else.
 
     Returns:
         (name, value), the name with that of the module: ``"layers.0.cache"``.
@@ -131,14 +133,23 @@ def plain_attributes(model: nn.Module) -> list[tuple[str, Any]]:
         (f"{names[id(module)]}.{name}".lstrip("."), value)
         for module in modules(model)
         for name, value in module.__dict__.items()
-        if (kind := type(value)) not in _SIMPLE
-        and (kind not in _CONTAINERS or value)
-        and name not in _REGISTRIES
-        and not (kind is tuple and _SIMPLE.issuperset(map(type, value)))
+        if type(value) not in SIMPLE and name not in _REGISTRIES and not holds_no_object(value)
     ]
     if known is not None:
         known.attributes = found
     return found
+
+
+def holds_no_object(value: Any) -> bool:
+    """True for a container of nothing but numbers and texts, of which it may hold a hundred thousand.
+
+    >>> holds_no_object({"a": 1}), holds_no_object([1, [2]]), holds_no_object(1)
+    (True, False, False)
+    """
+    if type(value) not in _CONTAINERS:
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return not value or SIMPLE.issuperset(map(type, items))
 
 
 def map_tensors(tree: Any, function: Function) -> Any:

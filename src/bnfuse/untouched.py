@@ -82,13 +82,17 @@ class Watch:
         containers = list(itertools.compress(self.attributes.values, map(mutable.__contains__, kinds)))
         self.empty = [container for container in containers if not container]  # most of them, and most stay so
         self.containers = [(container, container.copy()) for container in containers if container]
+        self._held: set[int] | None = None
         self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
         self._found_containers: list[tuple[Any, Any]] | None = None
 
     def held(self, tensor: Tensor) -> bool:
         """True if an attribute of a module, or a container in one, held the tensor before the run."""
-        items = (item for _, copy in self.containers for item in (copy.values() if isinstance(copy, dict) else copy))
-        return any(value is tensor for value in itertools.chain(self.attributes.values, items))
+        if self._held is None:
+            held = [copy for _, copy in self.containers if not tree.holds_no_object(copy)]
+            copies = (copy.values() if isinstance(copy, dict) else copy for copy in held)
+            self._held = set(map(id, itertools.chain(self.attributes.values, *copies)))
+        return id(tensor) in self._held
 
     def before_assignment(self, tensor: Tensor) -> None:
         """``tensor.data = other`` changes no element: the old memory is put back."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bnfuse import tree
 from bnfuse.errors import InputError
+from bnfuse.tree import SIMPLE
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
@@ -91,14 +92,14 @@ def copy_model(
     return copied
 
 
-_SAME = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
 _DICTIONARIES = frozenset({dict, OrderedDict})
+_SEQUENCES = frozenset({list, tuple, set})
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """What ``copy.deepcopy`` gives, in a fraction of its time for modules and their registries."""
     kind: Any = type(value)
-    if kind in _SAME:
+    if kind in SIMPLE:
         return value
     known = memo.get(id(value), memo)
     if known is not memo:
@@ -106,12 +107,12 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     if kind in _DICTIONARIES:
         memo[id(value)] = made = kind()
         for key, item in value.items():
-            new_key = key if type(key) in _SAME else copy.deepcopy(key, memo)
-            made[new_key] = item if type(item) in _SAME else _copied(item, memo)
+            new_key = key if type(key) in SIMPLE else copy.deepcopy(key, memo)
+            made[new_key] = item if type(item) in SIMPLE else _copied(item, memo)
         return made
-    if kind is tuple and all(type(item) in _SAME for item in value):
-        return value
-    if kind is set and all(type(item) in _SAME for item in value):
+    if kind in _SEQUENCES and SIMPLE.issuperset(map(type, value)):
+        if kind is tuple:
+            return value
         memo[id(value)] = copied = value.copy()
         return copied
     if not isinstance(value, nn.Module) or not _is_copied_by_state(kind):
@@ -119,8 +120,9 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
     if type(state) is not dict:
         return copy.deepcopy(value, memo)
+    memo.setdefault(id(memo), []).append(state)  # what it made for this only must not give its address to another
     memo[id(value)] = module = object.__new__(kind)
-    module.__setstate__({name: item if type(item) in _SAME else _copied(item, memo) for name, item in state.items()})
+    module.__setstate__({name: item if type(item) in SIMPLE else _copied(item, memo) for name, item in state.items()})
     return module
 
 
