@@ -73,6 +73,9 @@ _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
 # Ways for numbers in the code to become a tensor.
 _LITERALS = (torch.tensor, torch.as_tensor, torch.asarray)
 
+# Of these, what hands a tensor on by operators that are seen; elements of a list of tensors are not.
+_HANDING_ON = (torch.as_tensor, torch.asarray)
+
 _WATCHED = frozenset({*_ESCAPES, *LOOKS, *_LITERALS})
 
 _OWN_HOOKS: set[int] = set()
@@ -608,12 +611,14 @@ class _EscapeWatch(TorchFunctionMode):
             data = func(*args)
             if self.recorder.alias(args[0], data):
                 return data
-        if how is not None:
-            for _, tensor in tree.tensors(args):
+        given = (args, kwargs) if kwargs else args
+        seen = func in _HANDING_ON and isinstance(args[0] if args else (kwargs or {}).get("data"), Tensor)
+        if how is not None and not seen:
+            for _, tensor in tree.tensors(given):
                 self.recorder.escape(tensor, how)
             if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
                 self.recorder.watch.before_assignment(args[0])
-        self.recorder.in_literal = func in _LITERALS and not tree.tensors(args)
+        self.recorder.in_literal = func in _LITERALS and not tree.tensors(given)
         try:
             return func(*args, **(kwargs or {}))
         finally:
