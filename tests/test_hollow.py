@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -160,3 +162,41 @@ def test_an_error_of_unwritten_numbers_is_no_size_that_the_model_refuses(monkeyp
         capture_hollow(model, (x,), {})
     for plan in (bnfuse.plan(model, x), Draft.of(model, x, Options()).plan()):
         assert not plan.fused
+
+
+def test_fusing_loads_no_compiler() -> None:
+    """That takes two seconds, which only those should spend who compile."""
+    code = """
+import sys
+import torch
+from torch import nn
+from torch.nn.functional import conv2d
+import bnfuse
+from bnfuse.decisions import Decisions
+from bnfuse.judge import InFloat64
+from bnfuse.zoo import randomise_
+
+class Conv(nn.Conv2d):
+    def forward(self, x):
+        return conv2d(x, self.weight, self.bias)
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.conv, self.norm = nn.Conv2d(4, 4, 1), Conv(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
+        scores = x.flatten(2).softmax(2) @ x.flatten(2)[:1].mT
+        return self.norm(self.conv(x.reshape(x.shape[0], 4, *x.shape[2:]))) + scores.mean((1, 2))[:, None, None, None]
+
+model = randomise_(nn.Sequential(Conv(3, 4, 3, bias=False), nn.BatchNorm2d(4), Gate())).eval()
+assert not any(isinstance(module, nn.BatchNorm2d) for module in bnfuse.fuse(model, torch.randn(2, 3, 9, 9)).modules())
+with torch.inference_mode():
+    for mode in (InFloat64(), Decisions()):
+        with mode:
+            model(torch.randn(2, 3, 9, 9)).argmax(1)
+print(sorted({"sympy", "torch._dynamo", "torch._inductor"} & set(sys.modules)))
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.stdout == "[]\n", finished.stdout + finished.stderr

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse import tree
 from bnfuse.capture import LOOKS
 from bnfuse.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 from bnfuse.operators import operator_of
-from bnfuse.untouched import WriteWatch, eager, evaluation_mode, forked_random_state, untouched
+from bnfuse.untouched import Mode, WriteWatch, eager, evaluation_mode, forked_random_state, untouched
 
 _BIASED = {
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
@@ -187,7 +186,7 @@ class _Step:
     results: list[Tensor]
 
 
-class _Trace(TorchDispatchMode):
+class _Trace(Mode):
     """Follows a tensor that is filled with one number to the operators of layers.
 
     Attributes:
@@ -197,7 +196,7 @@ class _Trace(TorchDispatchMode):
     """
 
     def __init__(self, tensor: Tensor, place: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tensor, self.place = tensor, place
         self.parts = {id(tensor): tensor}
         self.steps: list[_Step] = []
@@ -276,9 +275,8 @@ def _drawn(tensor: Tensor, device: torch.device | None) -> Tensor:
     """Random contents for a tensor that has none."""
     if not tensor.is_meta:
         return tensor.clone()
-    if not tensor.is_floating_point():
-        return torch.zeros_like(tensor, device=device)
-    return torch.randn_like(tensor, device=device)
+    make = torch.randn if tensor.is_floating_point() else torch.zeros
+    return make(tensor.shape, dtype=tensor.dtype, device=device)  # like a tensor on meta would load PyTorch's compiler
 
 
 def _alike(a: object, b: object) -> bool:

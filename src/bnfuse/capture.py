@@ -181,7 +181,7 @@ class _Recorder(Mode):
         whole: Container[str] | None,
         without_contents: bool,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.watch = watch
         self.whole = whole
         self.hollow = without_contents

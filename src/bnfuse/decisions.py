@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.tree import tensors
+from bnfuse.untouched import Mode
 
 _JUMPS = frozenset(
     {"ceil", "fix", "floor", "floor_divide", "fmod", "frac", "heaviside", "remainder", "round", "sgn", "sign", "trunc"}
@@ -39,7 +39,7 @@ class _Decision:
     results: list[Any]
 
 
-class Decisions(TorchDispatchMode):
+class Decisions(Mode):
     """Writes down every decision of a run, and replaces each by that of another run if one is given.
 
     Attributes:
@@ -48,7 +48,7 @@ class Decisions(TorchDispatchMode):
     """
 
     def __init__(self, followed: Decisions | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.followed = followed
         self.found: list[_Decision] = []
         self.changed = False

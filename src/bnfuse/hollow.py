@@ -72,11 +72,20 @@ def _like_both(x: Any, y: Any, *_: Any, **options: Any) -> Tensor | None:
         return _like(tensor) if fits and "rounding_mode" not in options else None
     if x.dtype != y.dtype or not x.is_floating_point() or "rounding_mode" in options:
         return None
-    shape = x.shape if x.shape == y.shape else torch.broadcast_shapes(x.shape, y.shape)
+    shape = _broadcast(x.shape, y.shape)
     full = [tensor for tensor in (x, y) if tensor.shape == shape]
     if not full or (len(full) == 2 and x.stride() != y.stride()):
         return None
     return _like(full[0])
+
+
+def _broadcast(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...] | None:
+    """``torch.broadcast_shapes``, without the compiler that it loads; None for shapes that do not fit."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    padded = (*[1] * (len(longer) - len(shorter)), *shorter)
+    if not all(m == n or m == 1 or n == 1 for m, n in zip(longer, padded, strict=True)):
+        return None
+    return tuple(n if m == 1 else m for m, n in zip(longer, padded, strict=True))
 
 
 def _batch_norm(
@@ -140,9 +149,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | N
 def _product(x: Tensor, y: Tensor) -> Tensor | None:
     if x.dim() < 2 or y.dim() < 2 or x.dtype != y.dtype or x.shape[-1] != y.shape[-2]:
         return None
-    batch, other = x.shape[:-2], y.shape[:-2]
-    batch = batch if batch == other else torch.broadcast_shapes(batch, other)
-    return x.new_empty((*batch, x.shape[-2], y.shape[-1]))
+    batch = _broadcast(x.shape[:-2], y.shape[:-2])
+    return None if batch is None else x.new_empty((*batch, x.shape[-2], y.shape[-1]))
 
 
 def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:

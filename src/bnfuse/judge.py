@@ -34,10 +34,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.decisions import Decisions
 from bnfuse.tree import map_tensors, tensors
+from bnfuse.untouched import Mode
 from bnfuse.verify import (
     TOLERANCE,
     Comparison,
@@ -407,7 +407,7 @@ def noise(model: nn.Module, expected: object, run: Callable[[nn.Module], Any]) -
     return comparisons
 
 
-class InFloat64(TorchDispatchMode):
+class InFloat64(Mode):
     """Runs a float64 model in float64 throughout, also where its code asks for float32 or less.
 
     Operators are given float64 for every narrower floating dtype and tensor, but not where they return a
@@ -415,7 +415,7 @@ class InFloat64(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.narrowed = False
         """Whether some operator was given float64 and still returned less."""
         self.lifted: list[float] = []

@@ -207,16 +207,19 @@ def eager() -> contextlib.AbstractContextManager[object]:
 class Mode(TorchDispatchMode):
     """For use under :func:`eager`, where no compiler meets the mode's own code."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # True would wrap every call, which takes longer than the call
+        return False  # True would wrap every call, which takes longer than the call and loads the compiler
 
 
 class WriteWatch(Mode):
     """Has the contents of a model's tensors saved just before an operator writes to them."""
 
     def __init__(self, model: nn.Module, watch: Watch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.watch = watch
         self.held: dict[int | None, list[Tensor]] = {}
         for tensor in (*model.parameters(), *model.buffers()):

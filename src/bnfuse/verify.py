@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -389,7 +389,7 @@ class _OutputAccumulator:
             where = self.measure_piece(first, second)
             if where is not None:
                 self.batch, index = batch, number * _PIECE + where
-                self.where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), before.shape))
+                self.where = _place_of(index, before.shape)
         if before.is_floating_point() and before.ndim >= 2 and before.shape[1] > 1 and before.numel():
             positions = before.numel() // before.shape[1]
             self.positions += positions
@@ -518,6 +518,21 @@ def run_under(
             if any(_address(tensor) in kept for _, tensor in tensors(output)):
                 output = map_tensors(output, torch.clone)
         return output
+
+
+def _place_of(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The indices along each axis of an element, by its place in the flattened tensor.
+
+    ``torch.unravel_index`` does the same and loads sympy.
+
+    >>> _place_of(7, (2, 2, 3))
+    (1, 0, 1)
+    """
+    place = []
+    for size in reversed(shape):
+        index, along = divmod(index, size)
+        place.append(along)
+    return tuple(reversed(place))
 
 
 def is_writable(tensor: Tensor) -> bool:
