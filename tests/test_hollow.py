@@ -42,6 +42,15 @@ class Net(nn.Module):
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "conv": (lambda m, x: F.conv2d(x, m.w, None, 2, (1, 0)), (4, 6, 3, 3)),
     "conv, grouped": (lambda m, x: F.conv2d(x, m.w, None, 1, 0, (2, 1), 3), (9, 2, 3, 2)),
+    "conv, same": (lambda m, x: F.conv2d(x, m.w, None, 1, "same"), (4, 6, 3, 5)),
+    "conv, same, dilated": (lambda m, x: F.conv2d(x, m.w, None, 1, "same", (3, 1), 2), (4, 3, 3, 1)),
+    "conv, same, channels last": (
+        lambda m, x: F.conv2d(x.to(memory_format=torch.channels_last), m.w, None, 1, "same"),
+        (4, 6, 3, 3),
+    ),
+    "conv, same, of the wrong stride": (lambda m, x: F.conv2d(x, m.w, None, 2, "same"), (4, 6, 3, 3)),
+    "conv, valid": (lambda m, x: F.conv2d(x, m.w, None, 2, "valid"), (4, 6, 3, 3)),
+    "conv, valid, of too large a kernel": (lambda m, x: F.conv2d(x, m.w, None, 1, "valid"), (4, 6, 12, 3)),
     "conv, of the wrong width": (lambda m, x: F.conv2d(x, m.w), (4, 5, 3, 3)),
     "conv, of too large a kernel": (lambda m, x: F.conv2d(x, m.w), (4, 6, 12, 3)),
     "conv, channels last": (lambda m, x: F.conv2d(x.to(memory_format=torch.channels_last), m.w), (4, 6, 3, 3)),

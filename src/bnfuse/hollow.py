@@ -121,19 +121,21 @@ def _convolved(spatial: int) -> Callable[..., Tensor | None]:
         groups: int = 1,
     ) -> Tensor | None:
         form = _dense(x)
-        if x.dim() != spatial + 2 or isinstance(padding, str) or form is None or not weight.is_contiguous():
+        if x.dim() != spatial + 2 or form is None or not weight.is_contiguous():
             return None
         if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
             return None
         strides, pads, steps = (
             [given] * spatial if isinstance(given, int) else list(given) * (spatial // len(given))
-            for given in (stride, padding, dilation)
+            for given in (stride, 0 if isinstance(padding, str) else padding, dilation)
         )
         sizes = [
             (size + 2 * pad - step * (kernel - 1) - 1) // by + 1
             for size, pad, step, kernel, by in zip(x.shape[2:], pads, steps, weight.shape[2:], strides, strict=True)
         ]
-        if min(sizes) <= 0:
+        if padding == "same":
+            sizes = list(x.shape[2:])
+        if min(sizes) <= 0 or (padding == "same" and strides != [1] * spatial):
             return None
         return torch.empty((x.shape[0], weight.shape[0], *sizes), dtype=x.dtype, device=x.device, memory_format=form)
 
