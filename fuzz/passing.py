@@ -376,6 +376,31 @@ def _mixed(g: Builder, x: str) -> list[str]:
     return codes
 
 
+def _at_places(rank: int) -> list[str]:
+    """Elements taken from places that a tensor tells, and put or added there."""
+    backwards = "torch.arange($0.shape[-1]).flip(0).expand($0.shape)"
+    codes = [
+        f"$0.gather(-1, {backwards})",
+        "$0.gather(0, torch.zeros_like($0[:1], dtype=torch.int64))",
+        "$0.index_select(0, $0.flatten(1).sum(1).argsort())",
+        "$0[torch.arange($0.shape[0]) % 2 < 1]",
+        "torch.zeros_like($0).scatter_add(0, torch.zeros_like($0, dtype=torch.int64), $0)",
+        "$0.new_zeros($0.shape).index_add_(0, torch.arange($0.shape[0]) // 2, $0)",
+        "$0.index_add(-1, torch.zeros($0.shape[-1], dtype=torch.int64), $0, alpha=0.5)",
+        "$0.scatter(-1, torch.zeros_like($0[..., :1], dtype=torch.int64), 0.0)",
+        f"torch.zeros($0.shape, dtype=$0.dtype).scatter_reduce(-1, {backwards}, $0, 'mean', include_self=False)",
+        f"$0.scatter_reduce(-1, {backwards}, $0, 'amax')",
+        "$0.index_copy(0, torch.tensor([0]), $0[-1:])",
+    ]
+    if rank > 2:
+        codes += [
+            "$0[torch.arange($0.shape[0])[:, None], :, torch.arange($0.shape[2])]",
+            "$0[torch.arange($0.shape[0])[:, None], torch.arange($0.shape[1])]",
+            "$0[:, :, torch.zeros(2, 2, dtype=torch.int64)].mean(2)",
+        ]
+    return codes
+
+
 def _picked(g: Builder, x: str) -> list[str]:
     """An element of one tensor or of another, by a mask or by size; patches."""
     rank, channels, n = _sides(g, x)
@@ -392,6 +417,7 @@ def _picked(g: Builder, x: str) -> list[str]:
         "$0.masked_fill($0 > 0.3, 0.0)",
         f"torch.maximum($0, {g.parameter(channels, *[1] * n)})",
         "torch.maximum($0, torch.zeros_like($0))",
+        *_at_places(rank),
     ]
     if rank == 4:
         codes += [

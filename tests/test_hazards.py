@@ -263,6 +263,24 @@ def write_to_base(m: Any, x: Tensor) -> Tensor:
     return m.n(y).sum() + view.sum()
 
 
+def order(x: Tensor) -> Tensor:
+    """The places of the batch, by what the input holds."""
+    return x.flatten(1).sum(1).argsort()
+
+
+def added(messages: Tensor, x: Tensor) -> Tensor:
+    """Messages of each to two others, added up, as torch_geometric does it."""
+    index = (order(x) // 2).view(-1, 1, 1, 1).expand_as(messages)
+    return messages.new_zeros(messages.shape).scatter_add_(0, index, messages)
+
+
+def averaged(m: nn.Module, messages: Tensor) -> Tensor:
+    index = (torch.arange(len(messages)) // 2).view(-1, 1, 1, 1).expand_as(messages)
+    mean = torch.zeros_like(messages).scatter_reduce(0, index, messages, "mean", include_self=False)
+    normed: Tensor = m.n(mean + m.b)
+    return normed
+
+
 def numpy_reader(m: Any, x: Tensor) -> Tensor:
     y = m.c(x)
     return m.n(y) * float(y.detach().numpy().max())
@@ -481,6 +499,18 @@ CASES: dict[str, Case] = {
     "made a tensor again": Case(lambda: Net(lambda m, x: m.n(torch.asarray(torch.as_tensor(m.c(x)))), c=conv(), n=norm()), {"n": None}),
     "made a tensor again, by keyword": Case(lambda: Net(lambda m, x: m.n(torch.as_tensor(data=m.c(x))), c=conv(), n=norm()), {"n": None}),
     "literal tensor": Case(lambda: Net(lambda m, x: m.n(m.a(x) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)), a=conv(3, 3), n=norm(3)), {"n": None}),
+    "messages of a graph, averaged": Case(lambda: Net(lambda m, x: averaged(m, m.c(x)), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": None}),
+    "messages of a graph, added up": Case(lambda: Net(lambda m, x: m.n(added(m.c(x), x) + m.b), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": None}),
+    "messages of a graph, without a bias": Case(lambda: Net(lambda m, x: m.n(added(m.c(x), x)), c=conv(), n=norm()), {"n": "makes a constant"}),
+    "messages of a graph, forward": Case(lambda: Net(lambda m, x: m.c(added(m.n(F.silu(x)), x)), c=conv(), n=norm(3)), {"n": "any number of times"}),
+    "the largest message": Case(lambda: Net(lambda m, x: m.n(m.c(x).scatter_reduce(0, order(x).view(-1, 1, 1, 1).expand(-1, 6, *x.shape[2:]), m.c(x), "amax") + m.b), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": "no negative scale"}),
+    "messages from channel to channel": Case(lambda: Net(lambda m, x: m.n(torch.zeros_like(y := m.c(x)).index_add(1, torch.arange(6) // 2, y) + m.b), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": "whose places a tensor tells"}),
+    "index by the input": Case(lambda: Net(lambda m, x: m.n(m.c(x).index_select(0, order(x))), c=conv(), n=norm()), {"n": None}),
+    "index by several": Case(lambda: Net(lambda m, x: m.n(m.c(x)[order(x)[:, None], :, torch.arange(x.shape[2])].transpose(1, 2)), c=conv(), n=norm()), {"n": None}),
+    "index by several at the front": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))[order(x)[:, None], torch.arange(3)]), c=conv(padding=0), n=norm(3)), {"n": "whose places a tensor tells"}),
+    "index by a mask": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)).permute(0, 2, 3, 1)[x[:, 0] > 0]), c=nn.Linear(3, 2), n=norm(3)), {"n": None}),
+    "gathered": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)).gather(2, x.argsort(2))), c=conv(padding=0), n=norm(3)), {"n": None}),
+    "gathered from a part": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)).gather(2, x[:, :2].argsort(2))), c=conv(2, padding=0), n=norm(3)), {"n": "whose places a tensor tells"}),
     "random tensor": Case(lambda: Net(lambda m, x: m.n(m.a(x) * 0 + torch.rand(3, 1, 1)), a=conv(3, 3), n=norm(3)), {"n": "rand in"}),
     "positions of maxima": Case(lambda: dead(Net(lambda m, x: F.max_pool2d(m.n(m.a(x)), 2, return_indices=True)[1], a=conv(3, 3), n=norm(3))), {"n": None}),
     "division by 0": Case(lambda: Net(lambda m, x: torch.nan_to_num(m.n(m.a(x) / 0.0), 0.0, 0.0, 0.0) + x, a=conv(3, 3), n=norm(3)), {"n": "divides by 0"}),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph import Node, Value
+from bnfuse.rules import places
 from bnfuse.rules.registry import Trial, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, shrink
 
@@ -107,12 +108,12 @@ def take_slice(node: Node, trial: Trial) -> None:
 
 @rule("index_select", "index")
 def take_index(node: Node, trial: Trial) -> None:
-    """Elements of one axis, by a table of numbers that does not depend on the input."""
-    if node.operator == "index" and sum(index is not None for index in node.bound["indices"]) > 1:
-        trial.refuse(node, "it takes elements by several indices", scale=True)
-    taken = _taken(node, trial)
+    """Elements of one axis, by a table of numbers that does not depend on the input; or by any other index."""
+    several = node.operator == "index" and sum(index is not None for index in node.bound["indices"]) > 1
+    taken = None if several else _taken(node, trial)
     if taken is None:
-        trial.refuse(node, "its index is not a plain list of numbers", scale=True)
+        places.take(node, trial)
+        return
     axis, piece = taken
     whole, of_part = node.inputs[0], trial.unit(piece.value)
     assert piece.table is not None

@@ -26,7 +26,7 @@ def extremum(node: Node, trial: Trial) -> None:
             if trial.unit(value) is not None:
                 trial.refuse(node, "it passes no change of units", scale=True)
         return
-    unit = _share(node, trial, [node.bound["self"], node.bound["other"]])
+    unit = share(node, trial, [node.bound["self"], node.bound["other"]])
     if unit is not None and unit.scale is not None and bool((unit.scale < 0).any()):
         trial.refuse(node, "a maximum passes no negative scale", scale=True)
 
@@ -36,15 +36,15 @@ def choose(node: Node, trial: Trial) -> None:
     if not (trial.unit(node.bound["condition"]) or Unit()).is_identity:
         trial.refuse(node, "it passes no change of units", scale=True)
     if "self" in node.bound:
-        _share(node, trial, [node.bound["self"], node.bound["other"]])
+        share(node, trial, [node.bound["self"], node.bound["other"]])
 
 
 @rule("masked_fill")
 def fill(node: Node, trial: Trial) -> None:
-    _share(node, trial, [node.bound["self"], node.bound["value"]])
+    share(node, trial, [node.bound["self"], node.bound["value"]])
 
 
-def _share(node: Node, trial: Trial, operands: Sequence[Value | float]) -> Unit | None:
+def share(node: Node, trial: Trial, operands: Sequence[Value | float]) -> Unit | None:
     """Give the result and all operands the units that one of them has."""
     z = node.outputs[0]
     values = [z, *(operand for operand in operands if isinstance(operand, Value))]
