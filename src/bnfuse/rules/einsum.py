@@ -43,17 +43,41 @@ def operands(node: Node) -> Operands | None:
     """The parts of a sum of two tensors, one of which is made of parameters; None if it is no such sum."""
     y = node.outputs[0]
     if node.operator == "einsum":
-        given, arrow, of_y = node.bound["equation"].replace(" ", "").partition("->")
-        letters, values = given.split(","), list(node.bound["tensors"])
-        if not arrow or "." in given:
-            return None
+        values = list(node.bound["tensors"])
+        *letters, of_y = written_out(node.bound["equation"], [len(value.shape) for value in values])
     else:
         values = list(node.inputs)
         *letters, of_y = _of_matrices([value.shape for value in values], y.shape)
     if len(values) != 2 or any(len(set(part)) != len(part) for part in letters):
         return None
+    sizes: dict[str, int] = {}
+    for value, part in zip((y, *values), (of_y, *letters), strict=True):
+        if any(sizes.setdefault(letter, size) != size for letter, size in zip(part, value.shape, strict=True)):
+            return None  # it is broadcast
     (x, of_x), (w, of_w) = sorted(zip(values, letters, strict=True), key=lambda pair: pair[0].independent)
     return Operands(x, of_x, w, of_w, y, of_y) if w.independent and not x.independent else None
+
+
+def written_out(equation: str, ranks: Sequence[int]) -> list[str]:
+    """The letters of the operands and of the result, with letters for an ellipsis and for a result that is left out.
+
+    >>> written_out("...ij, jk -> ...ik", [4, 2])
+    ['abij', 'jk', 'abik']
+    >>> written_out("ij,jk", [2, 2])
+    ['ij', 'jk', 'ik']
+    """
+    given, arrow, result = equation.replace(" ", "").partition("->")
+    parts = given.split(",")
+    hidden = [rank - len(part.replace("...", "")) for part, rank in zip(parts, ranks, strict=True)]
+    free = [letter for letter in string.ascii_letters if letter not in equation][: max(hidden)]
+    if not arrow:
+        letters = given.replace(",", "").replace(".", "")
+        result = "..." * ("..." in given) + "".join(sorted(x for x in set(letters) if letters.count(x) == 1))
+    own = ["".join(free[len(free) - count :]) for count in hidden]
+    return [
+        *(part.replace("...", more) for part, more in zip(parts, own, strict=True)),
+        result.replace("...", "".join(free)),
+    ]
 
 
 def _of_matrices(shapes: Sequence[Sequence[int]], result: Sequence[int]) -> list[str]:
