@@ -266,8 +266,12 @@ def tensors_of(value: Any, path: str = "") -> dict[str, Tensor]:
 
 
 def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        results = tensors_of(model(*(tensor.clone() for tensor in inputs)))
+    try:
+        with torch.no_grad():
+            results = tensors_of(model(*(tensor.clone() for tensor in inputs)))
+    except Exception:
+        _forget(model)  # what it stored before it failed, which another network has not
+        raise
     results = {path: tensor.clone() for path, tensor in results.items()}
     for place, module in model.named_modules():
         for name in STORED:
