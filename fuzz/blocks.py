@@ -635,6 +635,41 @@ def classifier(g: Builder) -> None:
         linear(g, activate(g, norm(g, y)))
 
 
+@block(1)
+def statistics(g: Builder) -> None:
+    """Mean and deviation over all positions, as in networks that tell speakers apart."""
+    x = g.pick(3, 4, 5)
+    if g.chance(0.7):
+        x = norm(g, x)
+    deviation = g.one_of("std(-1, correction=0)", "var(-1, correction=0)")
+    y = g.emit(f"torch.cat([$0.flatten(2).mean(-1), $0.flatten(2).{deviation}], 1)", x)
+    linear(g, y)
+
+
+@block(3)
+def messages(g: Builder) -> None:
+    """What some of the batch hand to others, added up or averaged, as in a graph network."""
+    x = g.pick(3, 4)
+    if g.chance(0.7):
+        x = layer_on(g, x)
+    to = g.one_of("torch.arange($0.shape[0]) // 2", "torch.zeros($0.shape[0], dtype=torch.int64)")
+    each = f"({to}).view(-1, *[1] * ($0.dim() - 1)).expand_as($0)"
+    y = g.emit(
+        g.one_of(
+            f"$0.new_zeros($0.shape).index_add_(0, {to}, $0)",
+            f"torch.zeros_like($0).scatter_add(0, {each}, $0)",
+            f"$0.index_add(0, {to}, $0.flip(0), alpha=0.5)",
+            f"torch.zeros_like($0).scatter_reduce(0, {each}, $0, 'mean', include_self=False)",
+            f"$0.scatter_reduce(0, {each}, $0, 'amax')",
+            "$0[torch.arange($0.shape[0]).flip(0)[:, None], :, torch.arange($0.shape[2])].transpose(1, 2)",
+        ),
+        x,
+    )
+    if g.chance(0.5):
+        y = g.emit(f"$0 + {g.parameter(g.shape(y)[1], *[1] * (len(g.shape(y)) - 2))}", y)
+    norm(g, y)
+
+
 @block(1.5)
 def containers(g: Builder) -> None:
     """Submodules with children of their own."""

@@ -11,12 +11,12 @@ def pass_through(g: Builder, x: str) -> str:
         raise Unfit
     family = g.one_of(
         _reshaped, _reshaped, _turned, _joined, _taken, _pooled, _resized, _padded, _numbers, _turned_around, _parameters, _copied,
-        _positive, _averaged, _summed, _made_from_shape, _mixed, _picked, _composed,
+        _positive, _averaged, _summed, _made_from_shape, _mixed, _picked, _at_places, _composed,
     )  # fmt: skip
     codes = family(g, x)
     if not codes:
         raise Unfit
-    if family in (_padded, _positive, _mixed, _picked):
+    if family in (_padded, _positive, _mixed, _picked, _at_places):
         g.hint = "scale"  # these pass no shift, so let a norm without one meet them
     return str(g.emit(g.one_of(*codes), x))
 
@@ -376,8 +376,9 @@ def _mixed(g: Builder, x: str) -> list[str]:
     return codes
 
 
-def _at_places(rank: int) -> list[str]:
+def _at_places(g: Builder, x: str) -> list[str]:
     """Elements taken from places that a tensor tells, and put or added there."""
+    rank, _, _ = _sides(g, x)
     backwards = "torch.arange($0.shape[-1]).flip(0).expand($0.shape)"
     codes = [
         f"$0.gather(-1, {backwards})",
@@ -417,7 +418,6 @@ def _picked(g: Builder, x: str) -> list[str]:
         "$0.masked_fill($0 > 0.3, 0.0)",
         f"torch.maximum($0, {g.parameter(channels, *[1] * n)})",
         "torch.maximum($0, torch.zeros_like($0))",
-        *_at_places(rank),
     ]
     if rank == 4:
         codes += [

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bnfuse import beside, capture, graph, norms, solve, trial, units, untouched
-from bnfuse.rules import activation, layers, pooling, products, sums
+from bnfuse.rules import activation, layers, places, pooling, products, sums
 from bnfuse.rules import norms as norm_rules
 from fuzz.check import bare_algebra, check
 from fuzz.generate import draw
@@ -188,6 +188,20 @@ def factors_of_a_norm_beside_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(beside, "_terms", lambda node: (terms := original(node)) and dict.fromkeys(terms, 1.0))
 
 
+def places_of_a_tensor_trusted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(places, "_check_uniform", lambda node, trial, unit, axes: None)
+
+
+def shift_added_up_as_if_once(patch: pytest.MonkeyPatch) -> None:
+    def add(node: Any, trial: Any, x: Any, y: Any, source: Any) -> None:
+        whole = next(unit for value in (y, source, x) if (unit := trial.unit(value)) is not None)
+        for value in (y, source):
+            trial.demand(value, whole)
+        trial.demand(x, whole.scale_only())
+
+    patch.setattr(places, "_add", add)
+
+
 def _same(unit: Any) -> Any:
     return unit
 
@@ -211,6 +225,7 @@ MUTANTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
     middle_tap_taken_for_its_own: r"pad\(|, 2, padding|, 4, padding",
     layer_of_another_tensor_taken_for_one_beside: r"\+", factors_of_a_norm_beside_forgotten: r"sub| - |alpha",
     parts_of_parameters_trusted: r"m\.[wp]\d+(\[|\.chunk)",
+    places_of_a_tensor_trusted: "gather|scatter|index_", shift_added_up_as_if_once: "scatter_add|index_add",
 }  # fmt: skip
 """Mutants, with what a program must mention to be worth a try (which only saves time)."""
 
