@@ -148,8 +148,7 @@ def holds_no_object(value: Any) -> bool:
     """
     if type(value) not in _CONTAINERS:
         return False
-    items = value.values() if isinstance(value, dict) else value
-    return not value or SIMPLE.issuperset(map(type, items))
+    return not value or SIMPLE.issuperset(map(type, value.values() if isinstance(value, dict) else value))
 
 
 def map_tensors(tree: Any, function: Function) -> Any:
