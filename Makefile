@@ -53,5 +53,5 @@ census: $(VENV)/.installed-dev
 			$(BIN)/bnfuse census $$zoo --output docs/census/$$zoo.jsonl.gz $$part $(ARGS) || status=1; \
 		done; \
 	done; \
-	$(BIN)/python -m bnfuse.census.page docs; \
+	$(BIN)/python -m bnfuse.tools.census.page docs; \
 	exit $$status

@@ -22,7 +22,7 @@ from bench.rivals import is_right
 from bench.section import Section, Settings, progress
 from bench.timing import Effort, Rounds, measured
 from bnfuse.report.tables import Column, Table
-from bnfuse.timing import Measure, timed
+from bnfuse.tools.timing import Measure, timed
 
 NETWORKS = (zoo("torchvision:mobilenet_v2"), zoo("torchvision:resnet50"))
 QUICK = tuple(selected("own:small_mlp", SMALL))

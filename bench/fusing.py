@@ -20,7 +20,7 @@ from bench.section import Section, Settings, Target, progress
 from bench.stages import STAGES, median_stages, stages, with_stages
 from bench.timing import Clock, Effort, Rounds, Weighted, geometric_mean, measured, tidied
 from bnfuse.report.tables import Column, Table
-from bnfuse.timing import Measure, threads
+from bnfuse.tools.timing import Measure, threads
 
 FX_LIMIT = 1.0
 VERIFIED_LIMIT = 1.3

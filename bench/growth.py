@@ -17,7 +17,7 @@ from bench.section import Section, Settings, Target, progress
 from bench.stages import STAGES, median_stages, stages, with_stages
 from bench.timing import Clock, Rounds, Spread, tidied
 from bnfuse.report.tables import Column, Table
-from bnfuse.timing import Measure, by_turns, threads
+from bnfuse.tools.timing import Measure, by_turns, threads
 
 SECONDS_LIMIT = 15.0
 GROWTH_LIMIT = 1.5

@@ -30,7 +30,7 @@ from bench.rivals import attempt, fx_fused, is_right, jit_optimised, without_nor
 from bench.section import Section, Settings, at_most, progress
 from bench.timing import Clock, Effort, Rounds, Spread, geometric_mean, measured
 from bnfuse.report.tables import Column, Table
-from bnfuse.timing import threads, timed
+from bnfuse.tools.timing import threads, timed
 
 LIMIT = 1.02
 BATCHES = (1, 8)

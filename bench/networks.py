@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfuse.zoo import build, randomise_
+from bnfuse.tools.zoo.randomise import randomise_
+from bnfuse.tools.zoo.specs import build
 
 IMAGE = (3, 224, 224)
 

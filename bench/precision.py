@@ -11,13 +11,14 @@ import statistics
 import sys
 
 import torch
+from bnfuse.zoo import build, calibrate_, randomise_
 from torch import Tensor
 
 import bnfuse
+from bnfuse.model import pytree
 from bnfuse.report.tables import Column, Table
 from bnfuse.report.text import table_text
 from bnfuse.verify import compare_outputs, run
-from bnfuse.zoo import build, calibrate_, randomise_
 
 NETWORKS = (
     "torchvision:resnet50", "torchvision:mobilenet_v3_large", "torchvision:efficientnet_b0", "torchvision:googlenet",
@@ -49,7 +50,7 @@ def _error(exact: object, found: object) -> float:
     def wide(tensor: Tensor) -> Tensor:
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    comparison = compare_outputs(exact, bnfuse.tree.map_tensors(found, wide))
+    comparison = compare_outputs(exact, pytree.map_tensors(found, wide))
     return max(output.relative_l2 for output in comparison.outputs)
 
 

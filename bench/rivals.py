@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
-from bnfuse.plan import Plan
+from bnfuse.fusion_plan import Plan
 from bnfuse.rewrite import rewrite
-from bnfuse.verify import compare_outputs
+from bnfuse.verify.comparison import compare_outputs
 
 WRONG = 1e-2
 """Relative error of an output that no rounding in float32 explains."""

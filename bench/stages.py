@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from bench.timing import Clock
-from bnfuse.timing import Measure
+from bnfuse.tools.timing import Measure
 
 STEPS = {
     "bnfuse.api.fused_copy": "copy",
-    "bnfuse.planning.captured": "capture",
-    "bnfuse.planning.solve": "solve",
-    "bnfuse.planning.varying": "rehearse",
-    "bnfuse.planning.needed_in_place": "rehearse",
-    "bnfuse.planning.Draft._holds": "rehearse",
+    "bnfuse.planner.planner.captured": "capture",
+    "bnfuse.planner.planner.solve": "solve",
+    "bnfuse.planner.planner.varying": "rehearse",
+    "bnfuse.planner.planner.needed_in_place": "rehearse",
+    "bnfuse.planner.planner.Draft._holds": "rehearse",
     "bnfuse.api.rewrite": "rewrite",
     "bnfuse.api._verify": "verify",
 }

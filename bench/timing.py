@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from bnfuse.timing import Measure, by_turns, timed
+from bnfuse.tools.timing import Measure, by_turns, timed
 
 Clock = Callable[[], float]
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfuse
-from bnfuse import planning
-from bnfuse.plan import Decision, Plan
+from bnfuse.changes import Decision
+from bnfuse.fusion_plan import Plan
+from bnfuse.planner import planner as planning
 from fuzz.program import Program
 
 EXACT = 1e-9

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bnfuse import solve, trial
+from bnfuse.solve import propagation as trial
+from bnfuse.solve import search as solve
 
 
 @contextmanager

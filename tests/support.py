@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import bnfuse
-from bnfuse import tree
-from bnfuse.verify import compare_outputs, run
-from bnfuse.wrappers import copy_model
-from bnfuse.zoo import randomise_
+from bnfuse.model import pytree
+from bnfuse.model.copying import copy_model
+from bnfuse.model.sandbox import run
+from bnfuse.tools.zoo.randomise import randomise_
+from bnfuse.verify.comparison import compare_outputs
 
 EXACT = 1e-9
 """Relative error allowed in float64."""
@@ -34,7 +35,7 @@ def fresh(structure: Any, batch: int = 0, seed: int = 1) -> Any:
         shape = (tensor.shape[0] + batch, *tensor.shape[1:]) if tensor.dim() else tensor.shape
         return torch.randn(shape, generator=generator, dtype=tensor.dtype)
 
-    return tree.map_tensors(structure, other)
+    return pytree.map_tensors(structure, other)
 
 
 def snapshot(model: nn.Module) -> list[tuple[str, Any]]:

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfuse
 from bnfuse import rules
-from bnfuse.plan import Replacement
+from bnfuse.changes import Replacement
+from bnfuse.model.copying import copy_model
 from bnfuse.rewrite import rewrite
 from bnfuse.units import Unit
-from bnfuse.wrappers import copy_model
 
 
 class Block(nn.Module):

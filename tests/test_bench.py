@@ -24,7 +24,7 @@ from bench.growth import Family
 from bench.networks import NETWORKS, QUICK, DenseBlock, Network, chain, forward, residual_stream, selected
 from bench.section import Section, Settings, Target, at_most
 from bench.timing import Effort, Rounds, Spread, geometric_mean, measured
-from bnfuse.timing import by_turns, threads, timed
+from bnfuse.tools.timing import by_turns, threads, timed
 
 ONCE = Effort.exactly(1)
 ONE_THREAD = Settings().clock

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfuse.capture import capture
-from bnfuse.graph import Graph, Kind
+from bnfuse.capture.run import capture
+from bnfuse.graph.graph import Graph, Kind
 
 
 class Net(nn.Module):

@@ -18,15 +18,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bnfuse import zoo, zoo_inputs
-from bnfuse.census import page, reasons, rivals, run, worker
-from bnfuse.census.ledger import FAILURES, FUSED, OUTCOMES, Kept, KeptReason, Ledger, Rival, Row, read
-from bnfuse.census.sweep import Sweep
-from bnfuse.census.worker import Job, Settings, visit
-from bnfuse.cli import main, parse_count
+from bnfuse.analysis.norms import is_norm
 from bnfuse.errors import BnFuseError, InputError, VerificationError
-from bnfuse.judge import NOISE_FACTOR
-from bnfuse.norms import is_norm
+from bnfuse.tools import zoo
+from bnfuse.tools.census import page, reasons, rivals, run, worker
+from bnfuse.tools.census.ledger import FAILURES, FUSED, OUTCOMES, Kept, KeptReason, Ledger, Rival, Row, read
+from bnfuse.tools.census.sweep import Sweep
+from bnfuse.tools.census.worker import Job, Settings, visit
+from bnfuse.tools.cli import main, parse_count
+from bnfuse.tools.zoo import inputs as zoo_inputs
+from bnfuse.verify.judge import NOISE_FACTOR
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -422,7 +423,9 @@ def test_a_page(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not ROWS, reason="no census has been made")
 def test_the_page_is_that_of_the_rows() -> None:
-    assert (DOCS / "census.md").read_text() == page.page(DOCS), "run make census, or python -m bnfuse.census.page docs"
+    assert (DOCS / "census.md").read_text() == page.page(DOCS), (
+        "run make census, or python -m bnfuse.tools.census.page docs"
+    )
 
 
 @pytest.mark.skipif(not ROWS, reason="no census has been made")

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import bnfuse
-from bnfuse.cli import main, parse_shape
 from bnfuse.errors import InputError, VerificationError
-from bnfuse.zoo import build
+from bnfuse.tools.cli import main, parse_shape
+from bnfuse.tools.zoo.specs import build
 
 NETWORKS = """
 import torch

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bnfuse import demo
-from bnfuse.cli import main
+from bnfuse.tools import demo
+from bnfuse.tools.cli import main
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bnfuse
 from bnfuse.rules import RULES
-from bnfuse.zoo import randomise_
+from bnfuse.tools.zoo.randomise import randomise_
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -9,8 +9,8 @@ from support import prepared
 from torch import Tensor, nn
 
 import bnfuse
-from bnfuse.capture import capture
-from bnfuse.elsewhere import Elsewhere
+from bnfuse.capture.run import capture
+from bnfuse.planner.other_sizes import Elsewhere
 
 
 class Counting(nn.Module):
@@ -96,5 +96,5 @@ def test_a_plan_is_the_same_in_another_order() -> None:
     layers = [nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)]
     plan = bnfuse.plan(prepared(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8, dtype=torch.float64))
     assert len(plan.edits) > 1
-    assert plan.does_the_same(replace(plan, edits=plan.edits[::-1]))
-    assert not plan.does_the_same(replace(plan, edits=plan.edits[1:]))
+    assert plan.same_as(replace(plan, edits=plan.edits[::-1]))
+    assert not plan.same_as(replace(plan, edits=plan.edits[1:]))

@@ -15,9 +15,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bnfuse import beside, capture, graph, norms, solve, trial, units, untouched
-from bnfuse.rules import activation, layers, places, pooling, products, sums
+from bnfuse import units
+from bnfuse.analysis import norms
+from bnfuse.capture import run as capture
+from bnfuse.graph import graph
+from bnfuse.model import sandbox as untouched
+from bnfuse.rules import activation, layers, products, sums
+from bnfuse.rules import indexing as places
 from bnfuse.rules import norms as norm_rules
+from bnfuse.rules import reductions as pooling
+from bnfuse.solve import parallel_layer as beside
+from bnfuse.solve import propagation as trial
+from bnfuse.solve import search as solve
 from fuzz.check import bare_algebra, check
 from fuzz.generate import draw
 from fuzz.program import Program

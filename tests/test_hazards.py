@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnfuse
-from bnfuse.rehearse import Rehearsal
+from bnfuse.planner.other_inputs import Rehearsal
 
 IMAGE = (2, 3, 8, 8)
 

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 import bnfuse
-from bnfuse import hollow
-from bnfuse.capture import capture, capture_hollow
-from bnfuse.graph import Graph
-from bnfuse.hollow import NeedsContentsError
-from bnfuse.planning import Draft, Options
+from bnfuse.capture import shapes_only as hollow
+from bnfuse.capture.run import capture, capture_hollow
+from bnfuse.capture.shapes_only import NeedsContentsError
+from bnfuse.graph.graph import Graph
+from bnfuse.planner.options import Options
+from bnfuse.planner.planner import Draft
 from bnfuse.rules import RULES
-from bnfuse.zoo import build
+from bnfuse.tools.zoo.specs import build
 
 IMAGE = (2, 6, 9, 8)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.errors import InputError
-from bnfuse.inputs import Candidate, candidates, normalise, random_inputs, token_bound
+from bnfuse.model.inputs import Candidate, candidates, normalise, random_inputs, token_bound
 
 
 def first_that_runs(model: nn.Module) -> Candidate:
@@ -121,7 +121,7 @@ def test_the_first_candidate_that_runs(model: nn.Module, expected: str) -> None:
     ],
 )
 def test_models_of_the_zoos(package: str, name: str, expected: str) -> None:
-    from bnfuse.zoo import build
+    from bnfuse.tools.zoo.specs import build
 
     assert first_that_runs(build(f"{package}:{name}")).description == expected
 

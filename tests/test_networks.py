@@ -11,7 +11,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnfuse
-from bnfuse.zoo import build
+from bnfuse.tools.zoo.specs import build
 
 # Removed, of those that run; with dead channels among the norms. An auxiliary head does not run in evaluation.
 NETWORKS: dict[str, tuple[int, int]] = {

@@ -11,7 +11,7 @@ from support import assert_untouched, fused_and_checked, prepared, reason, snaps
 from torch import Tensor, nn
 
 import bnfuse
-from bnfuse.graph import Node
+from bnfuse.graph.graph import Node
 from bnfuse.rules.registry import ABSORBERS, RULES, Trial, link, rule
 from bnfuse.units import Unit
 

@@ -12,7 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bnfuse
 from bnfuse.errors import FusionError
-from bnfuse.zoo import randomise_
+from bnfuse.tools.zoo.randomise import randomise_
 
 PAIRS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(3, 6, 3, bias=False), lambda: nn.BatchNorm1d(6), (2, 3, 9)),

@@ -6,14 +6,16 @@ import sys
 import pytest
 from rich.console import Console
 
-from bnfuse.plan import Decision, Plan, Reason
-from bnfuse.report.tables import Column, Table, plan_table
+from bnfuse.changes import Decision
+from bnfuse.fusion_plan import Plan
+from bnfuse.reasons import Reason
+from bnfuse.report.tables import Column, Table, decisions_table
 from bnfuse.report.terminal import rich_table, show
-from bnfuse.report.text import plan_text, table_text
+from bnfuse.report.text import decisions_text, table_text
 
 PLAN = Plan(
-    "Net",
-    (
+    model="Net",
+    decisions=(
         Decision("stem.1", "BatchNorm2d", 64, True, "backward", ("stem.0",)),
         Decision("blocks[0].norm", "BatchNormAct2d", 1024, True, "forward", ("a", "b", "c", "d", "e")),
         Decision(
@@ -42,16 +44,16 @@ SMALL = Table("a title", (Column("name"), Column("number", number=True)), (("[re
 
 
 def test_a_plan_as_text() -> None:
-    assert plan_text(PLAN) == PLAN_TEXT
+    assert decisions_text(PLAN.model, PLAN.decisions) == PLAN_TEXT
     assert str(PLAN) == PLAN_TEXT
 
 
 def test_a_plan_without_norms_that_stay_or_go() -> None:
-    assert plan_text(Plan("Net", ())).splitlines()[0] == "Net: 0 batch norms, 0 fused, 0 kept"
+    assert decisions_text("Net", ()).splitlines()[0] == "Net: 0 batch norms, 0 fused, 0 kept"
 
 
 def test_one_row_for_each_norm() -> None:
-    table = plan_table(PLAN)
+    table = decisions_table(PLAN.model, PLAN.decisions)
     assert [row[0] for row in table.rows] == [decision.norm for decision in PLAN.decisions]
     assert all(len(row) == len(table.columns) for row in table.rows)
 
@@ -68,7 +70,7 @@ def test_text_is_aligned_numbers_to_the_right() -> None:
 
 def test_rich_draws_every_cell_and_reads_no_markup() -> None:
     console = Console(file=io.StringIO(), width=70)
-    console.print(rich_table(plan_table(PLAN)), rich_table(SMALL))
+    console.print(rich_table(decisions_table(PLAN.model, PLAN.decisions)), rich_table(SMALL))
     drawn = console.file.getvalue()
     assert "blocks[0].norm" in drawn
     assert "[red]x" in drawn

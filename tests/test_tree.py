@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from bnfuse.tree import DEEPEST, map_tensors, tensors
+from bnfuse.model.pytree import DEEPEST, map_tensors, tensors
 
 Pair = namedtuple("Pair", "mean variance")
 

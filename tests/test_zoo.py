@@ -11,8 +11,8 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from bnfuse import zoo
 from bnfuse.errors import SpecError
+from bnfuse.tools import zoo
 
 FACTORIES = """
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """bnfuse removes batch normalisation from trained PyTorch models, exactly, and proves it."""
 
 from bnfuse.api import fuse, plan
+from bnfuse.changes import Decision
 from bnfuse.errors import (
     BnFuseError,
     FusionError,
@@ -9,9 +10,10 @@ from bnfuse.errors import (
     SpecError,
     VerificationError,
 )
+from bnfuse.fusion_plan import Plan
 from bnfuse.pair import fuse_pair
-from bnfuse.plan import Decision, Plan, Reason
-from bnfuse.verify import Comparison, compare
+from bnfuse.reasons import Reason
+from bnfuse.verify.comparison import Comparison, compare
 
 __all__ = [
     "BnFuseError",

@@ -5,23 +5,25 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from bnfuse import tree
-from bnfuse.budget import within_budget
-from bnfuse.errors import FusionError, InputError, VerificationError
-from bnfuse.judge import judge
-from bnfuse.plan import Handler, Plan, total
-from bnfuse.planning import Draft, Options, report
+from bnfuse.changes import Handler
+from bnfuse.errors import VerificationError
+from bnfuse.fusion_plan import Plan
+from bnfuse.model import tree
+from bnfuse.model.copying import copy_model
+from bnfuse.model.sandbox import run
+from bnfuse.model.wrappers import unwrapped
+from bnfuse.planner.options import Options
+from bnfuse.planner.planner import Draft, report
+from bnfuse.planner.refine import within_budget
 from bnfuse.rewrite import fused_copy, rewrite
-from bnfuse.verify import compare_outputs, run
-from bnfuse.wrappers import copy_model, held_tensors, unwrap
+from bnfuse.verify.comparison import compare_outputs
+from bnfuse.verify.judge import judge
 
 log = logging.getLogger("bnfuse")
 
@@ -75,7 +77,7 @@ def fuse(
       (2): ReLU()
     )
     """
-    inner, wrap = _unwrapped(model)
+    inner, wrap = unwrapped(model)
     if inner.training:
         log.info("%s is in training mode; its evaluation behaviour is fused", type(inner).__name__)
     flags = [(module, module.training) for module in tree.modules(inner)]
@@ -151,7 +153,7 @@ def plan(
     Raises:
         InputError, NoNormError, FusionError: as for :func:`fuse`.
     """
-    inner, _ = _unwrapped(model)
+    inner, _ = unwrapped(model)
     options = Options.of(keep, also, layers, handlers)
     source = _in_evaluation(inner)
     with _uncollected(), tree.unchanging(source):
@@ -161,28 +163,6 @@ def plan(
         draft.release()
     report(made)
     return made
-
-
-def apply_plan(plan: Plan, model: nn.Module, inplace: bool = False) -> nn.Module:
-    """See :meth:`bnfuse.plan.Plan.apply`."""
-    inner, wrap = _unwrapped(model)
-    if type(inner).__name__ != plan.model:
-        raise FusionError(
-            f"The plan was made for another model:\n  got:      {type(inner).__name__}\n  expected: {plan.model}"
-        )
-    for name, expected in plan.witness.items():
-        path, _, place = name.rpartition(".")
-        try:
-            tensor = getattr(inner.get_submodule(path), place)
-        except AttributeError:
-            raise FusionError(f"The plan does not fit the model: it holds no {name}. Make a new plan.") from None
-        if tensor is None or not (total(tensor) == expected or math.isnan(expected)):
-            raise FusionError(f"{name} has changed since the plan was made. Make a new plan for the model as it is.")
-    if inplace:
-        rewrite(plan, inner)
-    target = inner if inplace else fused_copy(plan, inner)
-    target.eval()
-    return model if inplace else wrap(target)
 
 
 @contextlib.contextmanager
@@ -202,25 +182,6 @@ def _in_evaluation(model: nn.Module) -> nn.Module:
     if model.training and any(type(module).train is not nn.Module.train for module in tree.modules(model)):
         return copy_model(model).eval()
     return model
-
-
-def _unwrapped(model: object) -> tuple[nn.Module, Any]:
-    if not isinstance(model, nn.Module):
-        hint = ""
-        if isinstance(model, dict):
-            hint = " A state dict holds weights only: build the model, load_state_dict into it, and pass the model."
-        raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError("No module of a scripted or traced model can be replaced: fuse the original, then compile it.")
-    for key, tensor in held_tensors(model).items():
-        if tensor.is_meta or nn.parameter.is_lazy(tensor):
-            names = {id(held): name for name, held in (*model.named_parameters(), *model.named_buffers())}
-            if tensor.is_meta:
-                problem = "is on the meta device and holds no numbers: load the weights, then fuse."
-            else:
-                problem = "is not initialised yet: run the model once on real inputs, then fuse it."
-            raise InputError(f"{names[key]} {problem}")
-    return unwrap(model)
 
 
 def _verify(plan: Plan, original: nn.Module, fused: nn.Module, draft: Draft, undo: Callable[[], None] | None) -> None:

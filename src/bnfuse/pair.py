@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from bnfuse.analysis.norms import is_norm
 from bnfuse.errors import BnFuseError, FusionError
-from bnfuse.norms import is_norm
-from bnfuse.wrappers import copy_model
+from bnfuse.model.copying import copy_model
 
 
 def fuse_pair(layer: nn.Module, norm: nn.Module, inplace: bool = False) -> nn.Module:

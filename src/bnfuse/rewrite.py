@@ -1,4 +1,4 @@
-"""Carrying a plan out on a module tree: a transaction, all edits or none.
+"""Writing changes to a module tree: a transaction, all edits or none.
 
 A copy is made with the new weights in it, so that every weight is read once and written once. In place, everything
 that can fail is done or tried before the first weight is written.
@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfuse import tree
+from bnfuse.changes import Changes, Edit, Handler, Replacement
 from bnfuse.errors import FusionError
-from bnfuse.plan import Edit, Handler, Plan, Replacement
+from bnfuse.model import tree
+from bnfuse.model.copying import copy_model, held_tensors, shared_memory
 from bnfuse.units import PIECE, Entries, Unit, add, multiply, row_ranges, scaled
-from bnfuse.wrappers import copy_model, held_tensors, shared_memory
 
 _Modules = Mapping[str, nn.Module]
 """The modules of a model by name."""
 
 
-def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
-    """A copy of ``model`` on which the plan is carried out; every number is computed in float64 and rounded once.
+def fused_copy(changes: Changes, model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with the changes in it; every number is computed in float64 and rounded once.
 
     Raises:
-        FusionError, InputError: as :func:`rewrite` and :func:`bnfuse.wrappers.copy_model`.
+        FusionError, InputError: as :func:`rewrite` and :func:`bnfuse.model.wrappers.copy_model`.
     """
     modules = dict(tree.named_modules(model))
     held = held_tensors(model)
@@ -38,14 +38,14 @@ def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
     new_weights: dict[Edit, nn.Parameter] = {}
     with torch.inference_mode(False), torch.no_grad():
         scratch = _scratch()
-        for edit in plan.edits:
+        for edit in changes.edits:
             old = None if edit.created or edit.handler else _weight(modules, edit)
             if type(old) is nn.Parameter and id(old) not in shared:
                 new = torch.empty_like(old)
                 for write in _writes(old, new, edit):
                     write.make(write.target, scratch)
                 new_weights[edit] = stand_ins[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
-        for replacement in plan.replacements:
+        for replacement in changes.replacements:
             if not replacement.keep:
                 norm = _norm(modules, replacement)
                 stand_ins[id(norm)] = _identity(norm)
@@ -53,10 +53,12 @@ def fused_copy(plan: Plan, model: nn.Module) -> nn.Module:
     # A class with a __deepcopy__ of its own may make the copy from something else.
     modules = dict(tree.named_modules(copied))
     rest = replace(
-        plan,
-        edits=tuple(edit for edit in plan.edits if edit not in new_weights or not _holds(modules, edit, new_weights)),
+        changes,
+        edits=tuple(
+            edit for edit in changes.edits if edit not in new_weights or not _holds(modules, edit, new_weights)
+        ),
         replacements=tuple(
-            replacement for replacement in plan.replacements if type(_norm(modules, replacement)) is not nn.Identity
+            replacement for replacement in changes.replacements if type(_norm(modules, replacement)) is not nn.Identity
         ),
     )
     rewrite(rest, copied)
@@ -67,8 +69,8 @@ def _holds(modules: _Modules, edit: Edit, new_weights: dict[Edit, nn.Parameter])
     return all(getattr(*_owner(modules, name), None) is new_weights[edit] for name in edit.names)
 
 
-def rewrite(plan: Plan, model: nn.Module, undoable: bool = True) -> Callable[[], None]:
-    """Apply every edit and replacement of the plan to ``model`` itself.
+def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callable[[], None]:
+    """Make every change to ``model`` itself.
 
     Edited parameters keep their identity, class, dtype, device, memory format and ``requires_grad``; every number is
     computed in float64 and rounded once.
@@ -93,15 +95,17 @@ def rewrite(plan: Plan, model: nn.Module, undoable: bool = True) -> Callable[[],
 
     try:
         with torch.inference_mode(False), torch.no_grad():  # new parameters are trainable, whatever the caller's mode
-            weights = [(edit, _weight(modules, edit)) for edit in plan.edits if not edit.created and not edit.handler]
-            for edit in plan.edits:
+            weights = [
+                (edit, _weight(modules, edit)) for edit in changes.edits if not edit.created and not edit.handler
+            ]
+            for edit in changes.edits:
                 if edit.handler is not None:
                     _handle(modules[edit.names[0]], edit, edit.handler, undo)
                 elif edit.created:
                     _create([_owner(modules, name) for name in edit.names], edit, undo)
-            for name in plan.out_of_place:
+            for name in changes.out_of_place:
                 _switch_off(modules[name], undo)
-            for replacement in plan.replacements:
+            for replacement in changes.replacements:
                 _replace(modules, replacement, undo)
             if undoable:
                 scratch = _scratch()

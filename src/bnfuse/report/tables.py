@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from bnfuse.plan import Decision, Plan
+from bnfuse.changes import Decision
 
 _LAYERS_NAMED = 3
 
@@ -34,15 +33,18 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def plan_table(plan: Plan) -> Table:
-    """One row for each norm: what it is fused into, or why it stays."""
-    rows = tuple(
-        (decision.norm, decision.kind, str(decision.channels), _verdict(decision)) for decision in plan.decisions
-    )
+def decisions_table(model: str, decisions: Sequence[Decision]) -> Table:
+    """One row for each norm: what it is fused into, or why it stays.
+
+    Args:
+        model: the class of the model.
+        decisions: one for each norm.
+    """
+    rows = tuple((decision.norm, decision.kind, str(decision.channels), _verdict(decision)) for decision in decisions)
     columns = (Column("norm"), Column("kind"), Column("channels", number=True), Column("decision"))
-    count = len(plan.decisions)
+    count, fused = len(decisions), sum(decision.fused for decision in decisions)
     norms = "batch norm" if count == 1 else "batch norms"
-    title = f"{plan.model}: {count} {norms}, {len(plan.fused)} fused, {len(plan.kept)} kept"
+    title = f"{model}: {count} {norms}, {fused} fused, {count - fused} kept"
     return Table(title, columns, rows)
 
 

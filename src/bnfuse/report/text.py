@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from bnfuse.report.tables import Table, plan_table
-
-if TYPE_CHECKING:
-    from bnfuse.plan import Plan
+from bnfuse.changes import Decision
+from bnfuse.report.tables import Table, decisions_table
 
 _GAP = "  "
 
 
-def plan_text(plan: Plan) -> str:
+def decisions_text(model: str, decisions: Sequence[Decision]) -> str:
     """A line with the counts, then one line for each norm."""
-    return table_text(plan_table(plan))
+    return table_text(decisions_table(model, decisions))
 
 
 def table_text(table: Table) -> str:

@@ -1,42 +1,15 @@
-"""What every known operator does to units: one file for each family, one registry."""
+"""What every known operator does to units: one file for each family, one registry.
 
-from bnfuse.rules import (
-    activation,
-    attention,
-    einsum,
-    joining,
-    layers,
-    norms,
-    padding,
-    passing,
-    patches,
-    picking,
-    places,
-    pooling,
-    products,
-    recurrent,
-    shapes,
-    sums,
-)
+A rule knows units and the graph, never a module, and writes to no tensor. Each file opens with the derivation of its
+family. Rules are found: a new file in this folder is read without being listed anywhere.
+"""
+
+import importlib
+import pkgutil
+
 from bnfuse.rules.registry import ABSORBERS, RULES
 
-__all__ = [
-    "ABSORBERS",
-    "RULES",
-    "activation",
-    "attention",
-    "einsum",
-    "joining",
-    "layers",
-    "norms",
-    "padding",
-    "passing",
-    "patches",
-    "picking",
-    "places",
-    "pooling",
-    "products",
-    "recurrent",
-    "shapes",
-    "sums",
-]
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+
+__all__ = ["ABSORBERS", "RULES"]

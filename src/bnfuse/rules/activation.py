@@ -6,7 +6,7 @@ prelu, abs, a clamp from below at 0. None of them passes a shift. A scale of 0 m
 
 from __future__ import annotations
 
-from bnfuse.graph import Node, Value
+from bnfuse.graph.graph import Node, Value
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import Unit
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from bnfuse.graph import Node, Value
+from bnfuse.graph.graph import Node, Value
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import IDENTITY, Unit
 

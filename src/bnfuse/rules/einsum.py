@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bnfuse.graph import Node, Value
+from bnfuse.graph.graph import Node, Value
 from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, multiply, scaled
 

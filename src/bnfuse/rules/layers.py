@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bnfuse.graph import Kind, Node, Value
+from bnfuse.graph.graph import Kind, Node, Value
 from bnfuse.rules import einsum
 from bnfuse.rules.attention import is_softmax, mix_rows
 from bnfuse.rules.registry import Trial, absorber, rule

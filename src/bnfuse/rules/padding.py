@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from bnfuse.graph import Node
+from bnfuse.graph.graph import Node
 from bnfuse.rules.registry import Trial, rule
 from bnfuse.units import Unit
 

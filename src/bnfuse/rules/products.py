@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnfuse.graph import Node, Value
+from bnfuse.graph.graph import Node, Value
 from bnfuse.rules.registry import Trial, cost, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, multiply, reciprocal
 

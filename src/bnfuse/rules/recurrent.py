@@ -7,31 +7,11 @@ is ``(W_ih*p)*x_new + (b_ih + W_ih*q)``. Its output passes a saturating function
 
 from __future__ import annotations
 
-from bnfuse.graph import Node, Value
+from bnfuse.graph.graph import Node, Value
 from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-
-
-@rule("embedding")
-def embedding(node: Node, trial: Trial) -> None:
-    unit = trial.unit(node.outputs[0]) or IDENTITY
-    if not unit.uniform_outside(len(node.outputs[0].shape) - 1):
-        trial.refuse(node, "its table has one row for each token", scale=unit.scale is not None)
-
-
-@absorber("embedding")
-def absorb_embedding(node: Node, trial: Trial) -> None:
-    y = node.outputs[0]
-    try:
-        scale, shift = (trial.unit(y) or IDENTITY).direct()
-    except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
-    width = y.shape[-1]
-    row_scale = None if scale is None else channel_vector(scale, len(y.shape) - 1, width, 1.0).reshape(1, -1)
-    row_shift = None if shift is None else channel_vector(shift, len(y.shape) - 1, width, 0.0).reshape(1, -1)
-    trial.edit(node, node.bound["weight"], Unit(row_scale, row_shift))  # (tokens, width)
 
 
 @rule(*_RECURRENT)

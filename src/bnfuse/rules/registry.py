@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol
 
 from torch import Tensor
 
-from bnfuse.graph import Kind, Node, Value
+from bnfuse.graph.graph import Kind, Node, Value
 from bnfuse.units import Unit
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bnfuse.graph import Node
+from bnfuse.graph.graph import Node
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import Unit, shrink
 

@@ -1,0 +1,7 @@
+"""``python -m bnfuse`` is the command ``bnfuse``."""
+
+import sys
+
+from bnfuse.tools.cli import main
+
+sys.exit(main())

@@ -1,0 +1,302 @@
+"""Running a model in evaluation mode without leaving a trace on it, or on the caller's random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnfuse.model import pytree, tree
+from bnfuse.model.pytree import map_tensors, tensors
+from bnfuse.model.tree import modules
+from bnfuse.operators import memory_of, operator_of
+
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Every module's training flag False, and as it was afterwards. Overridden ``train`` methods are not called."""
+    flags = [module.training for module in modules]
+    try:
+        for module, flag in zip(modules, flags, strict=True):
+            if flag:
+                module.training = False
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            if module.training is not flag:
+                module.training = flag
+
+
+@contextlib.contextmanager
+def forked_random_state(seed: int = 0) -> Iterator[None]:
+    """Seeded random numbers inside, the caller's random states untouched outside."""
+    state = random.getstate()
+    numpy_random = sys.modules.get("numpy.random")
+    numpy_state = numpy_random.get_state() if numpy_random else None
+    try:
+        with _forked_torch_state(seed):
+            random.seed(seed)
+            if numpy_random:
+                numpy_random.seed(seed)
+            yield
+    finally:
+        random.setstate(state)
+        if numpy_random:
+            numpy_random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def _forked_torch_state(seed: int) -> Iterator[None]:
+    if torch.accelerator.is_available():
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield
+        return
+    generator = torch.default_generator  # torch.manual_seed would also note the call stack, for devices to come
+    state = generator.get_state()
+    try:
+        generator.manual_seed(seed)
+        yield
+    finally:
+        generator.set_state(state)
+
+
+class Watch:
+    """The state that a run may change: the contents of tensors are saved just before their first write."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
+        self.assigned: dict[int, tuple[Tensor, Tensor]] = {}
+        self.attributes = _Attributes(modules)
+        kinds = list(map(type, self.attributes.values))
+        mutable = {kind for kind in set(kinds) if issubclass(kind, (dict, list, set))}
+        containers = list(itertools.compress(self.attributes.values, map(mutable.__contains__, kinds)))
+        self.empty = [container for container in containers if not container]  # most of them, and most stay so
+        self.containers = [(container, container.copy()) for container in containers if container]
+        self._held: set[int] | None = None
+        self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
+        self._found_containers: list[tuple[Any, Any]] | None = None
+
+    def held(self, tensor: Tensor) -> bool:
+        """True if an attribute of a module, or a container in one, held the tensor before the run."""
+        if self._held is None:
+            held = [copy for _, copy in self.containers if not tree.holds_no_object(copy)]
+            copies = (copy.values() if isinstance(copy, dict) else copy for copy in held)
+            self._held = set(map(id, itertools.chain(self.attributes.values, *copies)))
+        return id(tensor) in self._held
+
+    def before_assignment(self, tensor: Tensor) -> None:
+        """``tensor.data = other`` changes no element: the old memory is put back."""
+        self.assigned.setdefault(id(tensor), (tensor, tensor.data))
+
+    def before_write(self, tensor: Tensor) -> None:
+        if id(tensor) not in self.saved:
+            self.saved[id(tensor)] = (tensor, tensor.detach().clone())
+
+    def changed(self) -> Iterator[tuple[str, Any]]:
+        """What the run, which is over, stored in attributes and in the containers that they hold."""
+        for module, before in self._changed_modules():
+            for name, value in module.__dict__.items():
+                if before.get(name, _MISSING) is not value:
+                    yield f"{type(module).__name__}.{name}", value
+        for container, _ in self._changed_containers():
+            yield f"a {type(container).__name__} of the model", container
+
+    def _changed_modules(self) -> list[tuple[nn.Module, dict[str, Any]]]:
+        if self._found is None:
+            self._found = list(self.attributes.changed())
+        return self._found
+
+    def _changed_containers(self) -> list[tuple[Any, Any]]:
+        if self._found_containers is None:
+            filled = [(now, ()) for now in self.empty if now] if any(self.empty) else []
+            changed = [(now, before) for now, before in self.containers if _differs(now, before)]
+            self._found_containers = filled + changed
+        return self._found_containers
+
+    def replaced(self) -> Iterator[Tensor]:
+        """Parameters and buffers in whose place the run put others."""
+        for container, copy in self._changed_containers():
+            if isinstance(container, dict) and isinstance(copy, dict):
+                for name, value in copy.items():
+                    if isinstance(value, Tensor) and container.get(name) is not value:
+                        yield value
+
+    def restore(self) -> None:
+        for module, before in self._changed_modules():
+            module.__dict__.clear()
+            module.__dict__.update(before)
+        for container, copy in self._changed_containers():
+            container.clear()
+            container.extend(copy) if isinstance(container, list) else container.update(copy)
+        for tensor, memory in self.assigned.values():
+            if memory_of(tensor) != memory_of(memory):
+                tensor.data = memory
+        for tensor, contents in self.saved.values():
+            if tensor.shape == contents.shape:
+                tensor.data.copy_(contents)
+
+
+class _Attributes:
+    """What modules hold by name, in one list of names and one of values, which are quick to compare."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.sizes, self.names, self.values = self._now()
+
+    def _now(self) -> tuple[list[int], list[str], list[Any]]:
+        held = [module.__dict__ for module in self.modules]
+        chain = itertools.chain.from_iterable
+        return list(map(len, held)), list(chain(held)), list(chain(map(dict.values, held)))
+
+    def changed(self) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+        """The modules that hold something else now, and what they held."""
+        sizes, names, values = self._now()
+        if sizes == self.sizes and all(map(is_, names, self.names)) and all(map(is_, values, self.values)):
+            return
+        start = 0
+        for module, size in zip(self.modules, self.sizes, strict=True):
+            own = slice(start, start + size)
+            before = dict(zip(self.names[own], self.values[own], strict=True))
+            if _differs(module.__dict__, before):
+                yield module, before
+            start += size
+
+
+def _differs(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return True
+    if isinstance(container, dict):
+        if all(map(is_, container, before)):  # names in the same order, which is quick to compare
+            return not all(map(is_, container.values(), before.values()))
+        return any(before.get(name, _MISSING) is not value for name, value in container.items())
+    if isinstance(container, list):
+        return not all(map(is_, container, before))
+    return bool(container != before)
+
+
+@contextlib.contextmanager
+def untouched(modules: Sequence[nn.Module]) -> Iterator[Watch]:
+    """Attributes, registries, caches and the contents of tensors are as before when this ends.
+
+    Args:
+        modules: all modules of a model, each once.
+    """
+    watch = Watch(modules)
+    try:
+        yield watch
+    finally:
+        watch.restore()
+
+
+def eager() -> contextlib.AbstractContextManager[object]:
+    """Compiled functions and modules run eagerly, so that their operators are seen."""
+    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading it takes seconds
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
+
+
+class Mode(TorchDispatchMode):
+    """For use under :func:`eager`, where no compiler meets the mode's own code."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would wrap every call, which takes longer than the call and loads the compiler
+
+
+class WriteWatch(Mode):
+    """Has the contents of a model's tensors saved just before an operator writes to them."""
+
+    def __init__(self, model: nn.Module, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+        self.held: dict[int | None, list[Tensor]] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.held.setdefault(memory_of(tensor), []).append(tensor)
+            watch.before_assignment(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operator = operator_of(func)
+        if operator.written or operator.writes_if:
+            for _, tensor in pytree.tensors((args, kwargs)):
+                for held in self.held.get(memory_of(tensor), ()):
+                    self.watch.before_write(held)
+        return func(*args, **kwargs)
+
+
+def run(
+    model: nn.Module,
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    seed: int = 0,
+    traces: bool = True,
+    writes: bool = True,
+) -> Any:
+    """Run a model once in evaluation mode and inference mode, and leave no trace.
+
+    The model sees a copy of the inputs and random generators set to ``seed``.  Afterwards training flags,
+    buffers, attributes (caches that the run filled) and random generators are as before.
+
+    Args:
+        traces: False for a model that is known to leave none by itself.
+        writes: False for one that is known to write to none of its parameters and buffers.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    return run_under(model, args, kwargs, seed, nullcontext(), traces, writes)
+
+
+def run_under(
+    model: nn.Module,
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    seed: int,
+    mode: AbstractContextManager[object],
+    traces: bool = True,
+    writes: bool = True,
+) -> Any:
+    every = modules(model)
+    with torch.inference_mode(), evaluation_mode(every), forked_random_state(seed):
+        args, kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
+        if not traces:
+            with eager(), mode:
+                return model(*args, **kwargs)
+        with untouched(every) as watch:
+            with eager(), WriteWatch(model, watch) if writes else nullcontext(), mode:
+                output = model(*args, **kwargs)
+            # What lives in a buffer is about to be put back to its old values.
+            kept = {_address(buffer) for buffer in model.buffers()} - {0}
+            if any(_address(tensor) in kept for _, tensor in tensors(output)):
+                output = map_tensors(output, torch.clone)
+        return output
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether the tensor is dense and no two of its elements lie in one place, as in an expanded one."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    return all(stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's storage begins; 0 where it has none of its own (sparse tensors)."""
+    own = tensor.layout == torch.strided and not tensor.is_nested
+    return tensor.untyped_storage().data_ptr() if own else 0

@@ -1,0 +1,69 @@
+"""Wrappers around models (data parallel, compiled): taken off before fusing, put on again after."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfuse.errors import InputError
+from bnfuse.model.copying import held_tensors
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
+    """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers.
+
+    Returns:
+        The innermost model, and a function that wraps another model in the same way.
+    """
+    if isinstance(model, nn.DataParallel):
+        inner, wrap = unwrap(model.module)
+        settings = _settings(model, "device_ids", "output_device", "dim")
+        return inner, lambda new: nn.DataParallel(wrap(new), **settings)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        inner, wrap = unwrap(model.module)
+        settings = _settings(
+            model, "device_ids", "output_device", "dim", "process_group", "find_unused_parameters",
+            "gradient_as_bucket_view", "static_graph", "forward_sync_buffers",
+        )  # fmt: skip
+        return inner, lambda new: nn.parallel.DistributedDataParallel(wrap(new), **settings)
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        inner, wrap = unwrap(model._orig_mod)  # type: ignore[arg-type]
+        context = model.dynamo_ctx
+        return inner, lambda new: type(model)(wrap(new), context)
+    if model._compiled_call_impl is not None:
+        return model, _compiled
+    return model, lambda new: new
+
+
+def _settings(wrapper: nn.Module, *names: str) -> dict[str, Any]:
+    """The arguments that a wrapper was made with, where it has kept them."""
+    known = inspect.signature(type(wrapper).__init__).parameters
+    return {name: value for name in names if name in known and (value := getattr(wrapper, name, None)) is not None}
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
+
+
+def unwrapped(model: object) -> tuple[nn.Module, Any]:
+    if not isinstance(model, nn.Module):
+        hint = ""
+        if isinstance(model, dict):
+            hint = " A state dict holds weights only: build the model, load_state_dict into it, and pass the model."
+        raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("No module of a scripted or traced model can be replaced: fuse the original, then compile it.")
+    for key, tensor in held_tensors(model).items():
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            names = {id(held): name for name, held in (*model.named_parameters(), *model.named_buffers())}
+            if tensor.is_meta:
+                problem = "is on the meta device and holds no numbers: load the weights, then fuse."
+            else:
+                problem = "is not initialised yet: run the model once on real inputs, then fuse it."
+            raise InputError(f"{names[key]} {problem}")
+    return unwrap(model)

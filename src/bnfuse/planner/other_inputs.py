@@ -1,0 +1,211 @@
+"""Further runs, where a plan takes something for granted that one run cannot show. Most plans need none.
+
+*Numbers.* ``x / 2`` passes a shift by halving it. Were the number ``x.shape[-1]``, the plan would hold at one size
+only. So the operators whose numbers count are looked at again in runs with a larger batch and with every other axis
+larger, as far as the model runs at such sizes.
+
+*Work in place.* Without the norm before it, an activation that works in place may overwrite a tensor that is still
+read, so it is to work out of place. That changes nothing where its caller uses what it returns, and everything where
+the caller counts on the tensor being changed. The run with the setting switched off tells: it must read the same
+values.
+
+*Other inputs.* Code that looks at a size or at an element may do something else for another input, and code that keeps
+something for the next call something else in the next call. Then the fused model is compared on such inputs too. That
+takes whole runs, so a plan that fails there is not taken apart norm by norm: its norms are halved, and halved again.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfuse.capture.run import capture, capture_hollow
+from bnfuse.capture.shapes_only import NeedsContentsError
+from bnfuse.fusion_plan import Plan
+from bnfuse.graph.graph import Graph, Kind, Node, Value
+from bnfuse.model import pytree
+from bnfuse.model.copying import copy_model
+from bnfuse.model.sandbox import forked_random_state
+from bnfuse.planner.other_sizes import Elsewhere
+from bnfuse.rewrite import fused_copy, rewrite
+from bnfuse.rules import RULES
+from bnfuse.verify.comparison import compare_outputs
+from bnfuse.verify.judge import Reference, judge_by
+
+_RUNS = 3
+"""Other sizes that are looked at, of those that the model takes."""
+
+
+def varying(graph: Graph, nodes: Collection[Node], elsewhere: Elsewhere) -> set[Node]:
+    """Those of the nodes whose numbers are others at another size; all of them if the runs cannot be compared."""
+    different: set[Node] = set()
+    for other in itertools.islice(elsewhere.graphs(), _RUNS):
+        there = dict(zip(_places(other), other.nodes, strict=True))
+        for place, node in zip(_places(graph), graph.nodes, strict=True):
+            if node in nodes and (place not in there or not _same_numbers(node, there[place])):
+                different.add(node)
+    return different
+
+
+def _places(graph: Graph) -> Iterator[tuple[str | None, str, int]]:
+    """Where each operator stands: the module that ran it, its name, and how often this was so before."""
+    counts: dict[tuple[str | None, str], int] = {}
+    for node in graph.nodes:
+        place = (node.call.path, node.operator)
+        counts[place] = counts.get(place, -1) + 1
+        yield (*place, counts[place])
+
+
+def needed_in_place(
+    model: nn.Module,
+    graph: Graph,
+    modules: Sequence[nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Sequence[nn.Module]:
+    """The modules, if their callers count on their working in place; none otherwise."""
+    if not modules:
+        return ()
+    try:
+        for module in modules:
+            setattr(module, "inplace", False)  # noqa: B010
+        try:
+            other = capture_hollow(model, args, kwargs, known=RULES).graph
+        except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
+            other = capture(model, args, kwargs, known=RULES).graph
+    finally:
+        for module in modules:
+            setattr(module, "inplace", True)  # noqa: B010
+    return () if (graph.seen, _steps(graph)) == (other.seen, _steps(other)) else modules
+
+
+def _steps(graph: Graph) -> list[tuple[str, list[int], list[bool]]]:
+    """Every operator, the values that it reads, numbered in the order of their making, and what else sees its results.
+
+    A value that is pinned is returned, stored, or seen by a hook.
+    """
+    return [
+        (
+            node.operator,
+            [value.index for value in node.inputs],
+            [value.pinned is None for value in node.outputs],
+        )
+        for node in graph.nodes
+    ]
+
+
+class Rehearsal:
+    """Tries plans for one model; what the model itself gives is found out once for all of them.
+
+    What is asked is whether a plan computes the same, not how precisely: differences that rounding makes, which flips
+    near ties, are looked through in float64, with the plan carried out there (see :mod:`bnfuse.verify.judge`).
+    """
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], elsewhere: Elsewhere, stateful: bool
+    ) -> None:
+        """
+        Args:
+            model: the original.
+            args, kwargs: inputs that it takes.
+            elsewhere: what it does with others.
+            stateful: whether a second call may differ from the first.
+        """
+        self.model, self.inputs, self.elsewhere, self.stateful = model, (args, kwargs), elsewhere, stateful
+
+    def holds(self, plan: Plan) -> bool:
+        """True if the plan also holds for inputs with other values and of another size, and for a second call."""
+        fused = fused_copy(plan, self.model)
+        if self._second_call is not None:
+
+            def fuse_twice(twice: nn.Module) -> nn.Module:
+                assert isinstance(twice, _Twice)
+                rewrite(plan, twice.model)
+                return twice
+
+            if not _agrees(self._second_call, _Twice(copy_model(fused)), fuse_twice):
+                return False
+
+        def fuse(wide: nn.Module) -> nn.Module:
+            rewrite(plan, wide)
+            return wide
+
+        return self._elsewhere is None or _agrees(self._elsewhere, fused, fuse)
+
+    @functools.cached_property
+    def _second_call(self) -> Reference | None:
+        """The second of two calls, if that may differ from the first."""
+        return _reference(_Twice(copy_model(self.model)), *self.inputs) if self.stateful else None
+
+    @functools.cached_property
+    def _elsewhere(self) -> Reference | None:
+        """A call with other inputs, the first of those that the model takes."""
+        return next(filter(None, (_reference(self.model, *inputs) for inputs in self.elsewhere.inputs())), None)
+
+
+class _Twice(nn.Module):
+    """Calls a model twice and gives what the second call gives."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for _ in range(2):
+            given = pytree.map_tensors((args, kwargs), torch.clone)
+            with forked_random_state():
+                output = self.model(*given[0], **given[1])
+        return output
+
+
+def _reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reference | None:
+    """What the model gives on these inputs; None if it does not take them."""
+    reference = Reference(model, args, kwargs)
+    try:
+        reference.output  # noqa: B018 (kept there)
+    except Exception:  # noqa: BLE001 (whatever a model raises on a size that it does not take)
+        return None
+    return reference
+
+
+def _agrees(reference: Reference, fused: nn.Module, fuse_in_float64: Callable[[nn.Module], nn.Module]) -> bool:
+    try:
+        got = reference.run(fused)
+    except Exception:  # noqa: BLE001 (the fused model fails where the original does not)
+        return False
+    comparison = compare_outputs(reference.output, got)
+    if comparison.within_tolerance() or not comparison.outputs:
+        return True
+    return judge_by(reference, comparison, fused, fuse_in_float64, algebra_only=True).equal
+
+
+def _same_numbers(node: Node, other: Node) -> bool:
+    if node.operator == "sum":
+        ratio = (
+            node.inputs[0].elements * other.outputs[0].elements == other.inputs[0].elements * node.outputs[0].elements
+        )
+        return ratio and _numbers(node.bound) == _numbers(other.bound)
+    if _numbers(node.bound) != _numbers(other.bound):
+        return False
+    return all(_same_constant(a, b) for a, b in zip(node.inputs, other.inputs, strict=True))
+
+
+def _numbers(argument: Any) -> Any:
+    if isinstance(argument, dict):
+        return {name: _numbers(value) for name, value in argument.items()}
+    if isinstance(argument, (list, tuple)):
+        return [_numbers(value) for value in argument]
+    return argument if isinstance(argument, (int, float, complex)) else None
+
+
+def _same_constant(a: Value, b: Value) -> bool:
+    if a.kind is not Kind.CONSTANT or b.kind is not Kind.CONSTANT:
+        return a.kind is b.kind
+    assert a.tensor is not None
+    assert b.tensor is not None
+    return a.tensor is b.tensor or torch.equal(a.tensor, b.tensor)

@@ -1,0 +1,36 @@
+"""Layers of the caller's own."""
+
+from __future__ import annotations
+
+from bnfuse.graph.graph import Node
+from bnfuse.rules.registry import Trial, absorber, rule
+from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
+
+
+@rule("handled")
+def handled_layer(node: Node, trial: Trial) -> None:
+    """A layer with a handler of the caller's: per-channel units of its output."""
+    for value in node.inputs:
+        if not (trial.unit(value) or IDENTITY).is_identity:
+            trial.refuse(node, "its handler takes no units of its input", scale=True)
+    unit = trial.unit(node.outputs[0]) or IDENTITY
+    if not unit.uniform_outside(1):
+        trial.refuse(node, "its handler takes units per channel, along axis 1", scale=unit.scale is not None)
+
+
+@absorber("handled")
+def absorb_handled(node: Node, trial: Trial) -> None:
+    layer = node.bound["layer"]
+    try:
+        scale, shift = (trial.unit(node.outputs[0]) or IDENTITY).direct()
+    except NotInvertibleError:
+        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+    (channels,) = layer.shape
+    trial.edit(
+        node,
+        layer,
+        Unit(
+            None if scale is None else channel_vector(scale, 1, channels, 1.0),
+            None if shift is None else channel_vector(shift, 1, channels, 0.0),
+        ),
+    )

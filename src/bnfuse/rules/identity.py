@@ -1,0 +1,34 @@
+"""Operators that hand every element on as it is, and those that read nothing but a shape."""
+
+from __future__ import annotations
+
+from bnfuse.graph.graph import Node
+from bnfuse.rules.registry import Trial, link, rule, same
+
+HANDED_ON = (
+    "alias", "clone", "contiguous", "detach", "lift_fresh", "to", "_to_copy", "type_as", "dropout", "feature_dropout",
+)  # fmt: skip
+
+
+_ZEROS = ("zeros", "zeros_like", "new_zeros")
+
+
+@rule(*HANDED_ON)
+def pass_all(node: Node, trial: Trial) -> None:
+    """Copies, casts between floating types, and dropout in evaluation."""
+    if node.operator.endswith("dropout") and node.argument("train"):
+        trial.refuse(node, "it drops elements at random", scale=True)
+    link(trial, node.inputs[0], node.outputs[0], same, same)
+
+
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "zeros", "new_zeros",
+      "new_ones", "new_empty", "new_full", "sym_size", "size")  # fmt: skip
+def shape_only(node: Node, trial: Trial) -> None:
+    """The result has the shape of the input and none of its contents: the input is free, the result is fixed.
+
+    Zeros stay zeros under a scale.
+    """
+    for value in node.outputs:
+        unit = trial.unit(value)
+        if unit is not None and not (unit.is_identity or (node.operator in _ZEROS and unit.shift is None)):
+            trial.refuse(node, "it makes a constant", scale=unit.scale is not None)

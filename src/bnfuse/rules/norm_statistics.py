@@ -1,0 +1,168 @@
+"""What a norm does, ``y = a*x + c``, and how its statistics lie, computed from its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bnfuse.graph.graph import Node, Value
+from bnfuse.rules.registry import Trial
+from bnfuse.units import Unit, channel_vector
+
+_CHANNELS = 1
+
+
+def affine(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
+    """(a, c) of ``y = a*x + c`` in float64, which broadcast against x.
+
+    The node is a batch norm, or one step of a norm that is written as arithmetic: x times, divided by, plus or minus
+    something that does not depend on the inputs of the model.
+    """
+    rank = len(node.outputs[0].shape)
+    if node.operator == "batch_norm":
+        weight, sigma, mean, bias = _parts(node, trial)
+        a = weight / sigma
+        return _over_channels(rank, a), _over_channels(rank, bias - mean * a)
+    trial.assume(node)
+    left, right = node.bound["self"], node.bound["other"]
+    swapped = not isinstance(left, Value) or left.independent
+    other = left if swapped else right
+    k = trial.content(other).double() if isinstance(other, Value) else torch.tensor(float(other)).double()
+    k = k.reshape([1] * (rank - k.dim()) + list(k.shape))
+    one, zero = torch.ones_like(k), torch.zeros_like(k)
+    alpha = node.argument("alpha", 1)
+    if node.operator == "mul":
+        return k, zero
+    if node.operator == "div":
+        return 1 / k, zero
+    if node.operator == "add":
+        return (alpha * one, k) if swapped else (one, alpha * k)
+    return (-alpha * one, k) if swapped else (one, -alpha * k)  # sub
+
+
+def _over_channels(rank: int, vector: Tensor) -> Tensor:
+    return vector.reshape([1, -1] + [1] * (rank - 2))
+
+
+def affine_together(
+    nodes: Iterable[Node], contents: Mapping[Value, Tensor]
+) -> dict[Node, tuple[Tensor, Tensor, Unit | None]]:
+    """The same as `affine` for all batch norms whose statistics and parameters are given, in a few operators.
+
+    Args:
+        nodes: of any kind.
+        contents: in float64, by value.
+
+    Returns:
+        (a, c) for each of the norms, and the unit that they are, None if they are not finite.
+    """
+    found = _norms_with(("running_mean", "running_var", "weight", "bias"), nodes, contents)
+    if not found:
+        return {}
+    mean, sigma, sizes = _statistics_together(found, contents)
+    weight, bias = (torch.cat([contents[node.bound[place]] for node in found]) for place in ("weight", "bias"))
+    a = weight / sigma
+    c = bias - mean * a
+    ranks = [len(node.outputs[0].shape) for node in found]
+    scales, shifts = (
+        [_over_channels(rank, part) for rank, part in zip(ranks, whole.split(sizes), strict=True)] for whole in (a, c)
+    )
+    return dict(zip(found, zip(scales, shifts, Unit.of_many(scales, shifts), strict=True), strict=True))
+
+
+def offsets_together(nodes: Iterable[Node], contents: Mapping[Value, Tensor]) -> dict[Node, float]:
+    """The same as `offset` for all batch norms whose statistics are given and whose input has its first units."""
+    found = _norms_with(("running_mean", "running_var"), nodes, contents)
+    if not found:
+        return {}
+    mean, sigma, sizes = _statistics_together(found, contents)
+    distances = (mean.abs() / sigma).where(sigma > 0, 0.0).split(sizes)
+    return {node: float(part.max()) if len(part) else 0.0 for node, part in zip(found, distances, strict=True)}
+
+
+def _norms_with(places: Sequence[str], nodes: Iterable[Node], contents: Mapping[Value, Tensor]) -> list[Node]:
+    return [
+        node
+        for node in nodes
+        if node.operator == "batch_norm"
+        and not node.argument("training")
+        and all(node.argument(place) in contents for place in places)
+    ]
+
+
+def _statistics_together(nodes: Sequence[Node], contents: Mapping[Value, Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    """Means, standard deviations, and how many belong to each norm."""
+    mean, variance = (
+        torch.cat([contents[node.bound[place]] for node in nodes]) for place in ("running_mean", "running_var")
+    )
+    sizes = [contents[node.bound["running_mean"]].numel() for node in nodes]
+    eps = torch.tensor([node.bound["eps"] for node in nodes], dtype=torch.float64)
+    return mean, torch.sqrt(variance + eps.repeat_interleave(torch.tensor(sizes))), sizes
+
+
+def offset(node: Node, trial: Trial) -> float:
+    """The largest distance of a mean from 0, in standard deviations; 0 for a norm that is written as arithmetic."""
+    if node.operator != "batch_norm":
+        return 0.0
+    return _distance(node, trial, torch.zeros((), dtype=torch.float64))
+
+
+def _distance(node: Node, trial: Trial, point: Tensor) -> float:
+    """The largest distance of a mean of the input, in its present units, from a point, in standard deviations."""
+    mean, sigma = _statistics(node, trial)
+    distance = (mean - point).abs() / sigma
+    return float(distance[sigma > 0].max()) if bool((sigma > 0).any()) else 0.0
+
+
+def _statistics(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the input, in its present units."""
+    _, sigma, mean, _ = _parts(node, trial)
+    x = node.bound["input"]
+    scale, shift = (
+        None if part is None else channel_vector(part, _CHANNELS, x.shape[_CHANNELS], 0.0) for part in trial.placed(x)
+    )
+    if scale is not None:
+        mean, sigma = mean * scale, sigma * scale.abs()
+    return mean if shift is None else mean + shift, sigma
+
+
+def magnitudes(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
+    """Root mean square and standard deviation of the input, in its present units, which broadcast against it.
+
+    Both are 1 for a norm that is written as arithmetic.
+    """
+    if node.operator != "batch_norm":
+        return torch.ones((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    mean, sigma = _statistics(node, trial)
+    shape = [1, -1] + [1] * (len(node.outputs[0].shape) - 2)
+    return torch.hypot(mean, sigma).reshape(shape), sigma.reshape(shape)
+
+
+FARTHEST = {torch.float64: 1e6, torch.float32: 300.0, torch.float16: 30.0, torch.bfloat16: 30.0}
+"""How many standard deviations a mean may lie from 0, by precision.
+
+A norm takes the mean away before anything is rounded. If it is folded into what comes after it, the mean goes through
+the next layer and is taken away from its output, whose rounding error it has multiplied by about this number. If it
+stays and its input takes units with a large shift, the same happens to its input.
+"""
+
+
+def is_step(node: Node) -> bool:
+    """True for arithmetic that :func:`affine` can read."""
+    if node.operator not in ("mul", "div", "add", "sub") or node.argument("rounding_mode") is not None:
+        return False
+    left, right = node.bound["self"], node.bound["other"]
+    depends = [isinstance(value, Value) and not value.independent for value in (left, right)]
+    numbers = all(isinstance(value, (Value, int, float)) for value in (left, right))
+    return numbers and sum(depends) == 1 and not (node.operator == "div" and depends[1])
+
+
+def _parts(node: Node, trial: Trial) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, variance = trial.content(node.bound["running_mean"]), trial.content(node.bound["running_var"])
+    sigma = torch.sqrt(variance + node.bound["eps"])
+    w, b = node.argument("weight"), node.argument("bias")
+    weight = torch.ones_like(mean) if w is None else trial.content(w)
+    bias = torch.zeros_like(mean) if b is None else trial.content(b)
+    return weight, sigma, mean, bias

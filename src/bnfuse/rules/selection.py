@@ -1,0 +1,77 @@
+r"""Operators whose result has, at each place, the element of one of several operands.
+
+The larger of two, the one that a condition tells, a number where a mask says so: if all operands have the same units,
+the result has them too. The larger one stays the larger one under a scale that is not negative. A number or a constant
+``v`` among the operands cannot be edited, so the units must leave it as it is: ``s*v + t = v``, as a scale does with 0,
+and a positive one with minus infinity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bnfuse.graph.graph import Kind, Node, Value
+from bnfuse.rules.registry import Trial, lift, lower, rule
+from bnfuse.units import Unit
+
+
+@rule("maximum", "minimum", "max", "min")
+def extremum(node: Node, trial: Trial) -> None:
+    """The larger of two tensors: both with the same units, and a positive scale."""
+    if "other" not in node.bound:
+        for value in (*node.inputs, *node.outputs):
+            if trial.unit(value) is not None:
+                trial.refuse(node, "it passes no change of units", scale=True)
+        return
+    unit = share(node, trial, [node.bound["self"], node.bound["other"]])
+    if unit is not None and unit.scale is not None and bool((unit.scale < 0).any()):
+        trial.refuse(node, "a maximum passes no negative scale", scale=True)
+
+
+@rule("where")
+def choose(node: Node, trial: Trial) -> None:
+    if not (trial.unit(node.bound["condition"]) or Unit()).is_identity:
+        trial.refuse(node, "it passes no change of units", scale=True)
+    if "self" in node.bound:
+        share(node, trial, [node.bound["self"], node.bound["other"]])
+
+
+@rule("masked_fill")
+def fill(node: Node, trial: Trial) -> None:
+    share(node, trial, [node.bound["self"], node.bound["value"]])
+
+
+def share(node: Node, trial: Trial, operands: Sequence[Value | float]) -> Unit | None:
+    """Give the result and all operands the units that one of them has."""
+    z = node.outputs[0]
+    values = [z, *(operand for operand in operands if isinstance(operand, Value))]
+    given = next((value for value in values if not (trial.unit(value) or Unit()).is_identity), None)
+    if given is None:
+        return None
+    present = trial.unit(given)
+    assert present is not None
+    unit = lift(present, given, z)
+    for operand in (z, *operands):
+        if not isinstance(operand, Value):
+            _check_fixed(node, trial, torch.tensor(float(operand), dtype=torch.float64), unit)
+        elif operand.independent and operand.kind is not Kind.PARAMETER:
+            contents = trial.content(operand).double()
+            _check_fixed(
+                node, trial, contents.reshape([1] * (len(z.shape) - contents.dim()) + list(contents.shape)), unit
+            )
+        else:
+            lowered = lower(unit, operand, z)
+            if lowered is None:
+                trial.refuse(node, "an operand that is broadcast has no axis for the units", scale=True)
+            trial.demand(operand, lowered)
+    return unit
+
+
+def _check_fixed(node: Node, trial: Trial, contents: Tensor, unit: Unit) -> None:
+    moved = contents if unit.scale is None else contents * unit.scale
+    moved = moved if unit.shift is None else moved + unit.shift
+    if not bool((moved == contents).all()):
+        trial.refuse(node, "it puts in a number that does not change with the units", scale=unit.scale is not None)

@@ -1,0 +1,197 @@
+r"""What no unit of a tensor can be, wherever else the tensor goes: known before anything is propagated.
+
+Most attempts that fail do so for a few tensors: an activation that takes no shift and no negative scale, an output of
+the model. Operators that hand every element on carry such a limit along: what a reshape makes has the limits of what
+it was made of, and the pieces of a concatenation have those of the whole. A sum carries limits of the scale alone,
+since its operands and its result have one scale, and their shifts may cancel; so does an average.
+
+A norm that stays must undo the scale of its input, so a scale of 0 (a dead channel) is limited by the norms that read a
+tensor of the class, as long as they stay.
+
+So tensors are put into classes, one family of classes for limits of the scale and one for limits of the shift, and a
+demand that breaks a limit is refused at once. That changes no decision; it saves the way to the tensor in question,
+which in a dense block or along a residual stream is long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
+from bnfuse.graph.graph import Kind, Node, Value
+from bnfuse.reasons import Reason
+from bnfuse.rules.registry import RULES
+from bnfuse.units import SAFE_SCALE, Unit
+
+_POSITIVE = {"relu", "leaky_relu", "abs", "prelu", "_prelu_kernel"}
+_SUMS = {"add", "sub", "rsub"}
+_AVERAGES = {
+    "mean", "sum", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+}  # fmt: skip
+_HANDED_ON = {
+    "alias", "clone", "contiguous", "detach", "lift_fresh", "to", "_to_copy", "dropout", "feature_dropout", "view",
+    "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "mT",
+    "movedim", "flip", "pixel_shuffle", "channel_shuffle", "native_channel_shuffle",
+}  # fmt: skip
+_JOINED = {"cat", "concat", "concatenate", "stack"}
+_TAKEN = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select", "slice", "narrow"}
+
+
+def fixed(value: Value, text: str) -> Reason:
+    """The reason of a tensor that cannot change units."""
+    if value.producer is not None:
+        node = value.producer
+        return Reason(f"its output cannot change units: {text}", node.operator, node.call.label)
+    what = "an input" if value.kind is Kind.INPUT else "a tensor"
+    label = " = ".join(value.names) or f"{what} of shape {'x'.join(map(str, value.shape))}"
+    return Reason(f"{label} cannot change units: {text}")
+
+
+_Kind = str | Node
+"""What is limited: by name, or a scale of 0 by the norm that would have to undo it."""
+
+_MOST_READERS = 3
+"""So many norms are remembered for a class: one of them may be the one to go."""
+
+
+class _Classes:
+    """Sets of values that have the same limits, by union-find; and pieces, which have those of their whole."""
+
+    def __init__(self) -> None:
+        self._parent: dict[Value, Value] = {}
+        self._limits: dict[Value, dict[_Kind, Reason]] = {}
+        self._pieces: dict[Value, list[Value]] = {}
+
+    def root(self, value: Value) -> Value:
+        root = value
+        while root in self._parent:
+            root = self._parent[root]
+        while value is not root:
+            self._parent[value], value = root, self._parent[value]
+        return root
+
+    def limits(self, value: Value) -> dict[_Kind, Reason]:
+        return self._limits.get(self.root(value), _NONE)
+
+    def unite(self, a: Value, b: Value) -> None:
+        a, b = self.root(a), self.root(b)
+        if a is b:
+            return
+        if len(self._pieces.get(a, ())) < len(self._pieces.get(b, ())):
+            a, b = b, a
+        self._parent[b] = a
+        of_a, of_b = self._limits.get(a, _NONE), self._limits.pop(b, _NONE)
+        pieces = self._pieces.pop(b, [])
+        if pieces:
+            self._spread(pieces, of_a)
+            self._pieces.setdefault(a, []).extend(pieces)
+        if of_b:
+            self.limit(a, of_b)
+
+    def cut(self, whole: Value, pieces: Iterable[Value]) -> None:
+        pieces = list(pieces)
+        self._pieces.setdefault(self.root(whole), []).extend(pieces)
+        self._spread(pieces, self.limits(whole))
+
+    def limit(self, value: Value, limits: dict[_Kind, Reason]) -> None:
+        waiting = [(value, limits)]
+        while waiting:
+            value, limits = waiting.pop()
+            root = self.root(value)
+            present = self._limits.setdefault(root, {})
+            full = len(present) >= _MOST_READERS and sum(isinstance(kind, Node) for kind in present) >= _MOST_READERS
+            new = {
+                kind: reason
+                for kind, reason in limits.items()
+                if kind not in present and not (full and isinstance(kind, Node))
+            }
+            if new:
+                present.update(new)
+                waiting += [(piece, new) for piece in self._pieces.get(root, ())]
+
+    def _spread(self, pieces: Iterable[Value], limits: dict[_Kind, Reason]) -> None:
+        if limits:
+            for piece in pieces:
+                self.limit(piece, limits)
+
+
+_NONE: dict[_Kind, Reason] = {}
+_SCALE, _NEGATIVE, _SHIFT = "scale", "negative", "shift"
+
+
+class Limits:
+    """The limits of every value of a graph."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._scales, self._shifts = _Classes(), _Classes()
+        for node in nodes:
+            self._add(node)
+
+    def _add(self, node: Node) -> None:
+        name = node.operator
+        for value in (*node.inputs, *node.outputs):
+            if value.pinned is not None:
+                self._limit(value, _SCALE, fixed(value, value.pinned))
+                self._limit(value, _SHIFT, fixed(value, value.pinned))
+        x, y = (node.inputs[0] if node.inputs else None), (node.outputs[0] if node.outputs else None)
+        if x is None or y is None:
+            return
+        if name in _POSITIVE or (name in _HANDED_ON and len(node.outputs) == 1):
+            self.unite(x, y)
+        if name in _POSITIVE:
+            self._limit(y, _NEGATIVE, Reason("it passes no negative scale", name, node.call.label))
+            self._limit(y, _SHIFT, Reason("it passes no shift", name, node.call.label))
+        elif name == "batch_norm":
+            reason = Reason("it would have to undo a scale of (nearly) 0", name, node.call.label)
+            self._scales.limit(x, {node: reason})
+        elif name in _AVERAGES:
+            self._scales.unite(x, y)
+        elif name in _SUMS:
+            for value in node.inputs:
+                if value.shape == y.shape:
+                    self._scales.unite(value, y)
+        elif name in _JOINED:
+            self._cut(y, node.inputs)
+        elif name in _TAKEN:
+            self._cut(x, node.outputs)
+        elif name not in RULES:
+            reason = Reason("it passes no change of units", name, node.call.label)
+            for value in (*node.inputs, *node.outputs):
+                self._limit(value, _SCALE, reason)
+                self._limit(value, _SHIFT, reason)
+
+    def unite(self, x: Value, y: Value) -> None:
+        """Two values that have the same units from now on, but for the order of their elements."""
+        self._scales.unite(x, y)
+        self._shifts.unite(x, y)
+
+    def _cut(self, whole: Value, pieces: Iterable[Value]) -> None:
+        pieces = list(pieces)
+        self._scales.cut(whole, pieces)
+        self._shifts.cut(whole, pieces)
+
+    def _limit(self, value: Value, kind: str, reason: Reason) -> None:
+        (self._shifts if kind == _SHIFT else self._scales).limit(value, {kind: reason})
+
+    def refusal(self, value: Value, unit: Unit, *gone: Container[Node]) -> tuple[Reason, bool] | None:
+        """Why the value cannot have the unit, and whether its scale is to blame; None if nothing is known of that.
+
+        Args:
+            gone: operators of norms that do not stay.
+        """
+        if unit.scale is not None:
+            limits = self._scales.limits(value)
+            if _SCALE in limits:
+                return limits[_SCALE], True
+            if _NEGATIVE in limits and bool((unit.scale < 0).any()):
+                return limits[_NEGATIVE], True
+            for kind, reason in limits.items():
+                if isinstance(kind, Node) and not any(kind in nodes for nodes in gone):
+                    if not unit.inverse and bool((unit.scale.abs() < 1 / SAFE_SCALE).any()):
+                        return reason, True
+                    break
+        if unit.shift is not None:
+            limits = self._shifts.limits(value)
+            if _SHIFT in limits:
+                return limits[_SHIFT], False
+        return None

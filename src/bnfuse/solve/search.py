@@ -1,0 +1,260 @@
+"""Deciding which norms go: one norm after the other, each in every way that there is.
+
+Removing a norm starts with one demand: the tensor before it takes its units (fold backward), or the tensor after it
+does (fold forward), and a trial finds out what follows from that (:mod:`bnfuse.solve.propagation`). A norm beside a
+layer may be taken up by that, without a demand (:mod:`bnfuse.solve.parallel_layer`). What is accepted stays: the next
+norm is tried on the network as it would then be.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from bnfuse.changes import Changes, Decision, Edit, Replacement
+from bnfuse.graph.graph import Graph, Kind, Node, Value
+from bnfuse.graph.norms import Norm, Site
+from bnfuse.reasons import Reason
+from bnfuse.rules import ABSORBERS
+from bnfuse.rules.norm_statistics import FARTHEST
+from bnfuse.solve import parallel_layer as beside
+from bnfuse.solve.propagation import Network, Refusal, TooFarError, Trial, agree
+from bnfuse.units import IDENTITY, NotInvertibleError, Unit, reciprocal
+
+_BOTH = "both"
+"""The direction of a norm whose scale goes one way and whose shift the other."""
+
+_BESIDE = "beside"
+"""The direction of a norm that a layer beside it takes up."""
+
+_NEARBY = (6, 24)
+"""Operators that the first rounds of attempts look at."""
+
+
+def solve(
+    graph: Graph,
+    norms: Sequence[Norm],
+    kept: Mapping[Norm, Reason],
+    varying: Collection[Node] = (),
+    forbidden: Collection[nn.Module] = (),
+) -> Solution:
+    """Decide for every norm, and collect the edits.
+
+    Args:
+        graph: what one run did.
+        norms: the norms of the model.
+        kept: norms that the caller wants to keep, with the reason.
+        varying: operators whose numbers depend on the size of the input.
+        forbidden: modules that cannot be kept from working in place.
+
+    Returns:
+        The decisions, the changes that follow from them, and what they take for granted.
+    """
+    network = Network(graph, varying, forbidden)
+    decisions: dict[Norm, Decision] = {}
+    replacements = []
+    for norm in sorted(norms, key=_order):
+        obstacle = norm.obstacle or kept.get(norm)
+        decision = _stay(norm, (obstacle,)) if obstacle else _attempt(network, norm)
+        decisions[norm] = decision
+        if decision.fused:
+            replacements.append(Replacement(norm.names, norm.keep))
+    gone = {name for replacement in replacements for name in replacement.names}
+    edits = tuple(
+        Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT, value.handler)
+        for value, factors in network.edits.items()
+        # A norm may be edited before it goes itself.
+        if value.handler is not None or not all(name.rpartition(".")[0] in gone for name in value.names)
+    )
+    switched = tuple(network.memory.switched)
+    changes = Changes(edits=edits, replacements=tuple(replacements))
+    return Solution(tuple(decisions[norm] for norm in norms), changes, Assumptions(network.assumed, switched))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Which norms go, and how.
+
+    Attributes:
+        decisions: one for each norm, in the order of the norms.
+        changes: what is written to the model.
+        assumptions: what has to hold for that.
+    """
+
+    decisions: tuple[Decision, ...]
+    changes: Changes
+    assumptions: Assumptions
+
+    def same_as(self, other: Solution) -> bool:
+        """True if both remove the same norms by the same changes, up to the rounding of float64."""
+        return (
+            [decision.fused for decision in self.decisions] == [decision.fused for decision in other.decisions]
+            and self.assumptions.out_of_place == other.assumptions.out_of_place
+            and self.changes.same_as(other.changes)
+        )
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a solution takes for granted, to be looked at before it is trusted.
+
+    Attributes:
+        numbers: operators whose numbers are the same for inputs of every size.
+        out_of_place: modules that work in place and whose callers use what they return, so that they need not.
+    """
+
+    numbers: set[Node]
+    out_of_place: tuple[nn.Module, ...]
+
+
+def _order(norm: Norm) -> tuple[bool, int]:
+    """Norms behind a producer that feeds only them come first; the rest by size, since they may compete."""
+    alone = all(
+        (maker := site.x.producer) is not None and maker.operator in ABSORBERS and len(site.x.consumers) == 1
+        for site in norm.sites
+    )
+    return (not alone, -norm.elements)
+
+
+def _stay(norm: Norm, reasons: tuple[Reason, ...]) -> Decision:
+    return Decision(norm.label, norm.kind, norm.channels, False, reasons=reasons)
+
+
+def _attempt(network: Network, norm: Norm) -> Decision:
+    """Try every way; what can be settled nearby comes first, since it touches nothing else."""
+    reasons: dict[str, Reason] = {}
+    targets = [node for site in norm.sites for node in site.nodes]
+    ways: Iterable[tuple[_Way, Trial]] = ((way, Trial(network, targets)) for way in _ways(network, norm))
+    for limit in (*_NEARBY, None):
+        too_far = []
+        for way, trial in ways:
+            try:
+                if limit == _NEARBY[0]:
+                    way.start(trial, limit)
+                else:
+                    trial.go_on(limit)
+                _check_memory(network, norm)
+            except TooFarError:
+                too_far.append((way, trial))
+                continue
+            except Refusal as refusal:
+                if way.direction != _BOTH:
+                    reasons.setdefault(way.direction, replace(refusal.reason, direction=way.direction))
+                continue
+            network.accept(trial)
+            into = dict.fromkeys(_layer_name(value) for value in trial.edits)
+            return Decision(norm.label, norm.kind, norm.channels, True, way.direction, tuple(into))
+        ways = too_far
+    return _stay(norm, tuple(reasons[way] for way in ("backward", "forward", _BESIDE) if way in reasons))
+
+
+def _layer_name(value: Value) -> str:
+    name = value.names[0]
+    return name if value.kind is Kind.LAYER else name.rpartition(".")[0] or name
+
+
+def _check_memory(network: Network, norm: Norm) -> None:
+    """Let the input and the output of the norm share their memory, if nothing that is still read is overwritten."""
+    memory = network.memory
+    switches = []
+    for writer, value in memory.conflicts(norm.sites):
+        if not memory.can_switch(writer):
+            reader = next((node for node in value.consumers if node.index > writer.index), None)
+            text = f"without the norm it would overwrite in place what {reader or 'the caller'} still reads"
+            raise Refusal(Reason(text, writer.operator, writer.call.label), scale=True)
+        switches.append(writer.call.module)
+    obstacle = network.layouts.obstacle(norm.sites)
+    if obstacle is not None:
+        text = "without the norm it would get a tensor with another layout in memory, which makes a difference to it"
+        raise Refusal(Reason(text, obstacle.operator, obstacle.call.label), scale=True)
+    switches += [writer.call.module for writer in memory.training_conflicts(norm.sites) if memory.can_switch(writer)]
+    memory.switched.update(dict.fromkeys(switches))
+    memory.merge(norm.sites)
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to remove a norm.
+
+    Attributes:
+        start: begins a trial, of so many operators.
+    """
+
+    direction: str
+    start: Callable[[Trial, int], None]
+
+
+def _ways(network: Network, norm: Norm) -> Iterator[_Way]:
+    """What to try, in turn: a layer beside the norm takes it up, which changes no units; all of ``a*x + c`` goes back,
+    or on; or the scale goes one way and the shift the other."""
+    maps = _Maps(network, norm)
+    for layers in zip(*(beside.siblings(site, network.removed) for site in norm.sites), strict=False):
+        if len({layer.node for layer in layers}) == len(layers):  # none twice
+
+            def run(trial: Trial, limit: int, layers: tuple[beside.Sibling, ...] = layers) -> None:
+                sites = zip(layers, maps.known, strict=True)
+                trial.run_beside([(layer, site, a, c) for layer, (site, a, c, _) in sites])
+
+            yield _Way(_BESIDE, run)
+    yield _Way("backward", lambda trial, limit: trial.run(maps.demands("backward", "backward"), limit))
+    yield _Way("forward", lambda trial, limit: trial.run(maps.demands("forward", "forward"), limit))
+    yield _Way(_BOTH, lambda trial, limit: trial.run(maps.demands("backward", "forward"), limit))
+    yield _Way(_BOTH, lambda trial, limit: trial.run(maps.demands("forward", "backward"), limit))
+
+
+class _Maps:
+    """What a norm does at its sites, and the units that are demanded to begin with."""
+
+    def __init__(self, network: Network, norm: Norm) -> None:
+        self.network, self.norm = network, norm
+
+    @functools.cached_property
+    def known(self) -> list[tuple[Site, Tensor, Tensor, Unit]]:
+        """``a*x + c`` at each site, and as a unit."""
+        made = []
+        for site in self.norm.sites:
+            a, c, unit = self.network.affine(site.nodes)
+            if unit is None:
+                raise Refusal(Reason("its statistics or parameters are not finite", None, self.norm.label), True)
+            made.append((site, a, c, unit))
+        return made
+
+    def demands(self, scale: str, shift: str) -> dict[Value, Unit]:
+        """The units of the input and the output of each site, by where scale and shift go."""
+        result: dict[Value, Unit] = {}
+        for site, a, c, unit in self.known:
+            if shift == "forward":
+                self._check_means(site)
+            whole = scale == shift
+            if scale == "backward":
+                units = (unit, IDENTITY) if whole else (Unit(unit.scale), _inverse(None, unit.shift))
+            elif whole:
+                units = (IDENTITY, _inverse(unit.scale, unit.shift))
+            else:  # a*x + c = a*(x + c/a)
+                units = (Unit.of(None, c * self._reciprocal(a)), _inverse(unit.scale, None))
+            for value, demand in zip((site.x, site.y), units, strict=True):
+                if value in result and not agree(result[value], demand):
+                    raise Refusal(Reason("it is applied to its own output", None, self.norm.label), True)
+                result[value] = demand
+        return result
+
+    def _check_means(self, site: Site) -> None:
+        """A shift that goes on takes the means along, which should not be too large for that."""
+        far = max(self.network.offset(node) for node in site.nodes)
+        if far > FARTHEST.get(site.x.dtype, 0.0):
+            text = f"a mean lies {far:.0f} standard deviations from 0, which costs precision in the layers after it"
+            raise Refusal(Reason(text, None, self.norm.label), True)
+
+    def _reciprocal(self, scale: Tensor) -> Tensor:
+        try:
+            return reciprocal(scale)
+        except NotInvertibleError:
+            text = "it would have to undo a scale of (nearly) 0"
+            raise Refusal(Reason(text, None, self.norm.label), True) from None
+
+
+def _inverse(scale: Tensor | None, shift: Tensor | None) -> Unit:
+    return IDENTITY if scale is None and shift is None else Unit(scale, shift, True)

@@ -1,0 +1,177 @@
+"""A census of one zoo, from the command line: which models are due, the progress, and the end."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import zip_longest
+from pathlib import Path
+
+from bnfuse.errors import InputError
+from bnfuse.tools import zoo
+from bnfuse.tools.census.ledger import FAILURES, FUSED, OUTCOMES, Ledger, Row
+from bnfuse.tools.census.sweep import Sweep, heading
+from bnfuse.tools.census.worker import Job, Settings
+
+
+def census(
+    name: str,
+    output: Path,
+    settings: Settings,
+    jobs: int,
+    match: str = "*",
+    again: Collection[str] = (),
+    sample: bool = False,
+) -> int:
+    """Visit the models of a zoo that have no row yet, and put their rows into a file.
+
+    Args:
+        name: of the zoo.
+        output: the file of rows, which is made or continued.
+        settings: what a visit may cost.
+        jobs: how many models at a time.
+        match: a glob pattern for the names of models.
+        again: outcomes; the models whose row has one of them are visited again.
+        sample: visit only the smallest model of each family, of those in the file that were fused, as far as no other
+            tool was run beside.
+
+    Returns:
+        How many rows of the file that match are failures of bnfuse.
+
+    Raises:
+        InputError: nothing matches, or the number of jobs makes no sense.
+        BnFuseError: the file is none of a census, or the zoo is not installed.
+    """
+    if jobs < 1:
+        raise InputError(f"--jobs takes a number from 1 up; got {jobs}")
+    names = zoo.names(name)
+    chosen = [model for model in names if fnmatch.fnmatchcase(model, match)]
+    if not chosen:
+        raise InputError(f"no model of {name} matches {match!r}; they are named like {names[0]}")
+    ledger = Ledger(output, heading(name, settings))
+    try:
+        if sample:
+            smallest = sampled(ledger.rows)
+            due = [model for model in chosen if model in smallest and not smallest[model].rivals]
+        else:
+            due = [model for model in chosen if model not in ledger.rows or ledger.rows[model].outcome in again]
+        todo = [Job(f"{name}:{model}", zoo.family(f"{name}:{model}")) for model in due]
+        with progress(name, len(chosen), len(chosen) - len(todo)) as report, _interruptible() as interrupted:
+            Sweep(name, ledger, settings, jobs, report, interrupted.is_set).run(by_turns(todo))
+        if interrupted.is_set():
+            print("interrupted: the same command continues", file=sys.stderr)
+    finally:
+        ledger.close(names)
+    return _summary(ledger, chosen, output)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; in the background a shell has Ctrl-C ignored, and it stays so.
+
+    An exception raised from a signal would be lost when it arrives in a finalizer, and could break a row in two.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+    }
+    for number in before:
+        signal.signal(number, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def by_turns(jobs: Iterable[Job]) -> list[Job]:
+    """The first model of each family, then the second, and so on: a census that is interrupted has seen every family.
+
+    >>> [job.spec for job in by_turns([Job("a1", "a"), Job("a2", "a"), Job("b1", "b")])]
+    ['a1', 'b1', 'a2']
+    """
+    families: dict[str, list[Job]] = {}
+    for job in jobs:
+        families.setdefault(job.family, []).append(job)
+    return [job for turn in zip_longest(*families.values()) for job in turn if job is not None]
+
+
+def sampled(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The quickest row of each family whose norms were fused, by the name of the model."""
+    best: dict[str, Row] = {}
+    for row in rows.values():
+        if row.outcome == FUSED and row.executed:
+            other = best.get(row.family)
+            if other is None or _cost(row) < _cost(other):
+                best[row.family] = row
+    return {row.model: row for row in best.values()}
+
+
+def _cost(row: Row) -> tuple[int, str]:
+    return row.parameters or 0, row.model
+
+
+def _summary(ledger: Ledger, chosen: Collection[str], output: Path) -> int:
+    rows = [ledger.rows[model] for model in chosen if model in ledger.rows]
+    counts = Counter(row.outcome for row in rows)
+    words = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
+    print(f"{len(rows)} of {len(chosen)} models: {words}; {output}")
+    for row in rows:
+        if row.outcome in FAILURES:
+            print(f"{row.outcome}: {row.model}, {row.phase}: {row.error}")
+    return sum(counts[outcome] for outcome in FAILURES)
+
+
+@contextlib.contextmanager
+def progress(name: str, total: int, done: int) -> Iterator[Callable[[Row], None]]:
+    """Shows on standard error how far the census is: a bar in a terminal, else one line for each model."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(ModuleNotFoundError):
+            import rich.progress as bars
+            from rich.console import Console
+
+            columns = (
+                bars.TextColumn("{task.description}"),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TimeElapsedColumn(),
+                bars.TextColumn("left"),
+                bars.TimeRemainingColumn(),
+                bars.TextColumn("{task.fields[last]}"),
+            )
+            with bars.Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bar:
+                task = bar.add_task(name, total=total, completed=done, last="")
+
+                def advance(row: Row) -> None:
+                    if row.outcome in FAILURES:
+                        bar.console.print(_line(row), markup=False)
+                    bar.update(task, advance=1, last=row.model)
+
+                yield advance
+            return
+    start, before = time.monotonic(), done
+
+    def write(row: Row) -> None:
+        nonlocal done
+        done += 1
+        left = (time.monotonic() - start) / (done - before) * (total - done)
+        print(f"{done}/{total}, {left / 60:.0f} min left: {_line(row)}", file=sys.stderr, flush=True)
+
+    yield write
+
+
+def _line(row: Row) -> str:
+    norms = f", {row.removed} of {row.executed} norms removed" if row.executed is not None else ""
+    error = f", {row.phase}: {row.error}" if row.error else f" {row.same_as}" if row.same_as else ""
+    return f"{row.model}: {row.outcome}{error}{norms}, {row.seconds.get('total', 0):.1f} s"

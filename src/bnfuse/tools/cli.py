@@ -1,0 +1,283 @@
+"""The command line: ``bnfuse demo``, ``bnfuse plan SPEC``, ``bnfuse fuse SPEC`` and ``bnfuse census ZOO``.
+
+The exit status is 0 when the model is fused and verified (or planned), 1 when the fused model is not
+equivalent (of a census: when a model is wrong or bnfuse crashed on it), and 2 when the command cannot do what was
+asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import bnfuse
+from bnfuse.errors import BnFuseError, InputError, VerificationError
+from bnfuse.model.inputs import random_inputs, token_bound
+from bnfuse.planner.planner import captured
+from bnfuse.report.tables import decisions_table
+from bnfuse.report.terminal import show
+from bnfuse.tools import zoo
+from bnfuse.tools.census.ledger import OUTCOMES
+
+EXIT_NOT_EQUIVALENT = 1
+EXIT_USAGE = 2
+
+logger = logging.getLogger("bnfuse")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what stands behind ``bnfuse``; None reads them from the process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: after ``--help`` and ``--version`` (status 0), and when the arguments make no sense (2).
+    """
+    options = _parser().parse_args(arguments)
+    if options.verbose:
+        logging.basicConfig(stream=sys.stderr, format="%(message)s")
+        logger.setLevel(logging.INFO)
+    try:
+        options.run(options)
+    except BnFuseError as error:
+        logger.info("what led to the error:", exc_info=error)
+        print(f"bnfuse: {error}", file=sys.stderr)
+        if options.json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}, indent=2))
+        return EXIT_NOT_EQUIVALENT if isinstance(error, VerificationError) else EXIT_USAGE
+    return 0
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read a shape such as ``1x3x224x224``.
+
+    >>> parse_shape("1x3x224x224")
+    (1, 3, 224, 224)
+
+    Args:
+        text: positive whole numbers with an ``x`` between them.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
+        raise InputError(f"{text!r} is no shape: write positive whole numbers as in 1x3x224x224")
+    return tuple(map(int, text.split("x")))
+
+
+def parse_count(text: str) -> int:
+    """Read a count such as ``150M``.
+
+    >>> parse_count("150M")
+    150000000
+
+    Args:
+        text: a whole number, with k, M or G behind it for thousands, millions or milliards.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    found = re.fullmatch(r"([1-9]\d*)([kMG]?)", text)
+    if found is None:
+        raise InputError(f"{text!r} is no count: write a whole number, such as 150M or 150000000")
+    return int(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bnfuse", description="Remove batch normalisation from trained PyTorch models, exactly."
+    )
+    parser.add_argument("--version", action="version", version=f"bnfuse {version('bnfuse')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="fuse a real pretrained network and classify photographs with it")
+    demo.set_defaults(run=_demo, json=False)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "spec",
+        metavar="SPEC",
+        help="torchvision:NAME, timm:NAME, pytorchcv:NAME, package.module:factory or path/to/file.py:factory",
+    )
+    common.add_argument(
+        "--input",
+        metavar="SHAPE",
+        action="append",
+        default=[],
+        help="the shape of an input, such as 1x3x224x224; repeat it for several positional inputs "
+        "(default: inferred from the model)",
+    )
+    common.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="a .safetensors file, or a state dict saved with torch.save (default: random weights and norms)",
+    )
+    common.add_argument(
+        "--keep",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="a norm to leave alone, by module name or glob pattern; repeat it for more",
+    )
+    common.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
+
+    plan = commands.add_parser(
+        "plan", parents=[common], help="show for every norm what it would be fused into, or why it would stay"
+    )
+    plan.set_defaults(run=_plan)
+
+    fuse = commands.add_parser("fuse", parents=[common], help="fuse the norms and prove that the outputs agree")
+    fuse.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        type=Path,
+        help="save the fused state dict: as safetensors if the name ends so, else with torch.save",
+    )
+    fuse.set_defaults(run=_fuse)
+
+    census = commands.add_parser(
+        "census", help="build, fuse and verify every model of a zoo, and keep a row of each in a file"
+    )
+    census.add_argument("zoo", metavar="ZOO", choices=zoo.ZOOS, help=", ".join(zoo.ZOOS))
+    census.add_argument("--match", metavar="GLOB", default="*", help="only the models whose name matches, as resnet*")
+    census.add_argument(
+        "--max-params", metavar="COUNT", type=parse_count, default="150M", help="no larger model (default: 150M)"
+    )
+    census.add_argument(
+        "--jobs", metavar="N", type=int, default=os.cpu_count() or 1, help="models at a time (default: one a core)"
+    )
+    census.add_argument(
+        "--resume",
+        "--output",
+        dest="output",
+        metavar="FILE",
+        type=Path,
+        help="the file of rows, compressed if it ends in .gz; models that have a row there are not visited again "
+        "(default: census-ZOO.jsonl)",
+    )
+    census.add_argument(
+        "--again",
+        metavar="OUTCOME",
+        action="append",
+        default=[],
+        choices=OUTCOMES,
+        help="visit again the models with this outcome; repeat it for more",
+    )
+    census.add_argument(
+        "--sample",
+        action="store_true",
+        help="only the smallest model of each family of those in the file, with torch.fx beside",
+    )
+    census.add_argument("--timeout", metavar="SECONDS", type=float, default=300.0, help="for one model (default: 300)")
+    census.add_argument("--memory", metavar="GIB", type=float, default=10.0, help="for one model (default: 10)")
+    census.set_defaults(run=_census, json=False)
+
+    for command in (demo, plan, fuse, census):
+        command.add_argument("--verbose", action="store_true", help="log every decision on standard error")
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from bnfuse.tools import demo
+
+    demo.run()
+
+
+def _plan(options: argparse.Namespace) -> None:
+    model = _model(options)
+    plan = bnfuse.plan(model, _inputs(options, model), keep=options.keep)
+    if options.json:
+        _print_json({"spec": options.spec, **plan.to_dict()})
+    else:
+        show(decisions_table(plan.model, plan.decisions))
+
+
+def _fuse(options: argparse.Namespace) -> None:
+    output: Path | None = options.output
+    if output is not None and not output.parent.is_dir():
+        raise BnFuseError(f"there is no folder {output.parent} to write {output.name} into")
+    model = _model(options)
+    inputs = _inputs(options, model)
+    plan = bnfuse.plan(model, inputs, keep=options.keep)
+    fused = bnfuse.fuse(model, inputs, keep=options.keep)
+    comparison = bnfuse.compare(model, fused, inputs)
+    if output is not None:
+        _save(fused, output)
+    if options.json:
+        report: dict[str, Any] = {"spec": options.spec, "plan": plan.to_dict()}
+        report["comparison"] = comparison.to_dict()
+        _print_json(report | {"equivalent": True, "output": None if output is None else str(output)})
+        return
+    show(decisions_table(plan.model, plan.decisions))
+    print(comparison)
+    judged = "" if comparison.within_tolerance() else ", since the difference is rounding, judged in float64"
+    print(f"\nequivalent{judged}: {len(plan.fused)} of {len(plan.decisions)} batch norms are gone")
+    if output is not None:
+        print(f"saved {output}")
+
+
+def _census(options: argparse.Namespace) -> None:
+    from bnfuse.tools.census import run
+    from bnfuse.tools.census.worker import Settings
+
+    settings = Settings(options.max_params, options.timeout, round(options.memory * 2**30), options.sample)
+    output = options.output or Path(f"census-{options.zoo}.jsonl")
+    if run.census(options.zoo, output, settings, options.jobs, options.match, options.again, options.sample):
+        raise VerificationError(f"bnfuse failed on some models: see the rows in {output}")
+
+
+def _model(options: argparse.Namespace) -> nn.Module:
+    """Build the model; an untrained one of a zoo gets random norms, since fresh ones would prove nothing."""
+    model = zoo.build(options.spec, options.weights)
+    if options.weights is None and zoo.is_zoo(options.spec):
+        zoo.randomise_(model)
+        print("bnfuse: no --weights, so weights and norms are random", file=sys.stderr)
+    return model
+
+
+def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
+    if not options.input:
+        try:
+            _, args, kwargs = captured(model, None)
+        except InputError as error:
+            raise InputError(f"{error}\nOn the command line: --input 1x3x224x224") from error
+        return args or kwargs
+    return tuple(random_inputs(model, [parse_shape(shape) for shape in options.input], token_bound(model)))
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_model
+
+            save_model(model, str(path))
+        else:
+            torch.save(model.state_dict(), path)
+    except ModuleNotFoundError as error:
+        raise BnFuseError(f"writing {path} takes safetensors: run pip install safetensors") from error
+    except (OSError, RuntimeError) as error:
+        raise BnFuseError(f"{path} cannot be written: {error}") from error
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

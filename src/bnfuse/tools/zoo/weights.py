@@ -1,0 +1,108 @@
+"""Reading weights from files."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfuse.errors import SpecError
+from bnfuse.model.describe import one_line
+
+_LISTED = 3
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a file of weights into ``model``.
+
+    Args:
+        model: every parameter and buffer of its state dict must be in the file, and the reverse.
+        path: a ``.safetensors`` file, or a state dict saved with ``torch.save``.
+
+    Raises:
+        SpecError: the file does not exist, holds more than tensors, or does not fit; the message lists the
+            first few keys that are missing, left over or of another shape.
+    """
+    state = _read_state_dict(Path(path))
+    own = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    in_both = [key for key, tensor in state.items() if key in own and isinstance(tensor, Tensor)]
+    differing = {
+        key: f"{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the model)"
+        for key in in_both
+        if state[key].shape != own[key].shape
+    }
+    for key in differing:
+        del state[key]
+    # strict=False, and judged here, because a model's own hooks may rename keys of older files while loading.
+    outcome = model.load_state_dict(state, strict=False)
+    given = {own[key].data_ptr() for key in in_both}  # a tied tensor may be saved under one name only
+    missing = [key for key in outcome.missing_keys if key not in own or own[key].data_ptr() not in given]
+    problems = {
+        "missing": missing,
+        "unknown to the model": outcome.unexpected_keys,
+        "of another shape": list(differing.values()),
+    }
+    found = [f"{len(keys)} {problem}: {_first_few(keys)}" for problem, keys in problems.items() if keys]
+    if found:
+        raise SpecError(f"the weights in {path} do not fit the model: {'; '.join(found)}")
+
+
+def _read_state_dict(path: Path) -> MutableMapping[str, Any]:
+    if not path.is_file():
+        raise SpecError(f"there is no weights file {path}")
+    if path.suffix == ".safetensors":
+        content = _read_safetensors(path)
+    else:
+        content = _read_torch_file(path)
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, MutableMapping) or not all(isinstance(key, str) for key in content):
+        raise SpecError(f"{path} holds a {type(content).__name__}, where a state dict was expected")
+    # The prefix is left by nn.DataParallel.
+    nn.modules.utils.consume_prefix_in_state_dict_if_present(content, "module.")  # type: ignore[arg-type]
+    return content
+
+
+def _read_safetensors(path: Path) -> object:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise SpecError(f"reading {path} takes safetensors: run pip install safetensors") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise SpecError(f"{path} cannot be read as safetensors: {one_line(error)}") from error
+
+
+def _read_torch_file(path: Path) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on TorchScript files, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None and "TorchScript" not in str(error):
+            raise SpecError(
+                f"{path} cannot be read as a state dict saved with torch.save: {one_line(error)}"
+            ) from error
+        what = f"the class {refused[1]}" if refused else "a TorchScript program"
+        raise SpecError(
+            f"{path} holds {what} and not only tensors, and loading it would run code from the file; save "
+            "the weights alone with torch.save(model.state_dict(), FILE), or pass a factory that builds the "
+            "trained model as path/to/file.py:factory"
+        ) from error
+
+
+def _first_few(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:_LISTED]) + (", ..." if len(keys) > _LISTED else "")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
