@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import bnfuse
 from bnfuse.model import pytree
 from bnfuse.model.copying import copy_model
+from bnfuse.model.inputs import normalise
 from bnfuse.model.sandbox import run
 from bnfuse.tools.zoo.randomise import randomise_
 from bnfuse.verify.comparison import compare_outputs
@@ -63,7 +64,7 @@ def assert_untouched(model: nn.Module, before: list[tuple[str, Any]]) -> None:
 
 def fused_and_checked(model: nn.Module, inputs: Any, batch: int = 1, **options: Any) -> tuple[bnfuse.Plan, nn.Module]:
     """Fuse; check the output in float64 on fresh inputs, the class, and that the original is as it was."""
-    args, kwargs = bnfuse.inputs.normalise(inputs)
+    args, kwargs = normalise(inputs)
     before = snapshot(model)
     plan = bnfuse.plan(model, inputs, **options)
     assert_untouched(model, before)

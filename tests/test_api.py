@@ -8,6 +8,7 @@ import logging
 import pickle
 import random
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,7 +187,7 @@ def test_a_wrong_rule_is_caught(model: nn.Module, x: Tensor, monkeypatch: pytest
 def test_a_failed_rewrite_restores_everything(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     made = bnfuse.plan(model, x)
     before = snapshot(model)
-    broken = bnfuse.Plan(made.model, made.decisions, made.edits, (*made.replacements, Replacement(("blocks.7.bn1",))))
+    broken = replace(made, replacements=(*made.replacements, Replacement(("blocks.7.bn1",))))
     with pytest.raises(bnfuse.FusionError, match=r"holds no module blocks\.7"):
         broken.apply(model, inplace=True)
     assert_untouched(model, before)

@@ -20,7 +20,7 @@ from bnfuse.tools.zoo.specs import build
 NETWORKS = """
 import torch
 from torch import nn
-from bnfuse.zoo import randomise_
+from bnfuse.tools.zoo import randomise_
 
 def net():
     torch.manual_seed(0)

@@ -182,9 +182,9 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 import bnfuse
-from bnfuse.decisions import Decisions
-from bnfuse.judge import InFloat64
-from bnfuse.zoo import randomise_
+from bnfuse.verify.discrete_choices import Decisions
+from bnfuse.verify.judge import InFloat64
+from bnfuse.tools.zoo import randomise_
 
 class Conv(nn.Conv2d):
     def forward(self, x):
