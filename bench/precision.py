@@ -11,14 +11,15 @@ import statistics
 import sys
 
 import torch
-from bnfuse.zoo import build, calibrate_, randomise_
 from torch import Tensor
 
 import bnfuse
 from bnfuse.model import pytree
+from bnfuse.model.sandbox import run
 from bnfuse.report.tables import Column, Table
 from bnfuse.report.text import table_text
-from bnfuse.verify import compare_outputs, run
+from bnfuse.tools.zoo import build, calibrate_, randomise_
+from bnfuse.verify.comparison import compare_outputs
 
 NETWORKS = (
     "torchvision:resnet50", "torchvision:mobilenet_v3_large", "torchvision:efficientnet_b0", "torchvision:googlenet",

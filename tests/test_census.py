@@ -531,7 +531,12 @@ def test_networks_come_alive() -> None:
 def test_an_interrupted_census_continues(tmp_path: Path) -> None:
     """SIGTERM, as Ctrl-C, ends it between two rows; nothing that was done is done again."""
     output = tmp_path / "rows.jsonl"
-    command = ["-c", "import sys; from bnfuse.cli import main; sys.exit(main(sys.argv[1:]))", "census", "pytorchcv"]
+    command = [
+        "-c",
+        "import sys; from bnfuse.tools.cli import main; sys.exit(main(sys.argv[1:]))",
+        "census",
+        "pytorchcv",
+    ]
     options = ["--jobs", "1", "--match", "resnet20_*", "--output", str(output)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(

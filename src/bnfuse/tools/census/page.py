@@ -1,7 +1,7 @@
 """The page ``docs/census.md``, made from the rows: nothing on it is written by hand but the derivations.
 
-    python -m bnfuse.census.page docs
-    python -m bnfuse.census.page docs --draw 30
+    python -m bnfuse.tools.census.page docs
+    python -m bnfuse.tools.census.page docs --draw 30
 
 The first reads ``docs/census/*.jsonl`` (or ``.jsonl.gz``), takes the words for the reasons from
 ``docs/how-it-works.md``, adds ``docs/census/derivations.md``, and writes ``docs/census.md``. The second prints so many
@@ -72,7 +72,7 @@ class Zoo:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the page into the folder of the documentation, or print norms to derive by hand."""
-    parser = argparse.ArgumentParser(prog="python -m bnfuse.census.page", description="Write docs/census.md.")
+    parser = argparse.ArgumentParser(prog="python -m bnfuse.tools.census.page", description="Write docs/census.md.")
     parser.add_argument("docs", type=Path, help="the folder that holds how-it-works.md and census/")
     parser.add_argument("--draw", type=int, metavar="COUNT", help="print so many norms that stay, drawn at random")
     options = parser.parse_args(arguments)
@@ -171,7 +171,7 @@ How a row comes about:
    every other parameter that a constructor leaves at one number (biases at 0, gains at 1) gets different ones, and the
    statistics come from a run, so that activations stay as large as in a trained network.
 2. It is run on an image of 96 pixels if it takes one, else of the size that it declares: what counts is the structure.
-   Models that take something else have [inputs of their own](../src/bnfuse/zoo_inputs.py).
+   Models that take something else have [inputs of their own](../src/bnfuse/tools/zoo/inputs.py).
 3. `fuse` does its work, with its verification, in float32.
 4. The same plan is carried out in float64, and both models are compared on other inputs: other values, another batch,
    another size as far as the model takes them. A relative L2 error above 1e-9 is *wrong*, unless a change of one unit

@@ -84,7 +84,7 @@ class Sweep:
         self.ledger, self.settings, self.jobs, self.report = ledger, settings, jobs, report
         self.interrupted = interrupted
         self.context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["bnfuse.census.worker", *filter(None, [_PRELOADED.get(zoo)])])
+        self.context.set_forkserver_preload(["bnfuse.tools.census.worker", *filter(None, [_PRELOADED.get(zoo)])])
         self.fingerprints: dict[str, str] = {
             row.fingerprint: name
             for name, row in ledger.rows.items()
