@@ -211,8 +211,9 @@ def test_what_argparse_answers(arguments: list[str], status: int, capsys: pytest
         assert capsys.readouterr().out == f"bnfuse {version('bnfuse')}\n"
 
 
-def test_the_installed_command(folder: Path) -> None:
-    command = [str(Path(sys.executable).parent / "bnfuse"), "plan", "networks:net", "--json"]
+@pytest.mark.parametrize("start", [[str(Path(sys.executable).parent / "bnfuse")], [sys.executable, "-m", "bnfuse"]])
+def test_the_installed_command(folder: Path, start: list[str]) -> None:
+    command = [*start, "plan", "networks:net", "--json"]
     finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)["fused"] == 1
