@@ -200,3 +200,11 @@ def test_budget_of_zero_and_nonsense() -> None:
     assert torch.equal(model(x), fused(x))
     with pytest.raises(bnfuse.InputError, match="at least 0"):
         bnfuse.fuse(model, x, budget=float("nan"))
+
+
+@pytest.mark.parametrize("layers", [["Conv2d"], [nn.Conv2d(1, 1, 1)], [int]])
+def test_layers_are_classes_of_modules(layers: list[object]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    for call in (bnfuse.plan, bnfuse.fuse):
+        with pytest.raises(bnfuse.InputError, match=r"layers= takes classes of modules.*\n  got: .*\n  expected:"):
+            call(net, layers=layers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from bnfuse.changes import Handler
+from bnfuse.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class Options:
         layers: Sequence[type[nn.Module]] | None = None,
         handlers: Mapping[type[nn.Module], Handler] | None = None,
     ) -> Options:
+        for kind in layers or ():
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise InputError(
+                    f"layers= takes classes of modules, such as (nn.Conv2d, nn.Linear).\n"
+                    f"  got:      {kind!r}\n  expected: a subclass of torch.nn.Module"
+                )
         return Options(_strings(keep), _strings(also), None if layers is None else tuple(layers), dict(handlers or {}))
 
 
