@@ -63,7 +63,7 @@ def fuse(
 
     Raises:
         InputError: no inputs could be inferred, or the model does not run on them, or ``keep`` or ``also`` matches
-            nothing.
+            nothing, or ``layers`` holds something else than classes of modules.
         NoNormError: the model holds no batch norm.
         FusionError: a handler failed.
         VerificationError: the outputs differ; the model is as it was.

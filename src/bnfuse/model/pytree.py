@@ -1,4 +1,9 @@
-"""Tensors in nested data."""
+"""Finding the tensors in whatever a model takes or returns.
+
+A model may return a tensor, nested containers of tensors, a dataclass, a Hugging Face ``ModelOutput``, or an
+object of its own class.  Containers and plain data objects are looked into; modules, classes, functions, and
+the machinery of the standard library (loggers, locks, paths, iterators) are not.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Finding the tensors in whatever a model takes or returns.
+"""A model as a tree of modules: every module under every name, and what modules hold beside their registries.
 
-A model may return a tensor, nested containers of tensors, a dataclass, a Hugging Face ``ModelOutput``, or an
-object of its own class.  Containers and plain data objects are looked into; modules, classes, functions, and
-the machinery of the standard library (loggers, locks, paths, iterators) are not.
+Many steps of one fuse ask for these. Inside :func:`unchanging` a model is walked once and the answers are kept.
 """
 
 import contextlib

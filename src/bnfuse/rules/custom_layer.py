@@ -1,4 +1,8 @@
-"""Layers of the caller's own."""
+"""Layers of the caller's own, which a handler looks after.
+
+The layer is one operator, and the handler makes it give ``s*y + t`` where it gave y: any scale and shift of the output
+along axis 1. What the layer does inside is not known, so the units of its input stay as they are.
+"""
 
 from __future__ import annotations
 

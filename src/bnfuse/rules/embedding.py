@@ -1,4 +1,8 @@
-"""Tables of embeddings."""
+"""Embeddings: rows of a table are looked up, so units of the output are units of the table's columns.
+
+With ``y = table[i]``, ``y_new = s*y + t`` is ``table' = s*table + t`` for s and t along the columns, whatever rows are
+looked up. Units that differ between places in the sequence have no place in the table.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""What a norm does, ``y = a*x + c``, and how its statistics lie, computed from its parameters."""
+r"""What a norm does at present, and how its statistics lie: numbers that are computed from its parameters.
+
+In evaluation a batch norm is ``y = a*x + c`` with ``a = weight/sqrt(var + eps)`` and ``c = bias - mean*a``. A norm that
+is written as arithmetic takes several such steps in turn. All batch norms of a graph are computed together where they
+can be, since they are many and small.
+
+A mean that lies many standard deviations from 0 costs digits where a shift is moved on; :data:`FARTHEST` is how far it
+may lie.
+"""
 
 from __future__ import annotations
 

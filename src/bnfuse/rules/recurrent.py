@@ -1,8 +1,8 @@
-r"""Embeddings and recurrent layers.
+r"""Recurrent layers.
 
-An embedding looks rows up in its table, so units of its output are units of the table's columns. A recurrent layer
-reads its input through ``W_ih*x + b_ih`` in its first layer, one for each direction; with ``x_old = p*x_new + q`` that
-is ``(W_ih*p)*x_new + (b_ih + W_ih*q)``. Its output passes a saturating function, so nothing passes there.
+A recurrent layer reads its input through ``W_ih*x + b_ih`` in its first layer, one for each direction; with
+``x_old = p*x_new + q`` that is ``(W_ih*p)*x_new + (b_ih + W_ih*q)``. Its output comes from a saturating function, which
+neither a scale nor a shift passes.
 """
 
 from __future__ import annotations
