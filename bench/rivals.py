@@ -14,7 +14,7 @@ from torch.fx.experimental import optimization
 
 from bnfuse.fusion_plan import Plan
 from bnfuse.rewrite import rewrite
-from bnfuse.verify.comparison import compare_outputs
+from bnfuse.verify.measure import compare_outputs
 
 WRONG = 1e-2
 """Relative error of an output that no rounding in float32 explains."""

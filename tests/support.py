@@ -13,7 +13,7 @@ from bnfuse.model.copying import copy_model
 from bnfuse.model.inputs import normalise
 from bnfuse.model.sandbox import run
 from bnfuse.tools.zoo.randomise import randomise_
-from bnfuse.verify.comparison import compare_outputs
+from bnfuse.verify.measure import compare_outputs
 
 EXACT = 1e-9
 """Relative error allowed in float64."""

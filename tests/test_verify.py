@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from bnfuse.errors import BnFuseError, InputError
 from bnfuse.model.pytree import map_tensors
 from bnfuse.model.sandbox import run
-from bnfuse.verify.comparison import TOLERANCE, Comparison, compare, compare_outputs
+from bnfuse.verify.compare import compare
+from bnfuse.verify.comparison import TOLERANCE, Comparison
 from bnfuse.verify.discrete_choices import Decisions
 from bnfuse.verify.judge import Verdict, judge
+from bnfuse.verify.measure import compare_outputs
 
 inf, nan = math.inf, math.nan
 
@@ -892,7 +894,7 @@ def test_a_comparison_in_pieces_is_that_of_the_whole(monkeypatch: pytest.MonkeyP
     if odd is not None:
         before[1, 1, 1] = after[1, 1, 1] = odd
     whole = compare_outputs(before, after).outputs[0]
-    monkeypatch.setattr("bnfuse.verify.comparison._PIECE", 8)
+    monkeypatch.setattr("bnfuse.verify.measure._PIECE", 8)
     pieces = compare_outputs(before, after).outputs[0]
     assert pieces.where == whole.where == (2, 3, 4)
     exact = ("max_abs", "expected", "got", "differing", "argmax_agreement", "problem")

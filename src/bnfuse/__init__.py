@@ -13,7 +13,8 @@ from bnfuse.errors import (
 from bnfuse.fusion_plan import Plan
 from bnfuse.pair import fuse_pair
 from bnfuse.reasons import Reason
-from bnfuse.verify.comparison import Comparison, compare
+from bnfuse.verify.compare import compare
+from bnfuse.verify.comparison import Comparison
 
 __all__ = [
     "BnFuseError",

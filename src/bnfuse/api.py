@@ -22,8 +22,8 @@ from bnfuse.planner.options import Options
 from bnfuse.planner.planner import Draft, report
 from bnfuse.planner.refine import within_budget
 from bnfuse.rewrite import fused_copy, rewrite
-from bnfuse.verify.comparison import compare_outputs
 from bnfuse.verify.judge import judge
+from bnfuse.verify.measure import compare_outputs
 
 log = logging.getLogger("bnfuse")
 

@@ -34,8 +34,8 @@ from bnfuse.model.sandbox import forked_random_state
 from bnfuse.planner.other_sizes import Elsewhere
 from bnfuse.rewrite import fused_copy, rewrite
 from bnfuse.rules import RULES
-from bnfuse.verify.comparison import compare_outputs
 from bnfuse.verify.judge import Reference, judge_by
+from bnfuse.verify.measure import compare_outputs
 
 _RUNS = 3
 """Other sizes that are looked at, of those that the model takes."""

@@ -16,7 +16,7 @@ from bnfuse.model.sandbox import run
 from bnfuse.planner.planner import Draft
 from bnfuse.reasons import Reason
 from bnfuse.rewrite import fused_copy
-from bnfuse.verify.comparison import compare_outputs
+from bnfuse.verify.measure import compare_outputs
 
 
 def within_budget(draft: Draft, budget: float) -> Plan:

@@ -40,8 +40,9 @@ from bnfuse.model.copying import copy_model
 from bnfuse.model.describe import first_line, name_of
 from bnfuse.model.pytree import map_tensors, tensors
 from bnfuse.model.sandbox import Mode, is_writable, run_under
-from bnfuse.verify.comparison import TOLERANCE, Comparison, compare_outputs, describe, tolerance_of
+from bnfuse.verify.comparison import TOLERANCE, Comparison, tolerance_of
 from bnfuse.verify.discrete_choices import Decisions
+from bnfuse.verify.measure import compare_outputs
 
 _log = logging.getLogger(__name__)
 
@@ -526,7 +527,7 @@ def _failed(
 ) -> Verdict:
     worst = shown.worst
     assert worst is not None
-    found = worst.problem or describe(worst)
+    found = str(worst)
     text = (
         f"{cause}\n"
         f"  output:     {worst.path or 'the tensor'}, shape {worst.shape}, {name_of(worst.dtype)}\n"

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.model.sandbox import run_under
 from bnfuse.tools.census.ledger import Rival
-from bnfuse.verify.comparison import compare_outputs
 from bnfuse.verify.judge import InFloat64
+from bnfuse.verify.measure import compare_outputs
 
 
 def torch_fx(model: nn.Module) -> nn.Module:

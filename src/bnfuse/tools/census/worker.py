@@ -48,8 +48,8 @@ from bnfuse.tools.census.ledger import (
 )
 from bnfuse.tools.zoo import inputs as zoo_inputs
 from bnfuse.tools.zoo.inputs import Sample
-from bnfuse.verify.comparison import compare_outputs
 from bnfuse.verify.judge import NOISE_FACTOR, InFloat64, double, noise
+from bnfuse.verify.measure import compare_outputs
 
 EXACT = 1e-9
 """Relative L2 error of the outputs that is allowed in float64."""

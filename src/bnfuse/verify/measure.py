@@ -1,0 +1,256 @@
+"""Measuring how far outputs lie apart: computed in float64, added up piece by piece and batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bnfuse.model.describe import name_of
+from bnfuse.model.pytree import tensors
+from bnfuse.verify.comparison import Accuracy, Comparison, OutputDifference, Summary
+
+_PIECE = 2**18
+"""How many numbers are compared at a time: few enough to stay in the processor's cache in float64."""
+
+
+def compare_outputs(before: object, after: object) -> Comparison:
+    """Measure how far apart two outputs are, whatever two models returned for the same input.
+
+    >>> print(compare_outputs(torch.ones(2), torch.ones(2)).outputs[0].max_abs)
+    0.0
+    """
+    accumulator = Accumulator()
+    accumulator.add(before, after, None)
+    return accumulator.finish()
+
+
+class Accumulator:
+    """Adds up the differences of all outputs over batches, and the samples that each model classified correctly."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, _OutputAccumulator] = {}
+        self.batches = 0
+        self.samples = 0
+        self.labelled = 0
+        self.classes = 0
+        self.correct = [[0, 0], [0, 0]]  # for each model: label is the first class, is among the first five
+
+    def add(self, before: object, after: object, labels: Tensor | None) -> None:
+        """Add the outputs of both models for one batch."""
+        first, second = dict(tensors(before)), dict(tensors(after))
+        for path in first | second:
+            accumulator = self.outputs.setdefault(path, _OutputAccumulator(path))
+            accumulator.add(first.get(path), second.get(path), self.batches)
+        if first and next(iter(first.values())).ndim:
+            self.samples += next(iter(first.values())).shape[0]
+        self.batches += 1
+        if labels is not None:
+            self.classify(first, second, labels)
+
+    def classify(self, first: dict[str, Tensor], second: dict[str, Tensor], labels: Tensor) -> None:
+        """Count the correct samples in the first output of shape (samples, classes)."""
+        for path, logits in first.items():
+            other = second.get(path)
+            if other is None or other.shape != logits.shape or not logits.is_floating_point():
+                continue
+            if logits.ndim == 2 and logits.shape[0] == labels.shape[0]:
+                self.labelled += labels.shape[0]
+                self.classes = logits.shape[1]
+                for counts, scores in zip(self.correct, (logits, other), strict=True):
+                    ranked = scores.topk(min(5, self.classes), dim=1).indices.cpu()
+                    hits = ranked == labels.cpu()[:, None]
+                    counts[0] += int(hits[:, :1].sum())
+                    counts[1] += int(hits.sum())
+                return
+
+    def accuracy(self, model: int) -> Accuracy | None:
+        """The accuracy of the first model (0) or the second (1); None if nothing had labels."""
+        if not self.labelled:
+            return None
+        first, five = (count / self.labelled for count in self.correct[model])
+        return Accuracy(first, five if self.classes >= 5 else None)
+
+    def finish(self) -> Comparison:
+        outputs = tuple(output.finish() for output in self.outputs.values())
+        return Comparison(outputs, self.batches, self.samples, self.accuracy(0), self.accuracy(1))
+
+
+class _OutputAccumulator:
+    """Adds up the differences of one output tensor over batches."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.shape: tuple[int, ...] = ()
+        self.dtype: torch.dtype | None = None
+        self.problem = ""
+        self.before, self.after = _Statistics(), _Statistics()
+        self.count = self.differing = self.agreeing = self.positions = 0
+        self.squares = self.reference_squares = self.reference_max = 0.0
+        self.max_abs = -1.0
+        self.where: tuple[int, ...] | None = None
+        self.batch = 0
+        self.expected = self.got = math.nan
+
+    def add(self, before: Tensor | None, after: Tensor | None, batch: int) -> None:
+        only = before if before is not None else after
+        assert only is not None
+        if self.dtype is None:
+            self.shape, self.dtype = tuple(only.shape), only.dtype
+        if before is None or after is None:
+            who = "second" if after is None else "first"
+            self.fail(only.numel(), f"the {who} model does not return this tensor")
+            return
+        if before.shape != after.shape:
+            sizes = sorted((before.numel(), after.numel()))
+            self.fail(sizes[1] - sizes[0], f"shape {tuple(before.shape)} became {tuple(after.shape)}")
+            self.count += sizes[0]
+            return
+        if before.dtype != after.dtype:
+            self.problem = self.problem or f"dtype {name_of(before.dtype)} became {name_of(after.dtype)}"
+        self.measure(_strided(before), _strided(after), batch)
+
+    def fail(self, differing: int, problem: str) -> None:
+        """Note that tensors cannot be compared; ``differing`` of their elements count as different."""
+        self.problem = self.problem or problem
+        self.differing += max(differing, 1)
+        self.count += max(differing, 1)
+        self.max_abs = self.squares = math.inf
+        self.where = None
+
+    def measure(self, before: Tensor, after: Tensor, batch: int) -> None:
+        """Add the difference of two dense tensors of the same shape."""
+        differing = self.differing
+        pieces = zip(before.reshape(-1).split(_PIECE), after.reshape(-1).split(_PIECE), strict=True)
+        for number, (first, second) in enumerate(pieces if before.numel() else ()):
+            where = self.measure_piece(first, second)
+            if where is not None:
+                self.batch, index = batch, number * _PIECE + where
+                self.where = _place_of(index, before.shape)
+        if before.is_floating_point() and before.ndim >= 2 and before.shape[1] > 1 and before.numel():
+            positions = before.numel() // before.shape[1]
+            self.positions += positions
+            if self.differing == differing:
+                self.agreeing += positions
+            else:  # max is fast along an inner axis, argmax is not; one-byte floating dtypes have neither
+                first, second = (t if t.itemsize > 1 else t.float() for t in (before, after))
+                self.agreeing += int((first.max(dim=1).indices == second.max(dim=1).indices).sum())
+
+    def measure_piece(self, before: Tensor, after: Tensor) -> int | None:
+        """Add the difference of two flat tensors.
+
+        Returns:
+            The index of the largest difference so far if these tensors hold it, else None.
+        """
+        x, y = _widest(before), _widest(after)
+        self.count += x.numel()
+        finite = self.before.add(x.abs() if x.is_complex() else x) & self.after.add(y.abs() if y.is_complex() else y)
+        whole = not (before.is_floating_point() or before.is_complex()) and before.dtype == after.dtype
+        unequal = before != after if whole else x != y  # float64 cannot tell all int64 numbers apart
+        if finite:
+            difference, reference = y - x, x
+        else:
+            both = x.isfinite() & y.isfinite()
+            unequal &= ~(x.isnan() & y.isnan())
+            difference = torch.where(both, y - x, torch.where(unequal, math.inf, 0.0))
+            reference = torch.where(both, x, 0.0)
+        self.differing += int(unequal.count_nonzero())
+        difference, reference = difference.abs(), reference.abs()
+        self.squares += float(difference.dot(difference))
+        self.reference_squares += float(reference.dot(reference))
+        self.reference_max = max(self.reference_max, float(reference.max()))
+        largest, index = difference.max(dim=0)
+        if float(largest) <= self.max_abs:
+            return None
+        self.max_abs = float(largest)
+        self.expected, self.got = (float(v[index].abs() if v.is_complex() else v[index]) for v in (x, y))
+        return int(index)
+
+    def finish(self) -> OutputDifference:
+        assert self.dtype is not None
+        max_abs = max(self.max_abs, 0.0)
+        return OutputDifference(
+            path=self.path,
+            shape=self.shape,
+            dtype=self.dtype,
+            before=self.before.finish(),
+            after=self.after.finish(),
+            max_abs=max_abs,
+            where=self.where,
+            batch=self.batch,
+            expected=self.expected,
+            got=self.got,
+            relative_l2=_ratio(math.sqrt(self.squares), math.sqrt(self.reference_squares)),
+            relative_max=_ratio(max_abs, self.reference_max),
+            mse=self.squares / self.count if self.count else 0.0,
+            differing=self.differing / self.count if self.count else 0.0,
+            argmax_agreement=self.agreeing / self.positions if self.positions else None,
+            problem=self.problem,
+        )
+
+
+def _ratio(error: float, reference: float) -> float:
+    """A relative error; 0 for no error, even relative to 0."""
+    if error == 0:
+        return 0.0
+    return error / reference if reference else math.inf
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The same values as a dense, strided tensor on the CPU."""
+    if tensor.is_nested:
+        tensor = tensor.to_padded_tensor(0.0)
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.detach().cpu()
+
+
+def _widest(tensor: Tensor) -> Tensor:
+    """The tensor in float64, or complex128 for complex numbers."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+class _Statistics:
+    """Running minimum, sum and maximum of finite values."""
+
+    def __init__(self) -> None:
+        self.minimum, self.total, self.maximum, self.count = math.inf, 0.0, -math.inf, 0
+
+    def add(self, values: Tensor) -> bool:
+        """Add the finite values of a flat tensor, and return whether all were finite."""
+        total = float(values.sum())  # finite if all values are: one pass, where isfinite takes several
+        finite = math.isfinite(total)
+        if not finite:
+            values = values[values.isfinite()]
+            total = float(values.sum())
+        if values.numel():
+            minimum, maximum = torch.aminmax(values)
+            self.minimum = min(self.minimum, float(minimum))
+            self.maximum = max(self.maximum, float(maximum))
+            self.total += total
+            self.count += values.numel()
+        return finite
+
+    def finish(self) -> Summary:
+        if not self.count:
+            return Summary(math.nan, math.nan, math.nan)
+        return Summary(self.minimum, self.total / self.count, self.maximum)
+
+
+def _place_of(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The index along each axis of the element at ``index`` in the flattened tensor.
+
+    ``torch.unravel_index`` does the same, but it loads sympy, which takes long.
+
+    >>> _place_of(7, (2, 2, 3))
+    (1, 0, 1)
+    """
+    place = []
+    for size in reversed(shape):
+        index, along = divmod(index, size)
+        place.append(along)
+    return tuple(reversed(place))
