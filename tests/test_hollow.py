@@ -182,8 +182,8 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 import bnfuse
-from bnfuse.verify.discrete_choices import Decisions
-from bnfuse.verify.judge import InFloat64
+from bnfuse.verify.discrete_choices import DiscreteChoices
+from bnfuse.verify.float64 import InFloat64
 from bnfuse.tools.zoo import randomise_
 
 class Conv(nn.Conv2d):
@@ -203,7 +203,7 @@ class Gate(nn.Module):
 model = randomise_(nn.Sequential(Conv(3, 4, 3, bias=False), nn.BatchNorm2d(4), Gate())).eval()
 assert not any(isinstance(module, nn.BatchNorm2d) for module in bnfuse.fuse(model, torch.randn(2, 3, 9, 9)).modules())
 with torch.inference_mode():
-    for mode in (InFloat64(), Decisions()):
+    for mode in (InFloat64(), DiscreteChoices()):
         with mode:
             model(torch.randn(2, 3, 9, 9)).argmax(1)
 print(sorted({"sympy", "torch._dynamo", "torch._inductor"} & set(sys.modules)))

@@ -19,9 +19,11 @@ from bnfuse.model.pytree import map_tensors
 from bnfuse.model.sandbox import run
 from bnfuse.verify.compare import compare
 from bnfuse.verify.comparison import TOLERANCE, Comparison
-from bnfuse.verify.discrete_choices import Decisions
-from bnfuse.verify.judge import Verdict, judge
+from bnfuse.verify.discrete_choices import DiscreteChoices
+from bnfuse.verify.judge import judge
 from bnfuse.verify.measure import compare_outputs
+from bnfuse.verify.reference import Reference
+from bnfuse.verify.verdict import Verdict
 
 inf, nan = math.inf, math.nan
 
@@ -492,7 +494,7 @@ def verdict(
         x = torch.randn(4, 16, generator=torch.Generator().manual_seed(3))
     x = x.to(dtype)
     comparison = compare_outputs(run(original, (x,), {}), run(fused, (x,), {}))
-    return judge(comparison, original, fused, fuse_in_float64, (x,), {})
+    return judge(Reference(original, (x,), {}), comparison, fused, fuse_in_float64)
 
 
 def test_a_good_fusion_is_equal_at_once() -> None:
@@ -770,11 +772,11 @@ def decisions(values: Tensor) -> tuple[Any, ...]:
 def test_a_run_takes_the_decisions_of_another() -> None:
     there, here = torch.tensor([1.0, 0.999999, 2.0, 1.999999]), torch.tensor([0.999999, 1.000001, 1.999999, 2.0])
     with torch.inference_mode():
-        with Decisions() as path:
+        with DiscreteChoices() as path:
             expected = decisions(there.double())
-        with Decisions(path) as followed:
+        with DiscreteChoices(path) as followed:
             found = decisions(here)
-        with Decisions(path) as same:
+        with DiscreteChoices(path) as same:
             decisions(there)
     assert followed.followed_to_the_end
     assert followed.changed
@@ -790,13 +792,13 @@ def test_a_run_takes_the_decisions_of_another() -> None:
 def test_a_run_that_decides_other_things_is_lost() -> None:
     x = torch.randn(4)
     with torch.inference_mode():
-        with Decisions() as path:
+        with DiscreteChoices() as path:
             x.argmax()
             x.argmin()
-        with Decisions(path) as other:
+        with DiscreteChoices(path) as other:
             x.argmax()
             x.sort()
-        with Decisions(path) as shorter:
+        with DiscreteChoices(path) as shorter:
             x.argmax()
     assert not other.followed_to_the_end
     assert not shorter.followed_to_the_end
@@ -820,14 +822,15 @@ def test_a_wrong_dtype_is_not_hidden_by_float64() -> None:
     network = Network(2, torch.relu)
     x = torch.randn(2, 16)
     after = run(network, (x,), {}).double()
-    found = judge(compare_outputs(run(network, (x,), {}), after), network, network, fuse_in_place, (x,), {})
+    comparison = compare_outputs(run(network, (x,), {}), after)
+    found = judge(Reference(network, (x,), {}), comparison, network, fuse_in_place)
     assert not found.equal
     assert "dtype float32 became float64" in found.message
 
 
 def test_nothing_to_compare_is_said() -> None:
     model = Fixed(lambda x: None)
-    found = judge(compare_outputs(None, None), model, model, fuse_in_place, (torch.ones(1),), {})
+    found = judge(Reference(model, (torch.ones(1),), {}), compare_outputs(None, None), model, fuse_in_place)
     assert not found.equal
     assert "verify=False" in found.message
 

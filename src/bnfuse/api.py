@@ -16,14 +16,13 @@ from bnfuse.errors import VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
-from bnfuse.model.sandbox import run
 from bnfuse.model.wrappers import unwrapped
 from bnfuse.planner.options import Options
 from bnfuse.planner.planner import Draft, report
 from bnfuse.planner.refine import within_budget
 from bnfuse.rewrite import fused_copy, rewrite
-from bnfuse.verify.judge import judge
-from bnfuse.verify.measure import compare_outputs
+from bnfuse.verify.judge import same_outputs
+from bnfuse.verify.reference import Reference
 
 log = logging.getLogger("bnfuse")
 
@@ -186,31 +185,32 @@ def _in_evaluation(model: nn.Module) -> nn.Module:
 
 def _verify(plan: Plan, original: nn.Module, fused: nn.Module, draft: Draft, undo: Callable[[], None] | None) -> None:
     """Raise VerificationError unless the fused model does what the original did; ``undo`` is given when in place."""
-    args, kwargs = draft.inputs
-    try:
-        traces = draft.record.traces or undo is not None
-        after = run(fused, args, kwargs, traces=traces, writes=draft.record.stateful)
-    except Exception as error:
-        raise VerificationError(
-            f"The fused {plan.model} does not run: {type(error).__name__}: {error}. Please report this model."
-        ) from error
-    comparison = compare_outputs(draft.output, after)
-    if comparison.within_tolerance():
-        return
-    if undo is not None:  # the original lives on in place of the fused model only while it is judged
+    separated = False
+
+    def separate() -> nn.Module:
+        """In place ``fused`` is the original: undo the fusion while it is judged, and judge a copy."""
+        nonlocal separated
+        assert undo is not None
         changed = copy_model(fused)
         undo()
-        original, fused, in_place = fused, changed, fused
-    else:
-        in_place = None
+        separated = True
+        return changed
 
     def fuse_in_float64(model64: nn.Module) -> nn.Module:
         rewrite(plan, model64)
         return model64
 
-    verdict = judge(comparison, original, fused, fuse_in_float64, args, kwargs)
+    verdict = same_outputs(
+        Reference(original, *draft.inputs, output=draft.output),
+        fused,
+        fuse_in_float64,
+        traces=draft.record.traces or undo is not None,
+        writes=draft.record.stateful,
+        separate=None if undo is None else separate,
+    )
     if not verdict.equal:
-        raise VerificationError(verdict.message)
-    log.info("%s", verdict.message)
-    if in_place is not None:
-        rewrite(plan, in_place)
+        raise VerificationError(verdict.message) from verdict.error
+    if not verdict.comparison.within_tolerance():
+        log.info("%s", verdict.message)
+    if separated:
+        rewrite(plan, fused)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.model.sandbox import run_under
 from bnfuse.tools.census.ledger import Rival
-from bnfuse.verify.judge import InFloat64
+from bnfuse.verify.float64 import InFloat64
 from bnfuse.verify.measure import compare_outputs
 
 

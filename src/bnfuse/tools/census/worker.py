@@ -48,8 +48,10 @@ from bnfuse.tools.census.ledger import (
 )
 from bnfuse.tools.zoo import inputs as zoo_inputs
 from bnfuse.tools.zoo.inputs import Sample
-from bnfuse.verify.judge import NOISE_FACTOR, InFloat64, double, noise
+from bnfuse.verify.float64 import InFloat64, float64_copy
+from bnfuse.verify.judge import NOISE_FACTOR
 from bnfuse.verify.measure import compare_outputs
+from bnfuse.verify.reference import noise
 
 EXACT = 1e-9
 """Relative L2 error of the outputs that is allowed in float64."""
@@ -281,7 +283,7 @@ def _checked(
     others, own = _other_run(here, model, sample)
     ours = run(fused, others, {})
     exact_inputs = pytree.map_tensors(others, _double)
-    wide = double(model)
+    wide = float64_copy(model)
     exact_fused = copy_model(wide)
     rewrite(plan, exact_fused)
     exact, error64, widened = _in_float64(wide, exact_fused, exact_inputs)
