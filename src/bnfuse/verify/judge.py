@@ -94,7 +94,7 @@ def same_outputs(
     """
     args, kwargs = reference.inputs
     try:
-        output = run(fused, args, kwargs, reference.seed, traces, writes)
+        output = run(fused, args, kwargs, reference.seed, traces=traces, writes=writes)
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
         return verdict.does_not_run(type(fused).__name__, name_of(reference.precision), error)
     comparison = compare_outputs(reference.output, output)
