@@ -206,7 +206,7 @@ def test_a_state_dict_from_before_torch_counted_batches(tmp_path: Path) -> None:
         (
             lambda state: state.update({"x": state.pop("2.bias"), "0.bias": torch.zeros(())}),
             "1 missing: 2.bias; 1 unknown to the model: x; "
-            "1 of another shape: 0.bias (a scalar in the file, 4 in the model)",
+            "1 of another shape: 0.bias (scalar in the file, 4 in the model)",
         ),
     ],
 )

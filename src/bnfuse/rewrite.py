@@ -19,6 +19,7 @@ from bnfuse.changes import Changes, Edit, Handler, Replacement
 from bnfuse.errors import FusionError
 from bnfuse.model import tree
 from bnfuse.model.copying import copy_model, held_tensors, shared_memory
+from bnfuse.model.describe import one_line
 from bnfuse.units import PIECE, Entries, Unit, add, multiply, row_ranges, scaled
 
 _Modules = Mapping[str, nn.Module]
@@ -259,7 +260,7 @@ def _handle(layer: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[
             with torch.no_grad():
                 handler(layer, scale.clone(), shift.clone())
         except Exception as error:
-            raise FusionError(f"The handler of {edit.names[0]} failed: {type(error).__name__}: {error}") from error
+            raise FusionError(f"The handler of {edit.names[0]} failed: {one_line(error)}") from error
 
 
 def _restorer(module: nn.Module) -> Callable[[], None]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bnfuse.errors import InputError
 from bnfuse.model import pytree, tree
+from bnfuse.model.describe import one_line
 from bnfuse.model.tree import SIMPLE
 
 
@@ -41,7 +42,7 @@ def copy_model(
             copied: nn.Module = _copied(model, memo)
     except Exception as error:
         raise InputError(
-            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. "
+            f"{type(model).__name__} cannot be copied: {one_line(error)}. "
             f"Fuse it in place: bnfuse.fuse(model, inputs, inplace=True)."
         ) from error
     held = held_tensors(model) if held is None else held

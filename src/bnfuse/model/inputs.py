@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnfuse.errors import InputError
+from bnfuse.model.describe import dtype_name, shape_text
 
 # The sizes behind the batch and channel axes that are tried in turn, by the number of these axes.
 _SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -233,4 +234,4 @@ def _dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 
 def _type_and_shape(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, tensor.shape))}"
+    return f"{dtype_name(tensor.dtype)} {shape_text(tensor.shape)}"

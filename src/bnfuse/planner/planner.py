@@ -24,6 +24,7 @@ from bnfuse.fusion_plan import Plan, total
 from bnfuse.graph.graph import Node
 from bnfuse.graph.norms import Norm
 from bnfuse.model.copying import copy_model
+from bnfuse.model.describe import first_line
 from bnfuse.model.inputs import candidates, normalise
 from bnfuse.planner.options import Options
 from bnfuse.planner.other_inputs import Rehearsal, needed_in_place, varying
@@ -292,9 +293,7 @@ def captured(
         try:
             return run(candidate.args, candidate.kwargs), candidate.args, candidate.kwargs
         except InputError as error:
-            cause = error.__cause__
-            what = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
-            tried.append(f"  {candidate.description}: {what}")
+            tried.append(f"  {candidate.description}: {first_line(error.__cause__ or error)}")
     name = type(model).__name__
     listing = "\n".join(["Tried:", *tried]) if tried else "Nothing in the model tells what it takes."
     raise InputError(

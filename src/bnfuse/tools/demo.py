@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import bnfuse
 from bnfuse.errors import BnFuseError
+from bnfuse.model.describe import shape_text
 from bnfuse.report.tables import Column, Table
 from bnfuse.report.terminal import show
 from bnfuse.tools.timing import by_turns, threads, timed
@@ -167,8 +168,7 @@ def _latencies(networks: Mapping[str, nn.Module], inputs: Tensor) -> Table:
         seconds = by_turns(measures, ROUNDS, _WARM_UP_ROUNDS)
     medians = {name: 1000 * statistics.median(times) for name, times in seconds.items()}
     rows = tuple((name, f"{median:.2f}", f"{median / medians['original']:.3f}") for name, median in medians.items())
-    shape = "x".join(map(str, inputs.shape))
-    title = f"Latency: median of {ROUNDS} runs each, by turns; input {shape}, one thread"
+    title = f"Latency: median of {ROUNDS} runs each, by turns; input {shape_text(inputs.shape)}, one thread"
     return Table(title, (Column("network"), Column("ms", True), Column("ratio", True)), rows)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.errors import InputError
-from bnfuse.model.describe import name_of
+from bnfuse.model.describe import dtype_name
 from bnfuse.model.pytree import map_tensors, tensors
 from bnfuse.model.sandbox import run
 from bnfuse.verify.comparison import Comparison
@@ -94,7 +94,7 @@ def _not_running(
     name: str, model: nn.Module, number: int, single: bool, args: Any, kwargs: Any, error: Exception
 ) -> str:
     given = [*tensors(args), *tensors(kwargs)]
-    shapes = ", ".join(f"{path} {tuple(tensor.shape)} {name_of(tensor.dtype)}" for path, tensor in given)
+    shapes = ", ".join(f"{path} {tuple(tensor.shape)} {dtype_name(tensor.dtype)}" for path, tensor in given)
     hint = "" if single else "\n  a list is read as batches; pass a list that is one argument as ([a, b],)"
     place = "" if single else f" batch {number} of"
     return (

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bnfuse.model.describe import name_of
+from bnfuse.model.describe import dtype_name
 
 TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -180,7 +180,7 @@ def _text(comparison: Comparison) -> str:
     if comparison.batches > 1:
         lines.append(f"{comparison.batches} batches, {comparison.samples} samples")
     for o in comparison.outputs:
-        lines.append(f"output {o.path}".rstrip() + f": shape {o.shape}, {name_of(o.dtype)}")
+        lines.append(f"output {o.path}".rstrip() + f": shape {o.shape}, {dtype_name(o.dtype)}")
         lines.append(f"  {'':8}{'minimum':>12} {'mean':>12} {'maximum':>12}")
         for name, s in (("before", o.before), ("after", o.after)):
             lines.append(f"  {name:8}{s.minimum:12.5g} {s.mean:12.5g} {s.maximum:12.5g}")
@@ -202,5 +202,5 @@ def _plain_data(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain_data(item) for item in value]
     if isinstance(value, torch.dtype):
-        return name_of(value)
+        return dtype_name(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -35,7 +35,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from bnfuse.model.describe import first_line, name_of
+from bnfuse.model.describe import dtype_name, first_line
 from bnfuse.model.sandbox import run
 from bnfuse.verify import verdict
 from bnfuse.verify.comparison import TOLERANCE, Comparison, tolerance_of
@@ -96,7 +96,7 @@ def same_outputs(
     try:
         output = run(fused, args, kwargs, reference.seed, traces=traces, writes=writes)
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
-        return verdict.does_not_run(type(fused).__name__, name_of(reference.precision), error)
+        return verdict.does_not_run(type(fused).__name__, dtype_name(reference.precision), error)
     comparison = compare_outputs(reference.output, output)
     if separate is not None and not comparison.within_tolerance():
         fused = separate()
@@ -124,7 +124,7 @@ def judge(
     Raises:
         Exception: what ``fuse_in_float64`` raises. A model that does not run in float64 is judged without it.
     """
-    precision = name_of(reference.precision)
+    precision = dtype_name(reference.precision)
     if comparison.within_tolerance():
         return Verdict(True, precision, "The outputs agree.", comparison)
     if not comparison.outputs:
@@ -139,7 +139,7 @@ class _Judge:
 
     def __init__(self, comparison: Comparison, reference: Reference, fused: nn.Module, algebra_only: bool) -> None:
         self.comparison, self.reference, self.fused = comparison, reference, fused
-        self.precision = name_of(reference.precision)
+        self.precision = dtype_name(reference.precision)
         self.tolerance = tolerance_of(reference.precision)
         self.algebra_only = algebra_only
 

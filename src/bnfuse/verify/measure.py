@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bnfuse.model.describe import name_of
+from bnfuse.model.describe import dtype_name
 from bnfuse.model.pytree import tensors
 from bnfuse.verify.comparison import Accuracy, Comparison, OutputDifference, Summary
 
@@ -109,7 +109,7 @@ class _OutputAccumulator:
             self.count += sizes[0]
             return
         if before.dtype != after.dtype:
-            self.problem = self.problem or f"dtype {name_of(before.dtype)} became {name_of(after.dtype)}"
+            self.problem = self.problem or f"dtype {dtype_name(before.dtype)} became {dtype_name(after.dtype)}"
         self.measure(_strided(before), _strided(after), batch)
 
     def fail(self, differing: int, problem: str) -> None:

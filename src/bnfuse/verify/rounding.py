@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from bnfuse.model.describe import name_of
+from bnfuse.model.describe import dtype_name
 
 
 def wrongly_rounded(fused: nn.Module, in_float64: nn.Module) -> str:
@@ -33,7 +33,7 @@ def wrongly_rounded(fused: nn.Module, in_float64: nn.Module) -> str:
         if wrong.any():
             index = tuple(wrong.nonzero()[0].tolist())
             return (
-                f"  parameter: {name}, {name_of(value.dtype)}, at {list(index)}\n"
+                f"  parameter: {name}, {dtype_name(value.dtype)}, at {list(index)}\n"
                 f"  expected:  {float(expected[index])!r}\n"
                 f"  got:       {float(got[index])!r}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bnfuse.model.describe import name_of
+from bnfuse.model.describe import dtype_name
 from bnfuse.verify.comparison import Comparison
 
 
@@ -89,7 +89,7 @@ def _worst(shown: Comparison, limit: str) -> str:
     worst = shown.worst
     assert worst is not None
     return (
-        f"  output:     {worst.path or 'the tensor'}, shape {worst.shape}, {name_of(worst.dtype)}\n"
+        f"  output:     {worst.path or 'the tensor'}, shape {worst.shape}, {dtype_name(worst.dtype)}\n"
         f"  expected:   {limit}\n"
         f"  got:        {worst}"
     )

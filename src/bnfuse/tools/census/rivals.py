@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnfuse.model.describe import first_line
 from bnfuse.model.sandbox import run_under
 from bnfuse.tools.census.ledger import Rival
 from bnfuse.verify.float64 import InFloat64
@@ -46,8 +47,7 @@ def _tried(
     try:
         after, found = _run(tool(copy.deepcopy(model)).eval(), inputs, widened)
     except Exception as error:  # noqa: BLE001 (a tool that fails is a result)
-        first = str(error).strip().partition("\n")[0]
-        return Rival(failure=f"{type(error).__name__}: {first}"[:200])
+        return Rival(failure=first_line(error)[:200])
     outputs = compare_outputs(exact, found).outputs
     if any(output.problem for output in outputs):
         return Rival(before - after)

@@ -27,6 +27,7 @@ from bnfuse.fusion_plan import Plan
 from bnfuse.graph.graph import Graph, Value
 from bnfuse.model import pytree
 from bnfuse.model.copying import copy_model
+from bnfuse.model.describe import one_line
 from bnfuse.model.sandbox import run, run_under
 from bnfuse.planner.options import Options
 from bnfuse.planner.planner import Draft
@@ -428,5 +429,4 @@ def _described(argument: Any) -> Any:
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:_ERROR_LENGTH]
+    return one_line(error)[:_ERROR_LENGTH]

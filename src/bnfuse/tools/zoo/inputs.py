@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.model import pytree
+from bnfuse.model.describe import shape_text
 from bnfuse.model.inputs import candidates, declared_shapes, image_channels
 
 Size = tuple[int, int]
@@ -73,7 +74,7 @@ class Sample:
 
 def shapes(args: object) -> str:
     """The shapes of all tensors in the arguments, such as ``2x3x96x96, 2``."""
-    return ", ".join("x".join(map(str, tensor.shape)) or "scalar" for _, tensor in pytree.tensors(args))
+    return ", ".join(shape_text(tensor.shape) for _, tensor in pytree.tensors(args))
 
 
 def image(channels: int) -> Make:

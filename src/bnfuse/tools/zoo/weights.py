@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.errors import SpecError
-from bnfuse.model.describe import one_line
+from bnfuse.model.describe import one_line, shape_text
 
 _LISTED = 3
 
@@ -32,7 +32,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     own = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     in_both = [key for key, tensor in state.items() if key in own and isinstance(tensor, Tensor)]
     differing = {
-        key: f"{key} ({_shape(state[key])} in the file, {_shape(own[key])} in the model)"
+        key: f"{key} ({shape_text(state[key].shape)} in the file, {shape_text(own[key].shape)} in the model)"
         for key in in_both
         if state[key].shape != own[key].shape
     }
@@ -102,7 +102,3 @@ def _read_torch_file(path: Path) -> object:
 
 def _first_few(keys: Sequence[str]) -> str:
     return ", ".join(keys[:_LISTED]) + (", ..." if len(keys) > _LISTED else "")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a scalar"
