@@ -1,4 +1,4 @@
-"""Copies of models that go further than ``copy.deepcopy``, and which tensors of a model share memory."""
+"""Copying models where ``copy.deepcopy`` is not enough, and which tensors of a model share memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from bnfuse.model.tree import SIMPLE
 def copy_model(
     model: nn.Module, stand_ins: Mapping[int, Any] | None = None, held: Mapping[int, Tensor] | None = None
 ) -> nn.Module:
-    """A deep copy that goes further than ``copy.deepcopy``.
+    """Copy a model deeply, also where ``copy.deepcopy`` fails or loses shared memory.
 
-    Tensors with a history, which layers compute for themselves and leave as attributes (old-style weight_norm), are
-    copied without it; parameters and buffers that share memory share it in the copy too.
+    Tensors that are part of an autograd graph, which layers compute and keep as attributes (old-style weight_norm), are
+    copied without the graph. Parameters and buffers that share memory also share it in the copy.
 
     Args:
-        stand_ins: what the copy is to hold in place of some modules and parameters of the model, by their ``id``.
-        held: what ``held_tensors(model)`` gives, if that is known.
+        stand_ins: what the copy holds in place of some modules and parameters of the model, by their ``id``.
+        held: the result of ``held_tensors(model)``, if it is known.
 
     Raises:
         InputError: the model cannot be copied, or its copy shares parameters with it.
@@ -56,13 +56,11 @@ def copy_model(
 
 
 _DICTIONARIES = frozenset({dict, OrderedDict})
-
-
 _SEQUENCES = frozenset({list, tuple, set})
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """What ``copy.deepcopy`` gives, in a fraction of its time for modules and their registries."""
+    """The same as ``copy.deepcopy``, but faster for modules and their registries."""
     kind: Any = type(value)
     if kind in SIMPLE:
         return value
@@ -85,7 +83,7 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
     if type(state) is not dict:
         return copy.deepcopy(value, memo)
-    memo.setdefault(id(memo), []).append(state)  # what it made for this only must not give its address to another
+    memo.setdefault(id(memo), []).append(state)  # held, so that no new object gets the same id
     memo[id(value)] = module = object.__new__(kind)
     module.__setstate__({name: item if type(item) in SIMPLE else _copied(item, memo) for name, item in state.items()})
     return module
@@ -94,11 +92,12 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 _COPYING = {
     "__deepcopy__", "__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__", "__new__",
 }  # fmt: skip
+"""Methods by which a class takes part in being copied."""
 
 
 @functools.cache
 def _is_copied_by_state(kind: type[nn.Module]) -> bool:
-    """True if the class leaves its copying to Python: a new object, given a copy of its state."""
+    """Whether objects of a class are copied by Python's default: a new object with a copy of the state."""
     if any(base.__dict__.get("__slots__") for base in kind.__mro__):
         return False
     own = {name for base in kind.__mro__ if base is not object for name in base.__dict__}
@@ -106,7 +105,7 @@ def _is_copied_by_state(kind: type[nn.Module]) -> bool:
 
 
 def held_tensors(model: nn.Module) -> dict[int, Tensor]:
-    """Every parameter and buffer once, by its ``id``."""
+    """Every parameter and buffer of a model, by its ``id``."""
     found: dict[int, Tensor] = {}
     for module in tree.modules(model):
         for registry in (module._parameters, module._buffers):
@@ -117,7 +116,7 @@ def held_tensors(model: nn.Module) -> dict[int, Tensor]:
 
 
 def shared_memory(held: Mapping[int, Tensor]) -> dict[int, int]:
-    """The storage of every tensor whose memory another one has too, by the ``id`` of the tensor."""
+    """Those of the tensors that share their storage with another: the storage's address by the ``id`` of the tensor."""
     storages: dict[int, list[Tensor]] = {}
     for tensor in held.values():
         if tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor):
@@ -126,6 +125,11 @@ def shared_memory(held: Mapping[int, Tensor]) -> dict[int, int]:
 
 
 def _share_memory(model: nn.Module, copied: nn.Module, shared: Mapping[int, int]) -> None:
+    """Let the copies of tensors that share memory share one copy of it.
+
+    Args:
+        shared: the result of ``shared_memory`` for the model.
+    """
     if not shared:
         return
     copies = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}

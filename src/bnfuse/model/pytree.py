@@ -1,8 +1,8 @@
-"""Finding the tensors in whatever a model takes or returns.
+"""Finding and replacing the tensors in whatever a model takes or returns.
 
-A model may return a tensor, nested containers of tensors, a dataclass, a Hugging Face ``ModelOutput``, or an
-object of its own class.  Containers and plain data objects are looked into; modules, classes, functions, and
-the machinery of the standard library (loggers, locks, paths, iterators) are not.
+A model may return a tensor, nested containers of tensors, a dataclass, a Hugging Face ``ModelOutput``, or an object of
+its own class. Containers and plain data objects are searched. Modules, classes, functions and objects of the standard
+library (loggers, locks, paths, iterators) are not.
 """
 
 from __future__ import annotations
@@ -12,38 +12,27 @@ import dataclasses
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import (
-    Callable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    MutableSequence,
-    MutableSet,
-    Set,
-)
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, MutableSet, Set
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
 Function = Callable[[Tensor], Tensor]
 
-
 DEEPEST = 40
-"""How many containers may lie inside one another; what is deeper is left alone."""
-
+"""How many containers may be nested; what is deeper is left alone."""
 
 _ATOMS = (str, bytes, bytearray, int, float, complex, bool, type(None), type, types.ModuleType, nn.Module)
-
+"""Classes whose objects are not searched."""
 
 _SEQUENCES = (list, tuple, deque)
 
 
 def tensors(tree: object) -> list[tuple[str, Tensor]]:
-    """Return every tensor in ``tree`` with the path that leads to it, in a fixed order.
+    """Return every tensor in ``tree`` with its path, in a fixed order.
 
-    A path is what would be written after the variable: ``"[0]"``, ``".logits"``, ``"['out'][1]"``; it is
-    ``""`` for a bare tensor and ``"{0}"`` for the first member of a set.  A container that is met twice is
-    listed once.
+    A path is the expression behind the variable: ``"[0]"``, ``".logits"``, ``"['out'][1]"``. It is ``""`` for a bare
+    tensor and ``"{0}"`` for the first member of a set. A container that occurs twice is searched once.
 
     >>> import torch
     >>> [path for path, _ in tensors({"out": torch.zeros(1), "aux": [torch.zeros(1), None]})]
@@ -61,10 +50,9 @@ def tensors(tree: object) -> list[tuple[str, Tensor]]:
 def map_tensors(tree: Any, function: Function) -> Any:
     """Return ``tree`` with every tensor replaced by ``function(tensor)``.
 
-    Containers, and data objects that hold tensors or containers, become shallow copies of the same class, so
-    that neither the new nor the old tree is changed by writing to the other.  Everything else is shared, also
-    an object that cannot be copied.  A tensor that stands in several places is mapped once, and the result
-    stands in the same places.
+    Containers, and data objects that hold tensors or containers, become shallow copies of the same class, so that
+    writing to the new tree does not change the old one. Everything else is shared, also an object that cannot be
+    copied. A tensor that occurs several times is mapped once, and the result takes its place each time.
 
     >>> import torch
     >>> map_tensors((torch.ones(1), "a"), lambda tensor: tensor + 1)
@@ -79,19 +67,19 @@ def _collect(tree: object, path: str, depth: int, seen: dict[int, object], found
     if isinstance(tree, Tensor):
         found.append((path, tree))
     elif depth < DEEPEST and not _is_atom(tree) and id(tree) not in seen:
-        seen[id(tree)] = tree  # the reference keeps the id from being given to another object
+        seen[id(tree)] = tree  # held, so that no new object gets the same id
         for step, child in _children(tree):
             _collect(child, path + step, depth + 1, seen, found)
 
 
 def _children(tree: object) -> Iterator[tuple[str, object]]:
-    """The parts of a container or data object, each with its step of the path."""
+    """The members of a container or data object, each with its step of the path."""
     if isinstance(tree, Mapping):
         names = [field.name for field in dataclasses.fields(tree)] if _is_dataclass(tree) else []
         for key, value in list(tree.items()):
             yield (f".{key}" if key in names else f"[{key!r}]"), value
     elif isinstance(tree, _SEQUENCES):
-        named = getattr(tree, "_fields", None)  # a named tuple's
+        named = getattr(tree, "_fields", None)  # of a named tuple
         for index, value in enumerate(tree):
             yield (f".{named[index]}" if named and index < len(named) else f"[{index}]"), value
     elif isinstance(tree, Set):
@@ -107,6 +95,7 @@ def _is_dataclass(tree: object) -> TypeGuard[Any]:
 
 
 def _is_atom(tree: object) -> bool:
+    """Whether an object is not searched."""
     if isinstance(tree, _ATOMS):
         return True
     if isinstance(tree, (Mapping, Set, types.SimpleNamespace, *_SEQUENCES)):
@@ -131,7 +120,7 @@ def _attributes(tree: object) -> dict[str, object]:
 
 
 class _Mapper:
-    """One walk of `map_tensors`: remembers what each tensor and container became."""
+    """One call of `map_tensors`, which remembers what each tensor and container has become."""
 
     def __init__(self, function: Function) -> None:
         self.function = function
@@ -189,27 +178,28 @@ class _Mapper:
             return old
         try:
             new = copy.copy(old)
-        except Exception:  # noqa: BLE001 - whatever a foreign class raises, it cannot be copied
+        except Exception:  # noqa: BLE001 - whatever the class raises, the object cannot be copied
             new = old
         if new is old:
             return self.remember(old, old)
-        self.remember(old, new)  # before its attributes are mapped, for objects that point back
+        self.remember(old, new)  # before its attributes are mapped, since they may refer to it
         changed = False
         for name, value in attributes.items():
             mapped = self.map(value, depth)
             if mapped is not value:
                 object.__setattr__(new, name, mapped)  # frozen dataclasses too
                 changed = True
-        return new if changed else self.remember(old, old)  # a sentinel or a setting keeps its identity
+        return new if changed else self.remember(old, old)  # an object without tensors keeps its identity
 
 
 def _tuple_like(old: tuple[Any, ...], values: list[Any]) -> Any:
+    """A tuple of other values, of the class of ``old`` and with its attributes."""
     if type(old) is tuple:
         return tuple(values)
     try:
-        new = tuple.__new__(type(old), values)  # past a constructor that takes the fields one by one
+        new = tuple.__new__(type(old), values)  # not by its constructor, which may take the fields one by one
     except TypeError:
-        constructor: Callable[..., Any] = type(old)  # torch.return_types
+        constructor: Callable[..., Any] = type(old)  # such as torch.return_types.max
         return constructor(values)
     vars_of_old = getattr(old, "__dict__", None)
     if vars_of_old:

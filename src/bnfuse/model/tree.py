@@ -1,15 +1,14 @@
-"""A model as a tree of modules: every module under every name, and what modules hold beside their registries.
+"""The modules of a model by name, and what they hold besides modules, parameters and buffers.
 
-Many steps of one fuse ask for these. Inside :func:`unchanging` a model is walked once and the answers are kept.
+Many steps of one fuse ask for these. Inside `unchanging` a model is walked once and the answers are kept.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections import OrderedDict
-from collections.abc import (
-    Iterable,
-    Iterator,
-)
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,15 +16,16 @@ from torch import nn
 
 _CONTAINERS = frozenset({dict, OrderedDict, list, tuple, set})
 
-
 SIMPLE = frozenset({str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size})
-"""Classes of what never changes and holds nothing."""
+"""Classes of immutable values that hold no other object."""
 
 _REGISTRIES = frozenset({"_modules", "_parameters", "_buffers"})
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module under every name that it has: ``model.named_modules(remove_duplicate=False)``, in a plain walk.
+    """Every module under every name that it has.
+
+    The same as ``model.named_modules(remove_duplicate=False)``, but faster on large models.
 
     >>> [name for name, _ in named_modules(nn.Sequential(nn.ReLU()))]
     ['', '0']
@@ -40,6 +40,8 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 @dataclasses.dataclass
 class _Known:
+    """What walking a model that does not change has found."""
+
     modules: list[tuple[str, nn.Module]]
     attributes: list[tuple[str, Any]] | None = None
 
@@ -49,7 +51,10 @@ _unchanging: dict[int, _Known] = {}
 
 @contextlib.contextmanager
 def unchanging(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is walked once: whoever runs it puts its modules and attributes back."""
+    """A context in which a model keeps its modules and attributes, so that it is walked only once.
+
+    Whoever runs the model inside must put back what the run changed.
+    """
     outer = id(model) in _unchanging
     if not outer:
         _unchanging[id(model)] = _Known(named_modules(model))
@@ -57,7 +62,7 @@ def unchanging(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if not outer:
-            _unchanging.pop(id(model), None)  # another thread may have fused the same model
+            _unchanging.pop(id(model), None)  # may be gone already: another thread may fuse the same model
 
 
 def _walk(module: nn.Module, name: str, prefix: str, found: list[tuple[str, nn.Module]]) -> None:
@@ -77,15 +82,17 @@ def modules(model: nn.Module) -> list[nn.Module]:
 
 
 def distinct(named: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
-    """Every module of such a list once."""
+    """Every module of a list such as `named_modules` returns, once."""
     return list({id(module): module for _, module in named}.values())
 
 
 def plain_attributes(model: nn.Module) -> list[tuple[str, Any]]:
-    """What the modules hold beside their registries, without numbers, texts and containers of nothing else.
+    """What the modules hold outside their registries of modules, parameters and buffers.
+
+    Simple values, and containers of nothing but simple values, are left out.
 
     Returns:
-        (name, value), the name with that of the module: ``"layers.0.cache"``.
+        (name, value) pairs; the name begins with that of the module, such as ``"layers.0.cache"``.
     """
     known = _unchanging.get(id(model))
     if known is not None and known.attributes is not None:
@@ -103,7 +110,7 @@ def plain_attributes(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def holds_no_object(value: Any) -> bool:
-    """True for a container of nothing but numbers and texts, of which it may hold a hundred thousand.
+    """Whether a value is a container of nothing but simple values. A vocabulary has a hundred thousand of them.
 
     >>> holds_no_object({"a": 1}), holds_no_object([1, [2]]), holds_no_object(1)
     (True, False, False)
