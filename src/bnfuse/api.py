@@ -16,7 +16,7 @@ from bnfuse.errors import VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
-from bnfuse.model.wrappers import unwrapped
+from bnfuse.model.wrappers import checked, unwrap
 from bnfuse.planner.options import Options
 from bnfuse.planner.planner import Draft, report
 from bnfuse.planner.refine import within_budget
@@ -76,7 +76,7 @@ def fuse(
       (2): ReLU()
     )
     """
-    inner, wrap = unwrapped(model)
+    inner, wrap = unwrap(checked(model))
     if inner.training:
         log.info("%s is in training mode; its evaluation behaviour is fused", type(inner).__name__)
     flags = [(module, module.training) for module in tree.modules(inner)]
@@ -152,7 +152,7 @@ def plan(
     Raises:
         InputError, NoNormError, FusionError: as for :func:`fuse`.
     """
-    inner, _ = unwrapped(model)
+    inner, _ = unwrap(checked(model))
     options = Options.of(keep, also, layers, handlers)
     source = _in_evaluation(inner)
     with _uncollected(), tree.unchanging(source):

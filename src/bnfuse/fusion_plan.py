@@ -11,7 +11,7 @@ from torch import nn
 
 from bnfuse.changes import Changes, Decision
 from bnfuse.errors import FusionError
-from bnfuse.model.wrappers import unwrapped
+from bnfuse.model.wrappers import checked, unwrap
 from bnfuse.report.text import decisions_text
 from bnfuse.rewrite import fused_copy, rewrite
 
@@ -67,7 +67,7 @@ class Plan(Changes):
         Raises:
             FusionError: the model is not the one that the plan was made for, or its parameters have changed since.
         """
-        inner, wrap = unwrapped(model)
+        inner, wrap = unwrap(checked(model))
         self._check(inner)
         if inplace:
             rewrite(self, inner)

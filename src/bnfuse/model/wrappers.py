@@ -1,4 +1,4 @@
-"""Wrappers around models (data parallel, compiled): taken off before fusing, put on again after."""
+"""What a caller passes as a model: checked, and taken out of its wrappers (data parallel, compiled)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,35 @@ from bnfuse.errors import InputError
 from bnfuse.model.copying import held_tensors
 
 
+def checked(model: object) -> nn.Module:
+    """The model itself, if its modules can be replaced and its parameters hold numbers.
+
+    Raises:
+        InputError: it is not a module, is scripted, or has parameters or buffers without contents.
+    """
+    if not isinstance(model, nn.Module):
+        hint = ""
+        if isinstance(model, dict):
+            hint = " A state dict holds weights only: build the model, load_state_dict into it, and pass the model."
+        raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("No module of a scripted or traced model can be replaced: fuse the original, then compile it.")
+    for key, tensor in held_tensors(model).items():
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            names = {id(held): name for name, held in (*model.named_parameters(), *model.named_buffers())}
+            if tensor.is_meta:
+                problem = "is on the meta device and holds no numbers: load the weights, then fuse."
+            else:
+                problem = "is not initialised yet: run the model once on real inputs, then fuse it."
+            raise InputError(f"{names[key]} {problem}")
+    return model
+
+
 def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-    """The model inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers.
+    """Take a model out of its ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers.
 
     Returns:
-        The innermost model, and a function that wraps another model in the same way.
+        The innermost model, and a function that puts another model into wrappers of the same kind.
     """
     if isinstance(model, nn.DataParallel):
         inner, wrap = unwrap(model.module)
@@ -40,7 +64,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module
 
 
 def _settings(wrapper: nn.Module, *names: str) -> dict[str, Any]:
-    """The arguments that a wrapper was made with, where it has kept them."""
+    """The constructor's arguments of these names, as far as the wrapper keeps them as attributes."""
     known = inspect.signature(type(wrapper).__init__).parameters
     return {name: value for name in names if name in known and (value := getattr(wrapper, name, None)) is not None}
 
@@ -48,22 +72,3 @@ def _settings(wrapper: nn.Module, *names: str) -> dict[str, Any]:
 def _compiled(model: nn.Module) -> nn.Module:
     model.compile()
     return model
-
-
-def unwrapped(model: object) -> tuple[nn.Module, Any]:
-    if not isinstance(model, nn.Module):
-        hint = ""
-        if isinstance(model, dict):
-            hint = " A state dict holds weights only: build the model, load_state_dict into it, and pass the model."
-        raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError("No module of a scripted or traced model can be replaced: fuse the original, then compile it.")
-    for key, tensor in held_tensors(model).items():
-        if tensor.is_meta or nn.parameter.is_lazy(tensor):
-            names = {id(held): name for name, held in (*model.named_parameters(), *model.named_buffers())}
-            if tensor.is_meta:
-                problem = "is on the meta device and holds no numbers: load the weights, then fuse."
-            else:
-                problem = "is not initialised yet: run the model once on real inputs, then fuse it."
-            raise InputError(f"{names[key]} {problem}")
-    return unwrap(model)
