@@ -1,7 +1,8 @@
-"""Writing changes to a module tree: a transaction, all edits or none.
+"""Making changes to a model or to a copy of it, as a transaction: all changes or none.
 
-A copy is made with the new weights in it, so that every weight is read once and written once. In place, everything
-that can fail is done or tried before the first weight is written.
+Every new number is computed in float64 and rounded once. A copy is made with the new weights already in it, so that
+every weight is read once and written once. In place, everything that can fail is done or tried before the first weight
+is written.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _Modules = Mapping[str, nn.Module]
 
 
 def fused_copy(changes: Changes, model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with the changes in it; every number is computed in float64 and rounded once.
+    """Copy a model and make the changes in the copy.
 
     Raises:
-        FusionError, InputError: as :func:`rewrite` and :func:`bnfuse.model.wrappers.copy_model`.
+        FusionError, InputError: as for `rewrite` and `bnfuse.model.copying.copy_model`.
     """
     modules = dict(tree.named_modules(model))
     held = held_tensors(model)
@@ -51,7 +52,7 @@ def fused_copy(changes: Changes, model: nn.Module) -> nn.Module:
                 norm = _norm(modules, replacement)
                 stand_ins[id(norm)] = _identity(norm)
     copied = copy_model(model, stand_ins, held)
-    # A class with a __deepcopy__ of its own may make the copy from something else.
+    # A class with a __deepcopy__ of its own may not use the stand-ins: what they do not cover is written afterwards.
     modules = dict(tree.named_modules(copied))
     rest = replace(
         changes,
@@ -67,25 +68,25 @@ def fused_copy(changes: Changes, model: nn.Module) -> nn.Module:
 
 
 def _holds(modules: _Modules, edit: Edit, new_weights: dict[Edit, nn.Parameter]) -> bool:
+    """Whether the new parameter of an edit is found under each of its names."""
     return all(getattr(*_owner(modules, name), None) is new_weights[edit] for name in edit.names)
 
 
 def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callable[[], None]:
-    """Make every change to ``model`` itself.
+    """Make the changes in ``model`` itself.
 
-    Edited parameters keep their identity, class, dtype, device, memory format and ``requires_grad``; every number is
-    computed in float64 and rounded once.
+    Edited parameters keep their identity, class, dtype, device, memory format and ``requires_grad``.
 
     Args:
-        undoable: keep copies of the weights that change. Without them an interrupt (Ctrl-C) takes effect once all
+        undoable: keep copies of the weights that change. Without them an interrupt (Ctrl-C) takes effect only when all
             weights are written.
 
     Returns:
-        A function that puts everything back, bit by bit; it does nothing if not ``undoable``.
+        A function that restores the model exactly; without effect if not ``undoable``.
 
     Raises:
-        FusionError: the model lacks a module or parameter of the plan, or an edit overflows its dtype. The model is
-            then as it was.
+        FusionError: the model lacks a module or parameter that is to change, an edit overflows its dtype, or a handler
+            fails. The model is then as it was.
     """
     modules = dict(tree.named_modules(model))
     undo: list[Callable[[], None]] = []
@@ -95,7 +96,7 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
             undo.pop()()
 
     try:
-        with torch.inference_mode(False), torch.no_grad():  # new parameters are trainable, whatever the caller's mode
+        with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could not be trained
             weights = [
                 (edit, _weight(modules, edit)) for edit in changes.edits if not edit.created and not edit.handler
             ]
@@ -103,15 +104,15 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
                 if edit.handler is not None:
                     _handle(modules[edit.names[0]], edit, edit.handler, undo)
                 elif edit.created:
-                    _create([_owner(modules, name) for name in edit.names], edit, undo)
+                    _create(modules, edit, undo)
             for name in changes.out_of_place:
-                _switch_off(modules[name], undo)
+                _work_out_of_place(modules[name], undo)
             for replacement in changes.replacements:
                 _replace(modules, replacement, undo)
             if undoable:
                 scratch = _scratch()
                 for edit, tensor in weights:
-                    undo.append(_restorer_of(tensor))
+                    undo.append(_restorer_of_tensor(tensor))
                     for write in _writes(tensor, tensor, edit):
                         write.make(write.target, scratch)
             else:
@@ -125,6 +126,7 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
 
 
 def _weight(modules: _Modules, edit: Edit) -> Tensor:
+    """The parameter that an edit changes; raises FusionError if it is missing or of another shape."""
     owner, place = _owner(modules, edit.names[0])
     tensor = getattr(owner, place, None)
     if not isinstance(tensor, Tensor) or tuple(tensor.shape) != edit.shape:
@@ -136,7 +138,8 @@ def _weight(modules: _Modules, edit: Edit) -> Tensor:
     return tensor
 
 
-def _restorer_of(tensor: Tensor) -> Callable[[], None]:
+def _restorer_of_tensor(tensor: Tensor) -> Callable[[], None]:
+    """A function that puts back the contents of a tensor."""
     before = tensor.detach().clone(memory_format=torch.preserve_format)
 
     def restore() -> None:
@@ -150,7 +153,14 @@ def _restorer_of(tensor: Tensor) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class _Write:
-    """New contents of a part of a weight."""
+    """New contents for a part of a weight, which fits into bounded memory.
+
+    Attributes:
+        name: the name of the weight, for messages.
+        source: the part before.
+        target: where the new contents go; may be the source.
+        unit: the scale and shift of this part.
+    """
 
     name: str
     source: Tensor
@@ -158,10 +168,14 @@ class _Write:
     unit: Unit
 
     def make(self, out: Tensor, scratch: Tensor) -> Tensor:
-        """Put them into ``out``, which may be the target; raises FusionError if they leave the range of its dtype.
+        """Write the new contents into ``out``.
 
         Args:
-            scratch: memory for `bnfuse.units.PIECE` numbers in float64: fresh memory takes longer than the arithmetic.
+            out: the target or another tensor like it.
+            scratch: memory for `bnfuse.units.PIECE` float64 numbers, since allocating takes longer than the arithmetic.
+
+        Raises:
+            FusionError: the new contents leave the range of the dtype of ``out``.
         """
         size = self.source.numel()
         wide = scratch[:size].view(self.source.shape) if size <= PIECE else scratch.new_empty(self.source.shape)
@@ -176,7 +190,7 @@ class _Write:
 
 
 def _sum(tensor: Tensor) -> float:
-    """Not finite if an element is not."""
+    """The sum of all elements, which is not finite if one of them is not: faster than ``isfinite``."""
     return float(tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype))
 
 
@@ -185,7 +199,7 @@ def _scratch() -> Tensor:
 
 
 def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
-    """The parts of a weight, of bounded size, each with the scale and shift that belong to it."""
+    """The writes of an edit: one for each part of the weight of at most `bnfuse.units.PIECE` elements, or one row."""
     unit = _composed(edit.factors)
     source, target = source.data, target.data
     if not source.dim() or source.numel() <= PIECE:
@@ -196,7 +210,7 @@ def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
 
 
 def _composed(factors: tuple[Unit, ...]) -> Unit:
-    """All factors in turn, as one."""
+    """One unit that does the same as all factors, one after the other."""
     scale: Tensor | None = None
     shift: Tensor | None = None
     entries: Entries | None = None
@@ -209,7 +223,7 @@ def _composed(factors: tuple[Unit, ...]) -> Unit:
 
 
 def _edited(tensor: Tensor, unit: Unit) -> Tensor:
-    """The new contents, in the memory of the tensor."""
+    """Change a float64 tensor by a unit, in its own memory."""
     if unit.scale is not None:
         tensor = tensor.mul_(unit.scale)
     if unit.shift is not None:
@@ -218,7 +232,7 @@ def _edited(tensor: Tensor, unit: Unit) -> Tensor:
 
 
 def _check_range(tensor: Tensor, edit: Edit) -> None:
-    """Raise FusionError if the new contents would overflow."""
+    """Raise FusionError if the new contents would overflow. They are computed only if a bound does not exclude it."""
     unit = _composed(edit.factors)
     scale, shift = (0.0 if part is None else float(part.abs().amax()) for part in (unit.scale, unit.shift))
     added = 0.0 if unit.entries is None else float(unit.entries.values.abs().sum())
@@ -229,14 +243,14 @@ def _check_range(tensor: Tensor, edit: Edit) -> None:
 
 
 def _carry_through(writes: list[_Write], undo: list[Callable[[], None]]) -> None:
-    """Write all of them: an interrupt is put off, since half of the weights would be worth nothing."""
+    """Make all writes, and raise an interrupt only afterwards: a model with half of its weights changed is useless."""
     interrupt: KeyboardInterrupt | None = None
     place = 0
     made: tuple[int, Tensor] | None = None
     scratch = _scratch()
     while place < len(writes):
         try:
-            undo.clear()  # from here on there is no way back
+            undo.clear()  # a write has no copy to restore from
             if made is None or made[0] != place:
                 made = (place, writes[place].make(torch.empty_like(writes[place].target), scratch))
             writes[place].target.copy_(made[1])
@@ -251,8 +265,8 @@ def _carry_through(writes: list[_Write], undo: list[Callable[[], None]]) -> None
 
 
 def _handle(layer: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[[], None]]) -> None:
-    """Let the caller's handler fold units into its layer."""
-    undo.extend(_restorer(module) for module in layer.modules())
+    """Let the caller's handler fold scale and shift into its layer."""
+    undo.extend(_restorer_of_module(module) for module in layer.modules())
     for unit in edit.factors:
         scale = torch.ones(edit.shape, dtype=torch.float64) if unit.scale is None else unit.scale
         shift = torch.zeros(edit.shape, dtype=torch.float64) if unit.shift is None else unit.shift
@@ -263,7 +277,7 @@ def _handle(layer: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[
             raise FusionError(f"The handler of {edit.names[0]} failed: {one_line(error)}") from error
 
 
-def _restorer(module: nn.Module) -> Callable[[], None]:
+def _restorer_of_module(module: nn.Module) -> Callable[[], None]:
     """A function that puts back the module's attributes, registries and the contents of its tensors."""
     state = {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
     held = [*module._parameters.values(), *module._buffers.values()]
@@ -278,13 +292,15 @@ def _restorer(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _create(owners: list[tuple[nn.Module, str]], edit: Edit, undo: list[Callable[[], None]]) -> None:
+def _create(modules: _Modules, edit: Edit, undo: list[Callable[[], None]]) -> None:
+    """Create the bias or gain that a layer does not have yet."""
+    owners = [_owner(modules, name) for name in edit.names]  # raises if the model lacks any of them
     owner, place = owners[0]
     if place not in owner._parameters or owner._parameters[place] is not None:
         raise FusionError(f"The plan does not fit the model: {edit.names[0]} should be an empty place for a parameter.")
     like = next(itertools.chain(owner.parameters(recurse=False), owner.parameters(), owner.buffers()))
     unit = _composed(edit.factors)
-    contents = unit.shift  # a bias of zeros has no other part
+    contents = unit.shift  # a new bias is the shift alone, since the scale of zeros is zero
     if place == "weight" or contents is None or unit.entries is not None:
         contents = _edited(torch.full(edit.shape, 1.0 if place == "weight" else 0.0, dtype=torch.float64), unit)
     data = contents.expand(edit.shape).to(device=like.device, dtype=like.dtype, copy=True).contiguous()
@@ -295,6 +311,7 @@ def _create(owners: list[tuple[nn.Module, str]], edit: Edit, undo: list[Callable
 
 
 def _replace(modules: _Modules, replacement: Replacement, undo: list[Callable[[], None]]) -> None:
+    """Put the children that stay, or an identity, in the place of a norm."""
     norm = _norm(modules, replacement)
     kept = [norm.get_submodule(name) for name in replacement.keep]
     new = _identity(norm) if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
@@ -305,6 +322,7 @@ def _replace(modules: _Modules, replacement: Replacement, undo: list[Callable[[]
 
 
 def _norm(modules: _Modules, replacement: Replacement) -> nn.Module:
+    """The norm that goes; raises FusionError if the model has no module of this name."""
     parent, place = _owner(modules, replacement.names[0])
     norm = parent._modules.get(place)
     if norm is None:
@@ -318,12 +336,14 @@ def _identity(norm: nn.Module) -> nn.Identity:
     return identity
 
 
-def _switch_off(module: nn.Module, undo: list[Callable[[], None]]) -> None:
+def _work_out_of_place(module: nn.Module, undo: list[Callable[[], None]]) -> None:
+    """Let an activation return a new tensor instead of writing to its input."""
     undo.append(lambda: setattr(module, "inplace", True))
     setattr(module, "inplace", False)  # noqa: B010
 
 
 def _owner(modules: _Modules, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter or module of this name, and the last part of the name."""
     path, _, place = name.rpartition(".")
     owner = modules.get(path)
     if owner is None:
