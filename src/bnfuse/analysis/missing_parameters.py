@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from bnfuse.capture.run import LOOKS
+from bnfuse.capture.escapes import READS_OF_SIZES_AND_ELEMENTS
 from bnfuse.graph.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 from bnfuse.model import pytree, tree
-from bnfuse.model.sandbox import Mode, WriteWatch, eager, evaluation_mode, forked_random_state, untouched
+from bnfuse.model.sandbox import Mode, forked_random_state, leave_no_trace
 from bnfuse.operators import operator_of
 
 _BIASED = {
@@ -245,18 +245,10 @@ def _ask(call: ModuleCall, nodes: list[Node], place: str, size: int) -> _Route |
             given, named = pytree.map_tensors((args, kwargs), lambda tensor: _drawn(tensor, device))
             return module.forward(*given, **named)
 
-    modules = tree.modules(module)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluation_mode(modules))
-        watch = stack.enter_context(untouched(modules))
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(eager())
-        stack.enter_context(WriteWatch(module, watch))
+    with leave_no_trace(tree.modules(module)):
         try:
             without = run()
-            parameter = stack.enter_context(_placed(module, place, size, device))
-            looks = stack.enter_context(_Looks())
-            with _Trace(parameter, place) as trace:
+            with _placed(module, place, size, device) as own, _Looks() as looks, _Trace(own, place) as trace:
                 with_it = run()
         except Exception:  # noqa: BLE001 (whatever it raises, the answer is no)
             return None
@@ -268,7 +260,7 @@ def _ask(call: ModuleCall, nodes: list[Node], place: str, size: int) -> _Route |
     uses = [(node, part) for node, (_, part) in zip(ran, trace.layers, strict=True) if part is not None]
     if not uses or any(node not in nodes for node, _ in uses):
         return None
-    return _Route(size, call, uses, trace.steps, parameter, looks.seen)
+    return _Route(size, call, uses, trace.steps, own, looks.seen)
 
 
 def _drawn(tensor: Tensor, device: torch.device | None) -> Tensor:
@@ -304,7 +296,7 @@ class _Looks(TorchFunctionMode):
         self.seen = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen |= func in LOOKS and bool(args) and not isinstance(args[0], nn.Parameter)
+        self.seen |= func in READS_OF_SIZES_AND_ELEMENTS and bool(args) and not isinstance(args[0], nn.Parameter)
         return func(*args, **(kwargs or {}))
 
 

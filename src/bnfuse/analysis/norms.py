@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from bnfuse.capture.run import has_hooks
+from bnfuse.capture.module_calls import has_hooks
 from bnfuse.graph.graph import Graph, ModuleCall, Node
 from bnfuse.graph.norms import Norm, Site
 from bnfuse.model import tree

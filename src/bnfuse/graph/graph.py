@@ -155,14 +155,15 @@ class Graph:
 
     Attributes:
         leaves: the value of every parameter and buffer that took part, by each of its names.
-        seen: what hooks saw, what left PyTorch, what was returned and what was stored, by the index of the value.
+        exposed: what something outside of these operators saw, by the index of the value: a hook, code outside of
+            PyTorch, whoever reads what the model returned or stored.
         paths: operators that did not run, and that would hand parts of a created bias on to a layer.
     """
 
     nodes: list[Node]
     calls: list[ModuleCall]
     leaves: dict[str, Value]
-    seen: list[int] = field(default_factory=list)
+    exposed: list[int] = field(default_factory=list)
     paths: list[Node] = field(default_factory=list)
 
     def release(self) -> None:

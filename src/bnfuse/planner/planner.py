@@ -17,7 +17,7 @@ from bnfuse.analysis.custom_layers import add_handled
 from bnfuse.analysis.missing_parameters import add_absent
 from bnfuse.analysis.norms import find_norms
 from bnfuse.analysis.pins import _pin_others, _pin_shared_with_idle
-from bnfuse.capture.run import Capture, capture, capture_hollow
+from bnfuse.capture.run import Capture, capture, capture_shapes
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.errors import InputError, NoNormError
 from bnfuse.fusion_plan import Plan, total
@@ -172,7 +172,7 @@ class Draft:
             made = solve(other.graph, other.norms, kept, (), solution.forbidden)
             same = solution.solution.same_as(made)
             return same or self._rehearsal.holds(solution.plan)
-        return self._elsewhere.runs_hollow or self._rehearsal.holds(solution.plan)
+        return self._elsewhere.runs_without_arithmetic or self._rehearsal.holds(solution.plan)
 
     @functools.cached_property
     def _elsewhere(self) -> Elsewhere:
@@ -281,7 +281,7 @@ def captured(
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
         if not contents:
             with contextlib.suppress(NeedsContentsError, Exception):  # then it runs for real, and fails if it must
-                return capture_hollow(model, args, kwargs, known=RULES)
+                return capture_shapes(model, args, kwargs, known=RULES)
         return capture(model, args, kwargs, known=RULES)
 
     if example_inputs is not None:

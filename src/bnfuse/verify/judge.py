@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from bnfuse.model.copying import copy_model
 from bnfuse.model.describe import first_line, name_of
 from bnfuse.model.pytree import map_tensors, tensors
-from bnfuse.model.sandbox import Mode, is_writable, run_under
+from bnfuse.model.sandbox import Mode, is_writable, run
 from bnfuse.verify.comparison import TOLERANCE, Comparison, compare_outputs, describe, tolerance_of
 from bnfuse.verify.discrete_choices import Decisions
 
@@ -158,13 +158,13 @@ class Reference:
     def run(self, model: nn.Module, decisions: Decisions | None = None) -> Any:
         """What a model gives on the call, while its decisions are watched or replaced."""
         args, kwargs = self.inputs
-        return run_under(model, args, kwargs, self.seed, decisions or nullcontext())
+        return run(model, args, kwargs, self.seed, decisions)
 
     def run_in_float64(self, model: nn.Module, decisions: Decisions | None = None) -> Any:
         """The same of a float64 model, on the inputs in float64."""
         args, kwargs = map_tensors(self.inputs, _to_float64)
         self.in_float64.lifted = []
-        return run_under(model, args, kwargs, self.seed, _both(self.in_float64, decisions))
+        return run(model, args, kwargs, self.seed, _both(self.in_float64, decisions))
 
     @cached_property
     def output(self) -> Any:
