@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from bnfuse.analysis.custom_layers import add_handled
-from bnfuse.analysis.missing_parameters import add_absent
+from bnfuse.analysis.missing_parameters import add_missing_parameters
 from bnfuse.analysis.norms import find_norms
 from bnfuse.analysis.pins import _pin_others, _pin_shared_with_idle
 from bnfuse.capture.run import Capture, capture, capture_shapes
@@ -82,11 +82,11 @@ class Draft:
             raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
         _check_also(model, options.also)
         self.kept = _kept(self.norms, options.keep)
-        absent, looks = add_absent(model, self.graph)
+        created, looks = add_missing_parameters(model, self.graph)
         self.looks = record.looks or looks
         _pin_shared_with_idle(model, self.graph)
         if options.layers is not None:
-            _pin_others(model, [*self.graph.leaves.values(), *absent], options.layers)
+            _pin_others(model, [*self.graph.leaves.values(), *created], options.layers)
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Any, options: Options, contents: bool = True) -> Draft:
