@@ -62,12 +62,12 @@ READS_OF_SIZES_AND_ELEMENTS = frozenset(
 """Functions that tell the code a size or an element, on which it may then depend."""
 
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
-"""Functions that make a tensor of numbers in the code."""
+"""Those of them that also make a tensor of numbers in the code."""
 
 _FROM_A_TENSOR = (torch.as_tensor, torch.asarray)
 """Those that, given a tensor, use operators that the recorder sees. Given a list of tensors, they do not."""
 
-_WATCHED = frozenset({*_ESCAPES, *READS_OF_SIZES_AND_ELEMENTS, *_FROM_NUMBERS})
+_WATCHED = frozenset({*_ESCAPES, *READS_OF_SIZES_AND_ELEMENTS})
 
 
 class EscapeWatch(TorchFunctionMode):
@@ -122,15 +122,17 @@ class EscapeWatch(TorchFunctionMode):
             data = func(*args)
             if self._values.add_alias(args[0], data):
                 return data
-        given = (args, kwargs) if kwargs else args
         how = _ESCAPES.get(func)
+        if how is None:
+            return func(*args, **(kwargs or {}))
+        given = pytree.tensors((args, kwargs) if kwargs else args)
         recorded = func in _FROM_A_TENSOR and isinstance(args[0] if args else (kwargs or {}).get("data"), Tensor)
-        if how is not None and not recorded:
-            for _, tensor in pytree.tensors(given):
+        if not recorded:
+            for _, tensor in given:
                 self._escape(tensor, how)
             if func == _SET_DATA:
                 self._state.save_memory(args[0])
-        self._values.in_literal = func in _FROM_NUMBERS and not pytree.tensors(given)
+        self._values.in_literal = func in _FROM_NUMBERS and not given
         try:
             return func(*args, **(kwargs or {}))
         finally:

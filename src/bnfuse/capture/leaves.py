@@ -51,7 +51,9 @@ class Leaves:
             assert other.tensor is not None
             if kind is other.kind is Kind.PARAMETER and _same_elements(tensor, other.tensor):
                 other.names += names
-                return self._know(tensor, other, names)
+                self.by_identity[id(tensor)] = other
+                self.by_name.update(dict.fromkeys(names, other))
+                return other
         value = new_value(next(self._indices), tensor, kind, neighbours[0].storage if neighbours else Storage())
         value.independent, value.tensor, value.names = True, tensor, names
         if kind is Kind.CONSTANT:
@@ -66,11 +68,9 @@ class Leaves:
                 other.pin(f"it shares memory with {names[0] if names else 'another tensor'}")
                 value.pin(f"it shares memory with {other.names[0] if other.names else 'another tensor'}")
         neighbours.append(value)
-        return self._know(tensor, value, names)
-
-    def _know(self, tensor: Tensor, value: Value, names: tuple[str, ...]) -> Value:
         self.by_identity[id(tensor)] = value
-        self.by_name.update(dict.fromkeys(names, value))
+        for name in names:
+            self.by_name[name] = value
         return value
 
 

@@ -76,13 +76,20 @@ class Recorder(Mode):
             if isinstance(argument, Tensor) or (isinstance(argument, (list, tuple)) and not _is_numbers(argument)):
                 bound[name] = self._bind(argument, tensors, inputs)
         independent = all(map(_INDEPENDENT, inputs))
-        written = [value for name in operator.written for value in _values(bound.get(name))]
+        written: list[Value] = []
+        if operator.written:
+            written = [value for name in operator.written for value in _values(bound.get(name))]
         if operator.writes_if and bound.get(operator.writes_if):
             written += [bound[name] for name in _STATISTICS if isinstance(bound.get(name), Value)]
         if written:
             self._save_before_write(written)
         if self._shapes_only and not independent:
-            result = _run_without_arithmetic(func, operator, args, kwargs, inputs)
+            try:
+                result = without_arithmetic.compute(func, operator, args, kwargs)
+            except RuntimeError as error:
+                if any(value.independent and value.shape for value in inputs):
+                    raise without_arithmetic.FixedSizeError(str(error)) from error
+                raise
         else:
             result = func(*args, **kwargs)
         whole = self._whole is None or operator.name in self._whole or written
@@ -169,17 +176,6 @@ class Recorder(Mode):
             if part is not None and self._values.known(tensor) is not part:
                 self._values.tag(tensor, part)
         return True
-
-
-def _run_without_arithmetic(
-    func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Value]
-) -> Any:
-    try:
-        return without_arithmetic.compute(func, operator, args, kwargs)
-    except RuntimeError as error:
-        if any(value.independent and value.shape for value in inputs):
-            raise without_arithmetic.FixedSizeError(str(error)) from error
-        raise
 
 
 def _values(argument: Any) -> list[Value]:

@@ -108,7 +108,8 @@ class Values:
         """A tensor that an operator has made."""
         value = new_value(next(self._indices), tensor, Kind.COMPUTED, storage)
         value.producer, value.independent = producer, independent
-        self.tag(tensor, value)
+        tensor.__dict__[_TAG] = value  # as tag() does, without a call for every operator
+        self._remember_tagged(weakref.ref(tensor))
         return value
 
     def add_version(self, tensor: Tensor, value: Value, producer: Node, independent: bool) -> Value:
