@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from bnfuse.analysis.custom_layers import add_handled
+from bnfuse.analysis.custom_layers import add_custom_layers
 from bnfuse.analysis.missing_parameters import add_missing_parameters
 from bnfuse.analysis.norms import find_norms
 from bnfuse.analysis.pins import _pin_others, _pin_shared_with_idle
@@ -76,7 +76,7 @@ class Draft:
         self.inputs = (args, kwargs)
         self.record, self.output, self.graph = record, record.output, record.graph
         self.handlers = options.handlers
-        add_handled(model, self.graph, self.handlers)
+        add_custom_layers(model, self.graph, self.handlers)
         self.norms = find_norms(model, self.graph, options.also)
         if not self.norms:
             raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
@@ -208,7 +208,7 @@ class Draft:
             graph = capture(fused, *self.inputs, known=RULES).graph
         except InputError:
             return False
-        add_handled(fused, graph, self.handlers)
+        add_custom_layers(fused, graph, self.handlers)
         created = [name for edit in plan.edits if edit.created for name in edit.names]
         made = {graph.leaves[name] for name in created if name in graph.leaves}
         ran = []
