@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 import bnfuse
-from bnfuse.capture import shapes_only as hollow
+from bnfuse.capture import shapes_only
 from bnfuse.capture.run import capture, capture_shapes
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.graph.graph import Graph
@@ -112,9 +112,9 @@ def test_the_same_record(name: str) -> None:
         with pytest.raises(Exception, match=r"."):
             capture_shapes(model, (x,), {}, known=RULES)
         return
-    real, hollow = capture(model, (x,), {}, known=RULES), capture_shapes(model, (x,), {}, known=RULES)
-    assert recorded(hollow.graph) == recorded(real.graph)
-    assert (hollow.looks, hollow.stateful, hollow.output) == (real.looks, real.stateful, None)
+    real, shapes = capture(model, (x,), {}, known=RULES), capture_shapes(model, (x,), {}, known=RULES)
+    assert recorded(shapes.graph) == recorded(real.graph)
+    assert (shapes.looks, shapes.stateful, shapes.output) == (real.looks, real.stateful, None)
 
 
 LOOKING: dict[str, Callable[..., Any]] = {
@@ -166,7 +166,7 @@ def test_an_error_of_unwritten_numbers_is_no_size_that_the_model_refuses(monkeyp
             place = torch.sigmoid(y.mean((1, 2, 3))).round().long()
             return y + F.embedding(place, self.table)[:, :, None, None]
 
-    monkeypatch.setitem(hollow._MADE, "sigmoid", lambda x: torch.full_like(x, 1e6))
+    monkeypatch.setitem(shapes_only._MADE, "sigmoid", lambda x: torch.full_like(x, 1e6))
     model, x = prepared(Padding()), torch.randn(2, 3, 6, 6, dtype=torch.float64)
     with pytest.raises(IndexError):
         capture_shapes(model, (x,), {})
