@@ -95,7 +95,7 @@ def test_a_wrong_example_is_found() -> None:
 
 # Reasons ------------------------------------------------------------------------------------------------------------
 
-REASONED = {"refuse", "Reason", "pin", "_pin_all", "_refuse_value", "fixed"}
+REASONED = {"refuse", "Reason", "pin", "_pin_all", "expose", "_refuse_value", "fixed"}
 """Calls whose arguments are words of a reason."""
 
 

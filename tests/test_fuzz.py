@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bnfuse import units
 from bnfuse.analysis import norms
-from bnfuse.capture import run as capture
+from bnfuse.capture import module_calls
 from bnfuse.graph import graph
-from bnfuse.model import sandbox as untouched
+from bnfuse.model import sandbox
 from bnfuse.rules import activation, layers, products, sums
 from bnfuse.rules import indexing as places
 from bnfuse.rules import norms as norm_rules
@@ -141,7 +141,7 @@ def views_not_pinned(patch: pytest.MonkeyPatch) -> None:
 
 
 def hooks_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(capture, "has_own_hooks", lambda module: False)
+    patch.setattr(module_calls, "has_own_hooks", lambda module: False)
     patch.setattr(norms, "has_hooks", lambda module: False)
 
 
@@ -154,7 +154,7 @@ def memory_not_watched(patch: pytest.MonkeyPatch) -> None:
 
 
 def run_leaves_traces(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(untouched.Watch, "restore", lambda self: None)
+    patch.setattr(sandbox.SavedState, "restore", lambda self: None)
 
 
 def padded_zeros_counted(patch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What PyTorch's operators say of themselves: names, arguments, what they write to, what they are made of."""
+"""What is known of PyTorch's operators: names, arguments, what they write to, what they are made of."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Operator:
     Attributes:
         writes_if: the argument that makes it write running statistics, which the schema does not say; "" for none.
         fresh: its results share memory with none of its arguments.
-        needs_contents: what it returns, or the shape of that, depends on the contents of tensors.
+        needs_contents: it returns something other than tensors, or the shape of its result depends on the contents of
+            tensors, or it is no operator of ATen, of which nothing is known.
     """
 
     name: str
@@ -50,12 +51,15 @@ _SUMS_AND_PRODUCTS: dict[str, Callable[..., Tensor]] = {
         torch.mul(self, beta), torch.bmm(batch1, batch2), alpha=alpha
     ),
 }
-"""Operators with a kernel of their own that are sums and products of others; the names are those of their schemas."""
+"""Operators that are sums and products of others, though PyTorch has no decomposition that says so.
+
+The arguments have the names of the operators' schemas.
+"""
 
 
 @functools.cache
 def parts_of(func: Any) -> Callable[..., Any] | None:
-    """A function of the same arguments that is made of several operators, None if there is none."""
+    """A function that computes the same by several operators, None if there is none."""
     if func._can_decompose():
         return lambda *args, **kwargs: func.decompose(*args, **kwargs)
     return _SUMS_AND_PRODUCTS.get(operator_of(func).name)
@@ -91,7 +95,8 @@ def operator_of(func: Any) -> Operator:
 
 
 def memory_of(tensor: Tensor) -> int | None:
+    """A number for the memory of a tensor, the same for all tensors that share it; None if it has no storage."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
-        return None  # sparse and other tensors without a storage
+        return None  # a sparse tensor, for one

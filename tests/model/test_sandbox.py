@@ -1,4 +1,6 @@
-"""Running a model leaves no trace and gives the same every time."""
+"""Runs leave no trace, whatever a model does in its forward."""
+
+from __future__ import annotations
 
 import random
 
@@ -6,9 +8,10 @@ import numpy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfuse.model.sandbox import run
-from bnfuse.verify.compare import compare
+import bnfuse
+from bnfuse.model.sandbox import leave_no_trace, run
 
 
 class Messy(nn.Module):
@@ -59,7 +62,7 @@ def test_run_leaves_no_trace_and_repeats() -> None:
     torch.rand(3), random.random()
     assert torch.equal(run(model, (x,), {"extra": extra})[0], first)
     assert not torch.equal(run(model, (x,), {"extra": extra}, seed=1)[0], first)
-    assert compare(model, model, (x, extra)).within_tolerance()
+    assert bnfuse.compare(model, model, (x, extra)).within_tolerance()
 
 
 def test_run_restores_after_an_error() -> None:
@@ -69,3 +72,61 @@ def test_run_restores_after_an_error() -> None:
     assert model.training
     assert model.calls == 0
     assert model.state.eq(0).all()
+
+
+@pytest.mark.parametrize("watch_writes", [True, False])
+def test_what_a_run_stores_is_told_and_put_back(watch_writes: bool) -> None:
+    model = Messy().train()
+    layers = list(model.modules())
+    weight = model.norm.weight
+    with leave_no_trace(layers, watch_writes=watch_writes) as state:
+        assert not any(layer.training for layer in layers)
+        assert torch.is_inference_mode_enabled()
+        kept = torch.ones(3)
+        model.cache["x"] = model.late = kept
+        model.norm.weight = nn.Parameter(torch.zeros(4))
+        stored = dict(state.stored())
+        assert stored["Messy.late"] is kept
+        assert stored["a dict of the model"] is not None
+        assert [tensor is weight for tensor in state.replaced()] == [True]
+        assert not state.held(kept)
+        assert state.held(weight)
+    assert not torch.is_inference_mode_enabled()
+    assert model.norm.weight is weight
+    assert (model.cache, hasattr(model, "late"), model.training) == ({}, False, True)
+
+
+def test_memory_that_is_replaced_and_contents_that_are_written_to_come_back() -> None:
+    model = nn.Linear(2, 2)
+    weight, bias, address = model.weight.detach().clone(), model.bias.detach().clone(), model.weight.data_ptr()
+    with leave_no_trace([model]):
+        model.bias.add_(1)
+        model.weight.data = torch.zeros(2, 2)
+    assert torch.equal(model.bias, bias)
+    assert torch.equal(model.weight, weight)
+    assert model.weight.data_ptr() == address
+    model(torch.ones(1, 2)).sum().backward()  # the parameters are none of inference mode
+
+
+def test_without_a_watch_over_writes_the_caller_saves_contents() -> None:
+    model = nn.Linear(2, 2)
+    bias = model.bias.detach().clone()
+    with leave_no_trace([model], watch_writes=False) as state:
+        state.save_contents(model.bias)
+        model.bias.add_(1)
+        model.weight.add_(1)
+        weight = model.weight.detach().clone()
+    assert torch.equal(model.bias, bias)
+    assert torch.equal(model.weight, weight), "nobody saved it"
+
+
+def test_a_mode_sees_the_forward_and_not_the_copy_of_the_inputs() -> None:
+    seen = []
+
+    class Listing(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    run(nn.ReLU(), (torch.ones(2),), {}, mode=Listing())
+    assert seen == ["aten::relu"]

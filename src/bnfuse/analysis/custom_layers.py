@@ -1,7 +1,8 @@
-"""Layer classes of the caller's own, with a function that folds units into them.
+"""Layer classes of the caller's own, each with a handler: a function that folds a scale and a shift into the layer.
 
-A call of such a layer becomes one operator, whatever it runs inside; the layer itself is the parameter that absorbs
-units of the output. What the layer reads inside is not touched by anything else.
+A call of such a layer becomes one operator, whatever it runs inside. The layer itself takes the place of a parameter,
+which absorbs the units of the output. Everything that the layer reads inside is pinned, so that nothing but the
+handler changes it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from bnfuse.model import tree
 _CHANNELS = 1
 
 
-def add_handled(model: nn.Module, graph: Graph, handlers: Mapping[type[nn.Module], Handler]) -> None:
-    """Turn every call of a handled layer into one operator."""
+def add_custom_layers(model: nn.Module, graph: Graph, handlers: Mapping[type[nn.Module], Handler]) -> None:
+    """Turn every call of a layer that has a handler into one operator.
+
+    Args:
+        handlers: by layer class; it also counts for subclasses.
+    """
     if not handlers:
         return
     names: dict[int, list[str]] = {}
@@ -45,6 +50,7 @@ def _handler(module: nn.Module, handlers: Mapping[type[nn.Module], Handler]) -> 
 
 
 def _collapse(call: ModuleCall, inside: list[Node], layer: Value) -> None:
+    """Make the last operator of the call stand for the whole call, and the others stand for nothing."""
     *rest, last = inside
     for node in inside:
         for value in node.inputs:

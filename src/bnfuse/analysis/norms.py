@@ -11,19 +11,22 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from bnfuse.capture.run import has_hooks
+from bnfuse.capture.module_calls import has_hooks
 from bnfuse.graph.graph import Graph, ModuleCall, Node
 from bnfuse.graph.norms import Norm, Site
 from bnfuse.model import tree
 from bnfuse.reasons import Reason
 from bnfuse.rules.norm_statistics import is_step
 
+_DEPTH = 3
+"""So many containers inside one another are searched for modules."""
+
 
 def find_norms(model: nn.Module, graph: Graph, also: Sequence[str] = ()) -> list[Norm]:
     """Every batch norm that the model holds or that ran, in the order of the model.
 
     Args:
-        also: patterns for the names of further classes, whatever their case.
+        also: patterns for the names of further classes that count as norms; upper and lower case are the same.
     """
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -34,10 +37,11 @@ def find_norms(model: nn.Module, graph: Graph, also: Sequence[str] = ()) -> list
     for call in graph.calls:
         calls.setdefault(id(call.module), []).append(call)
     referenced = _referenced_elsewhere(model)
-    norms = []
-    for key, module in modules.items():
-        if is_norm(module) or (also and _matches(module, also)):
-            norms.append(_module_norm(module, names[key], calls.get(key, []), referenced))
+    norms = [
+        _module_norm(module, names[key], calls.get(key, []), referenced.get(key))
+        for key, module in modules.items()
+        if is_norm(module) or (also and _matches(module, also))
+    ]
     norms += [
         _functional_norm(node)
         for node in graph.nodes
@@ -61,41 +65,62 @@ def is_norm(module: nn.Module) -> bool:
     return ("running_mean" in buffers or "running_mean" in parameters) and not isinstance(module, _InstanceNorm)
 
 
-def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: dict[int, str]) -> Norm:
-    sites: list[Site] = []
-    keep: tuple[str, ...] = ()
-    obstacle = None
-    if not calls:
-        obstacle = "it did not run, so nothing is known of where it belongs"
-    elif any(node.operator == "batch_norm" and node.argument("training") for call in calls for node in call.nodes):
-        obstacle = "it uses the statistics of the batch, since it tracks none of its own"
-    elif isinstance(module, torch.jit.ScriptModule):
-        obstacle = "it is compiled by TorchScript, in which no module can be replaced"
-    elif has_hooks(module):
-        obstacle = "it has a forward hook, which would be lost"
-    elif id(module) in referenced:
-        obstacle = f"the model also refers to it from {referenced[id(module)]}, where it cannot be replaced"
-    elif (reader := _reader(calls)) is not None:
-        obstacle = f"its parameters are also read by {reader}"
-    elif "" in names:
-        obstacle = "it is the whole model"
-    else:
-        parts = [_parts(call) for call in calls]
-        found = [part for part in parts if part is not None]
-        if len(found) < len(parts) or len({children for _, children in found}) != 1:
-            what = "normalise" if is_norm(module) else "multiply and add per channel"
-            obstacle = f"{type(module).__name__}.forward does more than {what}"
-        else:
-            sites, keep = [site for site, _ in found], found[0][1]
+def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: str | None) -> Norm:
+    kind = type(module).__name__
     own = [*module._parameters.values(), *module._buffers.values()]
     channels = getattr(module, "num_features", None) or max((t.numel() for t in own if t is not None), default=0)
-    kind = type(module).__name__
-    reason = None if obstacle is None else Reason(obstacle)
-    return Norm(tuple(names), names[0] or kind, kind, channels, tuple(sites), keep, reason)
+    sites: tuple[Site, ...] = ()
+    keep: tuple[str, ...] = ()
+    obstacle = _obstacle(module, names, calls, referenced)
+    if obstacle is None:
+        found = _sites(calls)
+        if found is None:
+            what = "normalise" if is_norm(module) else "multiply and add per channel"
+            obstacle = Reason(f"{kind}.forward does more than {what}")
+        else:
+            sites, keep = found
+    return Norm(tuple(names), names[0] or kind, kind, channels, sites, keep, obstacle)
 
 
-def _reader(calls: list[ModuleCall]) -> Node | None:
-    """An operator outside of the norm's own calls that reads its parameters or statistics."""
+def _obstacle(module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: str | None) -> Reason | None:
+    """Why the module cannot be replaced, whatever its forward computes; the first reason that applies.
+
+    Args:
+        referenced: an attribute of the model that also refers to the module, None if there is none.
+    """
+    if not calls:
+        return Reason("it did not run, so nothing is known of where it belongs")
+    if any(_uses_batch_statistics(node) for call in calls for node in call.nodes):
+        return Reason("it uses the statistics of the batch, since it tracks none of its own")
+    if isinstance(module, torch.jit.ScriptModule):
+        return Reason("it is compiled by TorchScript, in which no module can be replaced")
+    if has_hooks(module):
+        return Reason("it has a forward hook, which would be lost")
+    if referenced is not None:
+        return Reason(f"the model also refers to it from {referenced}, where it cannot be replaced")
+    reader = _other_reader(calls)
+    if reader is not None:
+        return Reason(f"its parameters are also read by {reader}")
+    if "" in names:
+        return Reason("it is the whole model")
+    return None
+
+
+def _uses_batch_statistics(node: Node) -> bool:
+    return node.operator == "batch_norm" and bool(node.argument("training"))
+
+
+def _sites(calls: list[ModuleCall]) -> tuple[tuple[Site, ...], tuple[str, ...]] | None:
+    """The place of each call, and the children that stay; None if a call does more, or not all keep the same ones."""
+    parts = [_parts(call) for call in calls]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts) or len({children for _, children in found}) != 1:
+        return None
+    return tuple(site for site, _ in found), found[0][1]
+
+
+def _other_reader(calls: list[ModuleCall]) -> Node | None:
+    """An operator outside of the norm's own calls that reads its parameters or statistics, None if there is none."""
     own = [node for call in calls for node in call.all_nodes]
     inside = set(own)
     leaves = {value for node in own for value in node.inputs if value.names}
@@ -103,16 +128,17 @@ def _reader(calls: list[ModuleCall]) -> Node | None:
 
 
 def _functional_norm(node: Node) -> Norm:
-    text = "the norm is a function call in the code, not a module that can be replaced"
-    if node.argument("training"):
-        text = "it uses the statistics of the batch"
+    """A batch norm that is called as a function: it is listed, and always stays."""
+    obstacle = Reason("the norm is a function call in the code, not a module that can be replaced")
+    if _uses_batch_statistics(node):
+        obstacle = Reason("it uses the statistics of the batch")
     label = f"batch_norm in {node.call.label}"
     shape = node.inputs[0].shape
-    return Norm((), label, "function", shape[1] if len(shape) > 1 else 0, (), obstacle=Reason(text))
+    return Norm((), label, "function", shape[1] if len(shape) > 1 else 0, (), obstacle=obstacle)
 
 
 def _parts(call: ModuleCall) -> tuple[Site, tuple[str, ...]] | None:
-    """A call as a norm followed by children (a built-in activation), by name; None if it does anything else."""
+    """A call as a norm and the names of children that run after it (a built-in activation); None for anything else."""
     if not call.plain or len(call.inputs) != 1:
         return None
     value = call.inputs[0]
@@ -143,15 +169,16 @@ def _parts(call: ModuleCall) -> tuple[Site, tuple[str, ...]] | None:
 
 
 def _referenced_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Modules that are also held by plain attributes (a list, a bound method), by id, with the place."""
+    """Plain attributes that also hold a module (in a list, as a bound method), by the ``id`` of the module."""
     found: dict[int, str] = {}
     for place, value in tree.plain_attributes(model):
-        for other in _modules_in(value, 3):
+        for other in _modules_in(value, _DEPTH):
             found[id(other)] = place
     return found
 
 
 def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
+    """The modules that an attribute is, is a method of, or holds in containers down to a depth."""
     if isinstance(value, nn.Module):
         yield value
         return

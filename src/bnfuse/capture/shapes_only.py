@@ -1,11 +1,11 @@
-r"""Running a model without its arithmetic, to see its operators alone.
+"""Operators without their arithmetic, for runs that only record which operators a model runs on which shapes.
 
-What an operator makes of the model's input is left unwritten: memory of the right shape, strides and dtype, which
-costs nothing until it is touched. The operators that cost most are known here; all others run as they are, on whatever
-the memory holds. Everything that does not depend on the input (weights that are computed, tables, masks) is real.
+A result that depends on the model's input is memory of the right shape, strides and dtype that nothing is written to,
+which takes next to no time. The slowest operators are known here. All others run as they are, on whatever numbers the
+memory holds. What does not depend on the input (weights that are computed, tables, masks) is computed for real.
 
-Code that looks at the contents of such a tensor cannot be run like this: :class:`NeedsContentsError` says so, and any
-other error that the unwritten numbers lead to means the same. Then the model is run for real.
+A model that looks at the contents of such a tensor cannot run like this. Then :class:`NeedsContentsError` is raised.
+Any other error may come from the meaningless numbers too. In both cases the model has to run for real.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bnfuse.operators import Operator
 
 
 class NeedsContentsError(BaseException):
-    """The code looks at contents. No ``Exception``, so that no handler of the model's own catches it."""
+    """The model looks at contents. Not an ``Exception``, so that no ``except`` in the model catches it."""
 
 
 class FixedSizeError(RuntimeError):
@@ -28,9 +28,12 @@ class FixedSizeError(RuntimeError):
 
 
 def compute(func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operator returns that depends on the input, unwritten where that is known to be enough.
+    """What an operator returns on arguments that depend on the input, without contents if the operator is known here.
 
-    What does not fit together is left to the operator itself, which raises.
+    Arguments that do not fit together are left to the operator itself, which raises an error.
+
+    Raises:
+        NeedsContentsError: the result, or its shape, depends on the contents of tensors.
     """
     name = operator.name
     if operator.needs_contents or (name == "index" and _masked(args[1])):
@@ -49,7 +52,7 @@ def _masked(indices: Sequence[Tensor | None]) -> bool:
 
 
 def _dense(x: Tensor) -> torch.memory_format | None:
-    """The format in which the tensor is dense, None for any other."""
+    """The memory format in which the tensor is dense, None if there is none."""
     if x.is_contiguous():
         return torch.contiguous_format
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -64,7 +67,7 @@ def _like(x: Tensor, *_: Any, **options: Any) -> Tensor | None:
 
 
 def _like_both(x: Any, y: Any, *_: Any, **options: Any) -> Tensor | None:
-    """Of two operands: the format is that of the one that is not broadcast."""
+    """For two operands: the result has the memory format of the one that is not broadcast."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         tensor = x if isinstance(x, Tensor) else y
         number = y if isinstance(x, Tensor) else x

@@ -17,7 +17,7 @@ class Kind(Enum):
     INPUT = "input"
     PARAMETER = "parameter"  # a parameter or persistent buffer, which an edit may rewrite
     ABSENT = "absent"  # a bias or gain that a layer was made without and that can be created
-    LAYER = "layer"  # a layer that a handler of the caller's looks after
+    LAYER = "layer"  # a layer with a handler of the caller's, which changes it
     CONSTANT = "constant"  # any other tensor that was there before the run
     COMPUTED = "computed"
 
@@ -32,14 +32,14 @@ class Storage:
 
 @dataclass(eq=False, slots=True)
 class Value:
-    """One version of one tensor.
+    """One version of one tensor: a write to its memory makes a new one.
 
     Attributes:
         names: every name of a parameter or buffer (a tied one has several), else empty.
         pinned: why its units cannot change, None if they can.
         independent: True if it does not depend on the model's inputs.
         strides: of the tensor in memory, in elements, None for one that has none.
-        handler: for a handled layer, the function that folds units into it.
+        handler: for a layer with a handler of the caller's, that function, which folds units into the layer.
         tensor: the tensor itself for parameters and constants, never written to.
     """
 
@@ -81,7 +81,7 @@ class Node:
         bound: arguments by their schema names, tensors replaced by values; defaults are left out.
         inputs, outputs: the values read and made. An in-place operator makes a new version of what it writes to.
         written: the inputs that it writes to.
-        absent: biases and gains, or parts of them, that it would read if they were created.
+        absent: biases and gains that do not exist, or parts of them, that it would read if they were created.
     """
 
     index: int
@@ -109,13 +109,13 @@ class Node:
 
 @dataclass(eq=False, slots=True)
 class ModuleCall:
-    """One call of one module: what it was given, what it ran itself, which modules it called, what it returned.
+    """One call of one module: its inputs and outputs, the operators that it ran itself, the modules that it called.
 
     Attributes:
         path: the module's first name in the model, None for a module that the model does not hold.
         plain: True if it was given one positional argument and nothing else.
-        arguments: of a call that is not plain, the positional and keyword arguments with tensors on the meta device
-            in place of all that are large.
+        arguments: the positional and keyword arguments of a call that is not plain. Tensors without contents (on the
+            meta device) stand in place of all but a few whole numbers.
     """
 
     path: str | None
@@ -130,7 +130,7 @@ class ModuleCall:
 
     @property
     def all_nodes(self) -> list[Node]:
-        """What it ran itself and what the modules ran that it called, in the order of the run."""
+        """The operators that it ran, those of the modules that it called included, in the order of the run."""
         nodes = [*self.nodes, *(node for child in self.children for node in child.all_nodes)]
         return sorted(nodes, key=lambda node: node.index)
 
@@ -155,18 +155,19 @@ class Graph:
 
     Attributes:
         leaves: the value of every parameter and buffer that took part, by each of its names.
-        seen: what hooks saw, what left PyTorch, what was returned and what was stored, by the index of the value.
-        paths: operators that did not run, and that would hand parts of a created bias on to a layer.
+        exposed: what something outside of these operators saw, by the index of the value: a hook, code outside of
+            PyTorch, whoever reads what the model returned or stored.
+        paths: operators that did not run, and that would take a created bias apart for the operators of a layer.
     """
 
     nodes: list[Node]
     calls: list[ModuleCall]
     leaves: dict[str, Value]
-    seen: list[int] = field(default_factory=list)
+    exposed: list[int] = field(default_factory=list)
     paths: list[Node] = field(default_factory=list)
 
     def release(self) -> None:
-        """Take apart what refers to each other, so that all is freed at once; the graph is of no use afterwards."""
+        """Break all circles of references, so that memory is freed at once. The graph is of no use afterwards."""
         for node in (*self.paths, *self.nodes):
             for value in node.outputs:
                 value.producer, value.consumers, value.storage.values = None, [], []
@@ -183,7 +184,13 @@ class Graph:
 
 
 def may_overlap(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """False only if no two elements share memory: each axis steps over all that the axes of smaller steps span."""
+    """False only if no two elements share memory.
+
+    Args:
+        shape: of a tensor.
+        strides: of the same tensor, in elements. No memory is shared where each axis steps over all that the axes of
+            smaller strides span.
+    """
     span = 0
     for step, size in sorted((step, size) for step, size in zip(strides, shape, strict=True) if size > 1):
         if step <= span:

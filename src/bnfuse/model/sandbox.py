@@ -1,4 +1,7 @@
-"""Running a model in evaluation mode without leaving a trace on it, or on the caller's random numbers."""
+"""Running a model in evaluation mode without leaving a trace on it, or on the caller's random numbers.
+
+`leave_no_trace` is the one place for that; `run` is the short way for a single call.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,85 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnfuse.model import pytree, tree
+from bnfuse.model import tree
 from bnfuse.model.pytree import map_tensors, tensors
-from bnfuse.model.tree import modules
 from bnfuse.operators import memory_of, operator_of
 
 _MISSING = object()
 
 
+def run(
+    model: nn.Module,
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    seed: int = 0,
+    mode: AbstractContextManager[object] | None = None,
+    traces: bool = True,
+    writes: bool = True,
+) -> Any:
+    """Run a model once in evaluation mode and inference mode, and leave no trace.
+
+    The model sees a copy of the inputs and random generators set to ``seed``. Afterwards training flags, buffers,
+    attributes (caches that the run filled) and random generators are as before.
+
+    Args:
+        mode: a context in which the model's forward runs.
+        traces: False for a model that is known to leave none by itself, which saves looking for them.
+        writes: False for a model that is known to write to none of its parameters and buffers.
+
+    Returns:
+        What the model returns. Tensors that live in a buffer are copied before the buffer is put back.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    modules = tree.modules(model)
+    sandbox: AbstractContextManager[object]
+    sandbox = leave_no_trace(modules, seed, writes) if traces else _in_evaluation(modules, seed)
+    with sandbox:
+        own_args, own_kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
+        with mode or nullcontext():
+            output = model(*own_args, **own_kwargs)
+        if traces:
+            buffers = {_address(buffer) for buffer in model.buffers()} - {0}
+            if any(_address(tensor) in buffers for _, tensor in tensors(output)):
+                output = map_tensors(output, torch.clone)
+        return output
+
+
 @contextlib.contextmanager
-def evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
+def leave_no_trace(modules: Sequence[nn.Module], seed: int = 0, watch_writes: bool = True) -> Iterator[SavedState]:
+    """Inside, modules run in evaluation mode and inference mode; afterwards all is as before.
+
+    That is training flags, attributes, registries, containers in attributes, the contents of parameters and buffers,
+    and the random generators. Compiled functions and modules run eagerly.
+
+    Args:
+        modules: all modules of a model, each once.
+        seed: of the random generators inside.
+        watch_writes: False if the caller itself sees to it that the contents of parameters and buffers are saved
+            before they are written to.
+
+    Yields:
+        What was saved, which also tells what the run has stored.
+    """
+    with _in_evaluation(modules, seed):
+        state = SavedState(modules)
+        try:
+            with _SaveBeforeWrites(modules, state) if watch_writes else nullcontext():
+                yield state
+        finally:
+            state.restore()
+
+
+@contextlib.contextmanager
+def _in_evaluation(modules: Sequence[nn.Module], seed: int) -> Iterator[None]:
+    with torch.inference_mode(), _evaluation_mode(modules), forked_random_state(seed), _eager():
+        yield
+
+
+@contextlib.contextmanager
+def _evaluation_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Every module's training flag False, and as it was afterwards. Overridden ``train`` methods are not called."""
     flags = [module.training for module in modules]
     try:
@@ -73,18 +145,29 @@ def _forked_torch_state(seed: int) -> Iterator[None]:
         generator.set_state(state)
 
 
-class Watch:
-    """The state that a run may change: the contents of tensors are saved just before their first write."""
+def _eager() -> AbstractContextManager[object]:
+    """Compiled functions and modules run eagerly, so that their operators are seen."""
+    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading it takes seconds
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+
+
+class SavedState:
+    """The state of a model that a run may change. The contents of tensors are saved just before their first write.
+
+    Attributes:
+        contents: tensors that were written to, with their contents from before, by ``id``.
+        memory: tensors whose memory was replaced (``tensor.data = other``), with that from before, by ``id``.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.saved: dict[int, tuple[Tensor, Tensor]] = {}
-        self.assigned: dict[int, tuple[Tensor, Tensor]] = {}
-        self.attributes = _Attributes(modules)
-        kinds = list(map(type, self.attributes.values))
+        self.contents: dict[int, tuple[Tensor, Tensor]] = {}
+        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self._attributes = _Attributes(modules)
+        kinds = list(map(type, self._attributes.values))
         mutable = {kind for kind in set(kinds) if issubclass(kind, (dict, list, set))}
-        containers = list(itertools.compress(self.attributes.values, map(mutable.__contains__, kinds)))
-        self.empty = [container for container in containers if not container]  # most of them, and most stay so
-        self.containers = [(container, container.copy()) for container in containers if container]
+        containers = list(itertools.compress(self._attributes.values, map(mutable.__contains__, kinds)))
+        self._empty = [container for container in containers if not container]  # most of them, and most stay so
+        self._containers = [(container, container.copy()) for container in containers if container]
         self._held: set[int] | None = None
         self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
         self._found_containers: list[tuple[Any, Any]] | None = None
@@ -92,21 +175,22 @@ class Watch:
     def held(self, tensor: Tensor) -> bool:
         """True if an attribute of a module, or a container in one, held the tensor before the run."""
         if self._held is None:
-            held = [copy for _, copy in self.containers if not tree.holds_no_object(copy)]
+            held = [copy for _, copy in self._containers if not tree.holds_no_object(copy)]
             copies = (copy.values() if isinstance(copy, dict) else copy for copy in held)
-            self._held = set(map(id, itertools.chain(self.attributes.values, *copies)))
+            self._held = set(map(id, itertools.chain(self._attributes.values, *copies)))
         return id(tensor) in self._held
 
-    def before_assignment(self, tensor: Tensor) -> None:
-        """``tensor.data = other`` changes no element: the old memory is put back."""
-        self.assigned.setdefault(id(tensor), (tensor, tensor.data))
+    def save_memory(self, tensor: Tensor) -> None:
+        """To be called before ``tensor.data = other``, which writes to no element."""
+        self.memory.setdefault(id(tensor), (tensor, tensor.data))
 
-    def before_write(self, tensor: Tensor) -> None:
-        if id(tensor) not in self.saved:
-            self.saved[id(tensor)] = (tensor, tensor.detach().clone())
+    def save_contents(self, tensor: Tensor) -> None:
+        """To be called before the tensor is written to."""
+        if id(tensor) not in self.contents:
+            self.contents[id(tensor)] = (tensor, tensor.detach().clone())
 
-    def changed(self) -> Iterator[tuple[str, Any]]:
-        """What the run, which is over, stored in attributes and in the containers that they hold."""
+    def stored(self) -> Iterator[tuple[str, Any]]:
+        """What the run, which is over, stored in attributes and in the containers that they hold, with the place."""
         for module, before in self._changed_modules():
             for name, value in module.__dict__.items():
                 if before.get(name, _MISSING) is not value:
@@ -116,18 +200,18 @@ class Watch:
 
     def _changed_modules(self) -> list[tuple[nn.Module, dict[str, Any]]]:
         if self._found is None:
-            self._found = list(self.attributes.changed())
+            self._found = list(self._attributes.changed())
         return self._found
 
     def _changed_containers(self) -> list[tuple[Any, Any]]:
         if self._found_containers is None:
-            filled = [(now, ()) for now in self.empty if now] if any(self.empty) else []
-            changed = [(now, before) for now, before in self.containers if _differs(now, before)]
+            filled = [(now, ()) for now in self._empty if now] if any(self._empty) else []
+            changed = [(now, before) for now, before in self._containers if _differs(now, before)]
             self._found_containers = filled + changed
         return self._found_containers
 
     def replaced(self) -> Iterator[Tensor]:
-        """Parameters and buffers in whose place the run put others."""
+        """Tensors (parameters, buffers, entries of dictionaries) that the run replaced by others or removed."""
         for container, copy in self._changed_containers():
             if isinstance(container, dict) and isinstance(copy, dict):
                 for name, value in copy.items():
@@ -135,22 +219,23 @@ class Watch:
                         yield value
 
     def restore(self) -> None:
+        """Put everything back."""
         for module, before in self._changed_modules():
             module.__dict__.clear()
             module.__dict__.update(before)
         for container, copy in self._changed_containers():
             container.clear()
             container.extend(copy) if isinstance(container, list) else container.update(copy)
-        for tensor, memory in self.assigned.values():
+        for tensor, memory in self.memory.values():
             if memory_of(tensor) != memory_of(memory):
                 tensor.data = memory
-        for tensor, contents in self.saved.values():
+        for tensor, contents in self.contents.values():
             if tensor.shape == contents.shape:
                 tensor.data.copy_(contents)
 
 
 class _Attributes:
-    """What modules hold by name, in one list of names and one of values, which are quick to compare."""
+    """The attributes of modules, as one list of names and one of values, which are quick to compare."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
@@ -162,7 +247,7 @@ class _Attributes:
         return list(map(len, held)), list(chain(held)), list(chain(map(dict.values, held)))
 
     def changed(self) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-        """The modules that hold something else now, and what they held."""
+        """The modules whose attributes are no longer the same, with the attributes from before."""
         sizes, names, values = self._now()
         if sizes == self.sizes and all(map(is_, names, self.names)) and all(map(is_, values, self.values)):
             return
@@ -187,28 +272,8 @@ def _differs(container: Any, before: Any) -> bool:
     return bool(container != before)
 
 
-@contextlib.contextmanager
-def untouched(modules: Sequence[nn.Module]) -> Iterator[Watch]:
-    """Attributes, registries, caches and the contents of tensors are as before when this ends.
-
-    Args:
-        modules: all modules of a model, each once.
-    """
-    watch = Watch(modules)
-    try:
-        yield watch
-    finally:
-        watch.restore()
-
-
-def eager() -> contextlib.AbstractContextManager[object]:
-    """Compiled functions and modules run eagerly, so that their operators are seen."""
-    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and loading it takes seconds
-    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
-
-
 class Mode(TorchDispatchMode):
-    """For use under :func:`eager`, where no compiler meets the mode's own code."""
+    """A dispatch mode for use inside `leave_no_trace`, where compiled code runs eagerly."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -218,16 +283,22 @@ class Mode(TorchDispatchMode):
         return False  # True would wrap every call, which takes longer than the call and loads the compiler
 
 
-class WriteWatch(Mode):
-    """Has the contents of a model's tensors saved just before an operator writes to them."""
+class _SaveBeforeWrites(Mode):
+    """Saves the contents of parameters and buffers just before an operator writes to them."""
 
-    def __init__(self, model: nn.Module, watch: Watch) -> None:
+    def __init__(self, modules: Sequence[nn.Module], state: SavedState) -> None:
         super().__init__()
-        self.watch = watch
-        self.held: dict[int | None, list[Tensor]] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.held.setdefault(memory_of(tensor), []).append(tensor)
-            watch.before_assignment(tensor)
+        self.state = state
+        held = {
+            id(tensor): tensor
+            for module in modules
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        }
+        self.by_memory: dict[int | None, list[Tensor]] = {}
+        for tensor in held.values():
+            self.by_memory.setdefault(memory_of(tensor), []).append(tensor)
+            state.save_memory(tensor)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -235,62 +306,14 @@ class WriteWatch(Mode):
         kwargs = kwargs or {}
         operator = operator_of(func)
         if operator.written or operator.writes_if:
-            for _, tensor in pytree.tensors((args, kwargs)):
-                for held in self.held.get(memory_of(tensor), ()):
-                    self.watch.before_write(held)
+            for _, tensor in tensors((args, kwargs)):
+                for held in self.by_memory.get(memory_of(tensor), ()):
+                    self.state.save_contents(held)
         return func(*args, **kwargs)
 
 
-def run(
-    model: nn.Module,
-    args: Iterable[Any],
-    kwargs: Mapping[str, Any],
-    seed: int = 0,
-    traces: bool = True,
-    writes: bool = True,
-) -> Any:
-    """Run a model once in evaluation mode and inference mode, and leave no trace.
-
-    The model sees a copy of the inputs and random generators set to ``seed``.  Afterwards training flags,
-    buffers, attributes (caches that the run filled) and random generators are as before.
-
-    Args:
-        traces: False for a model that is known to leave none by itself.
-        writes: False for one that is known to write to none of its parameters and buffers.
-
-    Raises:
-        Exception: whatever the model raises.
-    """
-    return run_under(model, args, kwargs, seed, nullcontext(), traces, writes)
-
-
-def run_under(
-    model: nn.Module,
-    args: Iterable[Any],
-    kwargs: Mapping[str, Any],
-    seed: int,
-    mode: AbstractContextManager[object],
-    traces: bool = True,
-    writes: bool = True,
-) -> Any:
-    every = modules(model)
-    with torch.inference_mode(), evaluation_mode(every), forked_random_state(seed):
-        args, kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
-        if not traces:
-            with eager(), mode:
-                return model(*args, **kwargs)
-        with untouched(every) as watch:
-            with eager(), WriteWatch(model, watch) if writes else nullcontext(), mode:
-                output = model(*args, **kwargs)
-            # What lives in a buffer is about to be put back to its old values.
-            kept = {_address(buffer) for buffer in model.buffers()} - {0}
-            if any(_address(tensor) in kept for _, tensor in tensors(output)):
-                output = map_tensors(output, torch.clone)
-        return output
-
-
 def is_writable(tensor: Tensor) -> bool:
-    """Whether the tensor is dense and no two of its elements lie in one place, as in an expanded one."""
+    """True if the tensor is dense and no two of its elements share memory, as they do in an expanded one."""
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
         return False
     return all(stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnfuse.capture.run import capture, capture_hollow
+from bnfuse.capture.run import capture, capture_shapes
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.fusion_plan import Plan
 from bnfuse.graph.graph import Graph, Kind, Node, Value
@@ -75,13 +75,13 @@ def needed_in_place(
         for module in modules:
             setattr(module, "inplace", False)  # noqa: B010
         try:
-            other = capture_hollow(model, args, kwargs, known=RULES).graph
+            other = capture_shapes(model, args, kwargs, known=RULES).graph
         except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
             other = capture(model, args, kwargs, known=RULES).graph
     finally:
         for module in modules:
             setattr(module, "inplace", True)  # noqa: B010
-    return () if (graph.seen, _steps(graph)) == (other.seen, _steps(other)) else modules
+    return () if (graph.exposed, _steps(graph)) == (other.exposed, _steps(other)) else modules
 
 
 def _steps(graph: Graph) -> list[tuple[str, list[int], list[bool]]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfuse.capture.run import Capture, capture, capture_hollow
+from bnfuse.capture.run import Capture, capture, capture_shapes
 from bnfuse.capture.shapes_only import FixedSizeError, NeedsContentsError
 from bnfuse.errors import InputError
 from bnfuse.graph.graph import Graph
@@ -67,7 +67,7 @@ class Elsewhere:
             axes, step = todo.pop(0)
             call = _larger(self.call, axes, step)
             try:
-                yield call, capture_hollow(self.model, *call, known=RULES)
+                yield call, capture_shapes(self.model, *call, known=RULES)
             except NeedsContentsError:
                 yield call, None
             except FixedSizeError:
@@ -77,10 +77,10 @@ class Elsewhere:
                 continue
 
     @functools.cached_property
-    def runs_hollow(self) -> bool:
+    def runs_without_arithmetic(self) -> bool:
         """True if a run without arithmetic works on the model's own inputs; else a failure tells nothing of a size."""
         try:
-            capture_hollow(self.model, *self.call)
+            capture_shapes(self.model, *self.call)
         except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
             return False
         return True
@@ -100,7 +100,7 @@ class Elsewhere:
 
     def _candidates(self) -> Iterator[tuple[Call, Capture | None]]:
         yield from self
-        if not self._known and not self.runs_hollow:
+        if not self._known and not self.runs_without_arithmetic:
             yield from ((_larger(self.call, *choice), None) for choice in _choices(self.call))
 
 

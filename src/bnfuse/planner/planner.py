@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from bnfuse.analysis.custom_layers import add_handled
-from bnfuse.analysis.missing_parameters import add_absent
+from bnfuse.analysis.custom_layers import add_custom_layers
+from bnfuse.analysis.missing_parameters import add_missing_parameters
 from bnfuse.analysis.norms import find_norms
 from bnfuse.analysis.pins import _pin_others, _pin_shared_with_idle
-from bnfuse.capture.run import Capture, capture, capture_hollow
+from bnfuse.capture.run import Capture, capture, capture_shapes
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.errors import InputError, NoNormError
 from bnfuse.fusion_plan import Plan, total
@@ -77,17 +77,17 @@ class Draft:
         self.inputs = (args, kwargs)
         self.record, self.output, self.graph = record, record.output, record.graph
         self.handlers = options.handlers
-        add_handled(model, self.graph, self.handlers)
+        add_custom_layers(model, self.graph, self.handlers)
         self.norms = find_norms(model, self.graph, options.also)
         if not self.norms:
             raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
         _check_also(model, options.also)
         self.kept = _kept(self.norms, options.keep)
-        absent, looks = add_absent(model, self.graph)
+        created, looks = add_missing_parameters(model, self.graph)
         self.looks = record.looks or looks
         _pin_shared_with_idle(model, self.graph)
         if options.layers is not None:
-            _pin_others(model, [*self.graph.leaves.values(), *absent], options.layers)
+            _pin_others(model, [*self.graph.leaves.values(), *created], options.layers)
 
     @staticmethod
     def of(model: nn.Module, example_inputs: Any, options: Options, contents: bool = True) -> Draft:
@@ -173,7 +173,7 @@ class Draft:
             made = solve(other.graph, other.norms, kept, (), solution.forbidden)
             same = solution.solution.same_as(made)
             return same or self._rehearsal.holds(solution.plan)
-        return self._elsewhere.runs_hollow or self._rehearsal.holds(solution.plan)
+        return self._elsewhere.runs_without_arithmetic or self._rehearsal.holds(solution.plan)
 
     @functools.cached_property
     def _elsewhere(self) -> Elsewhere:
@@ -209,7 +209,7 @@ class Draft:
             graph = capture(fused, *self.inputs, known=RULES).graph
         except InputError:
             return False
-        add_handled(fused, graph, self.handlers)
+        add_custom_layers(fused, graph, self.handlers)
         created = [name for edit in plan.edits if edit.created for name in edit.names]
         made = {graph.leaves[name] for name in created if name in graph.leaves}
         ran = []
@@ -282,7 +282,7 @@ def captured(
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
         if not contents:
             with contextlib.suppress(NeedsContentsError, Exception):  # then it runs for real, and fails if it must
-                return capture_hollow(model, args, kwargs, known=RULES)
+                return capture_shapes(model, args, kwargs, known=RULES)
         return capture(model, args, kwargs, known=RULES)
 
     if example_inputs is not None:

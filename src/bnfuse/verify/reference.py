@@ -19,7 +19,7 @@ from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
 from bnfuse.model.describe import first_line
 from bnfuse.model.pytree import map_tensors
-from bnfuse.model.sandbox import is_writable, run_under
+from bnfuse.model.sandbox import is_writable, run
 from bnfuse.verify.comparison import Comparison
 from bnfuse.verify.discrete_choices import DiscreteChoices
 from bnfuse.verify.float64 import InFloat64, float64_copy, to_float64
@@ -76,13 +76,13 @@ class Reference:
     def run(self, model: nn.Module, choices: DiscreteChoices | None = None) -> Any:
         """What a model gives on the call, while its choices are recorded or replaced."""
         args, kwargs = self.inputs
-        return run_under(model, args, kwargs, self.seed, choices or nullcontext())
+        return run(model, args, kwargs, self.seed, choices)
 
     def run_in_float64(self, model: nn.Module, choices: DiscreteChoices | None = None) -> Any:
         """What a float64 model gives on the inputs in float64, while its choices are recorded or replaced."""
         args, kwargs = map_tensors(self.inputs, to_float64)
         self.in_float64.lifted = []
-        return run_under(model, args, kwargs, self.seed, _both(self.in_float64, choices))
+        return run(model, args, kwargs, self.seed, _both(self.in_float64, choices))
 
     @cached_property
     def output(self) -> Any:

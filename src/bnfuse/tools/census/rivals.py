@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.model.describe import first_line
-from bnfuse.model.sandbox import run_under
+from bnfuse.model.sandbox import run
 from bnfuse.tools.census.ledger import Rival
 from bnfuse.verify.float64 import InFloat64
 from bnfuse.verify.measure import compare_outputs
@@ -58,7 +58,7 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], widened: bool) -> tuple[int,
     """How many norms do something, and what the model returns."""
     counter = _Counter(model)
     with InFloat64() if widened else nullcontext():
-        output = run_under(model, inputs, {}, 0, counter)
+        output = run(model, inputs, {}, 0, counter)
     return len(counter.read), output
 
 

@@ -28,7 +28,7 @@ from bnfuse.graph.graph import Graph, Value
 from bnfuse.model import pytree
 from bnfuse.model.copying import copy_model
 from bnfuse.model.describe import one_line
-from bnfuse.model.sandbox import run, run_under
+from bnfuse.model.sandbox import run
 from bnfuse.planner.options import Options
 from bnfuse.planner.planner import Draft
 from bnfuse.rewrite import rewrite
@@ -305,7 +305,7 @@ def _checked(
 
 def _noise(model: nn.Module, inputs: tuple[Any, ...], exact: object) -> float:
     """Relative L2 error that one unit in the last place of every parameter makes in float64; the model is changed."""
-    moved = noise(model, exact, lambda model: run_under(model, inputs, {}, 0, InFloat64()))
+    moved = noise(model, exact, lambda model: run(model, inputs, {}, 0, InFloat64()))
     return max(output.relative_l2 for comparison in moved for output in comparison.outputs)
 
 
@@ -333,8 +333,8 @@ def _in_float64(model: nn.Module, fused: nn.Module, inputs: tuple[Any, ...]) -> 
     else:
         if error is None or not EXACT < error < _NEARLY:
             return exact, error, False
-    exact = run_under(model, inputs, {}, 0, InFloat64())
-    found = run_under(fused, inputs, {}, 0, InFloat64())
+    exact = run(model, inputs, {}, 0, InFloat64())
+    found = run(fused, inputs, {}, 0, InFloat64())
     return exact, _error(exact, found, strict=True), True
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 import bnfuse
-from bnfuse.capture import shapes_only as hollow
-from bnfuse.capture.run import capture, capture_hollow
+from bnfuse.capture import shapes_only
+from bnfuse.capture.run import capture, capture_shapes
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.graph.graph import Graph
 from bnfuse.planner.options import Options
@@ -110,11 +110,11 @@ def test_the_same_record(name: str) -> None:
         with pytest.raises(bnfuse.InputError):
             capture(model, (x,), {}, known=RULES)
         with pytest.raises(Exception, match=r"."):
-            capture_hollow(model, (x,), {}, known=RULES)
+            capture_shapes(model, (x,), {}, known=RULES)
         return
-    real, hollow = capture(model, (x,), {}, known=RULES), capture_hollow(model, (x,), {}, known=RULES)
-    assert recorded(hollow.graph) == recorded(real.graph)
-    assert (hollow.looks, hollow.stateful, hollow.output) == (real.looks, real.stateful, None)
+    real, shapes = capture(model, (x,), {}, known=RULES), capture_shapes(model, (x,), {}, known=RULES)
+    assert recorded(shapes.graph) == recorded(real.graph)
+    assert (shapes.looks, shapes.stateful, shapes.output) == (real.looks, real.stateful, None)
 
 
 LOOKING: dict[str, Callable[..., Any]] = {
@@ -132,13 +132,13 @@ LOOKING: dict[str, Callable[..., Any]] = {
 def test_a_model_that_looks_at_contents(name: str) -> None:
     model, x = Net(LOOKING[name]), torch.randn(IMAGE)
     with pytest.raises(NeedsContentsError):
-        capture_hollow(model, (x,), {})
+        capture_shapes(model, (x,), {})
     capture(model, (x,), {})
 
 
 def test_what_does_not_depend_on_the_input_is_real() -> None:
     model = Net(lambda m, x: F.conv2d(x, m.w / m.w.norm()), 4, 6, 3, 3)
-    graph = capture_hollow(model, (torch.randn(IMAGE),), {}).graph
+    graph = capture_shapes(model, (torch.randn(IMAGE),), {}).graph
     weight = graph.nodes[-1].inputs[1]
     assert weight.independent
     assert not graph.nodes[-1].outputs[0].independent
@@ -148,7 +148,7 @@ def test_what_does_not_depend_on_the_input_is_real() -> None:
 def test_networks(spec: str) -> None:
     model, x = build(spec).eval(), torch.randn(1, 3, 224, 224)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert recorded(capture_hollow(model, (x,), {}).graph) == recorded(capture(model, (x,), {}).graph)
+    assert recorded(capture_shapes(model, (x,), {}).graph) == recorded(capture(model, (x,), {}).graph)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -166,10 +166,10 @@ def test_an_error_of_unwritten_numbers_is_no_size_that_the_model_refuses(monkeyp
             place = torch.sigmoid(y.mean((1, 2, 3))).round().long()
             return y + F.embedding(place, self.table)[:, :, None, None]
 
-    monkeypatch.setitem(hollow._MADE, "sigmoid", lambda x: torch.full_like(x, 1e6))
+    monkeypatch.setitem(shapes_only._MADE, "sigmoid", lambda x: torch.full_like(x, 1e6))
     model, x = prepared(Padding()), torch.randn(2, 3, 6, 6, dtype=torch.float64)
     with pytest.raises(IndexError):
-        capture_hollow(model, (x,), {})
+        capture_shapes(model, (x,), {})
     for plan in (bnfuse.plan(model, x), Draft.of(model, x, Options()).plan()):
         assert not plan.fused
 

@@ -1,0 +1,237 @@
+"""How a parameter that a layer was made without would reach the operators that run inside its ``forward``.
+
+For PyTorch's own layers that is known: the parameter is the operator's argument. The forward of any other class is
+tried: it runs without the parameter and with one that changes nothing (a bias of zeros, a gain of ones). The results
+must be equal, and the parameter must arrive at the layer's own operators, whole or in parts, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnfuse.graph.graph import ModuleCall, Node
+from bnfuse.model import pytree, tree
+from bnfuse.model.sandbox import Mode, forked_random_state, leave_no_trace
+from bnfuse.operators import operator_of
+
+_BIASED = {
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+}  # fmt: skip
+
+PLACES = {**dict.fromkeys(_BIASED, ("bias",)), "batch_norm": ("weight", "bias")}
+"""The parameters that an operator does without."""
+
+_KNOWN_FORWARDS = {
+    kind.forward
+    for kind in (
+        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+        _BatchNorm, nn.SyncBatchNorm,
+    )
+}  # fmt: skip
+
+Calls = dict[ModuleCall, list[Node]]
+"""The calls of a module, each with the operators in it that lack the parameter."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator that takes the parameter apart: what it is given, tensors included, and what it makes."""
+
+    overload: Any
+    bound: dict[str, Any]
+    results: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the parameter reaches the operators of one call.
+
+    Attributes:
+        size: the number of elements of the parameter.
+        uses: the operators that are given the parameter or a part of it, with the part; None is the whole.
+        steps: the operators that take it apart.
+        parameter: the tensor that was tried, None if every use is given the whole.
+        tried: whether this was found by running the forward.
+    """
+
+    size: int
+    call: ModuleCall
+    uses: list[tuple[Node, Tensor | None]]
+    steps: list[Step]
+    parameter: Tensor | None = None
+    tried: bool = False
+
+
+def find_routes(place: str, calls: Calls, known: dict[tuple[Any, ...], bool]) -> list[Route] | None:
+    """The routes of all calls of a module; None if one of them is not known, or does not lead to an operator.
+
+    Args:
+        place: the name of the parameter, "weight" or "bias".
+        known: whether classes hand the parameter on whole, as found so far. It is added to.
+    """
+    routes = []
+    for call, nodes in calls.items():
+        route = _route(place, call, nodes, known)
+        if route is None:
+            return None
+        routes.append(route)
+    return routes if len({route.size for route in routes}) == 1 else None
+
+
+def _route(place: str, call: ModuleCall, nodes: list[Node], known: dict[tuple[Any, ...], bool]) -> Route | None:
+    module = call.module
+    whole = Route(_channels(nodes[0]), call, [(node, None) for node in nodes], [])
+    own_forward = "forward" in module.__dict__
+    if not own_forward and type(module).forward in _KNOWN_FORWARDS:
+        return whole
+    key = (type(module), place, *(node.operator for node in call.all_nodes))
+    if key in known and not own_forward and len(nodes) == 1:
+        return whole if known[key] else None
+    tried = (_try(call, nodes, place, size) for size in _sizes(module, nodes))
+    route = next((route for route in tried if route is not None), None)
+    if route is None or not route.steps:
+        known[key] = route is not None
+    return route
+
+
+def _channels(node: Node) -> int:
+    """The number of channels of what an operator makes."""
+    shape = node.outputs[0].shape
+    if node.operator == "linear":
+        return shape[-1]
+    if node.operator == "batch_norm":
+        return shape[1]
+    spatial = int(node.operator[-2])  # conv2d has 2 axes behind the channels
+    return shape[len(shape) - spatial - 1]
+
+
+def _sizes(module: nn.Module, nodes: list[Node]) -> list[int]:
+    """The sizes to try: that of an operator's result, and what the module says of itself, the likelier one first."""
+    said = [getattr(module, name, None) for name in ("out_channels", "out_features")]
+    sizes = [_channels(nodes[0]), *(size for size in said if isinstance(size, int))]
+    return list(dict.fromkeys(sizes if len(nodes) == 1 else reversed(sizes)))
+
+
+def _try(call: ModuleCall, nodes: list[Node], place: str, size: int) -> Route | None:
+    """Run the module's forward with a parameter of this size; None if that does not reach its operators alone."""
+    module = call.module
+    arguments = _arguments(call)
+    if arguments is None:
+        return None
+    reference = next(module.parameters(recurse=False), None)
+    device = reference.device if reference is not None else None
+
+    def forward() -> object:
+        with forked_random_state():  # the same numbers each time
+            args, kwargs = pytree.map_tensors(arguments, lambda tensor: _with_contents(tensor, device))
+            return module.forward(*args, **kwargs)
+
+    with leave_no_trace(tree.modules(module)):
+        try:
+            without = forward()
+            with _created(module, place, size, device) as parameter, _Trace(parameter, place) as trace:
+                with_parameter = forward()
+        except Exception:  # noqa: BLE001 (whatever it raises, the answer is no)
+            return None
+        if not _equal(without, with_parameter):
+            return None
+    ran = [node for node in call.all_nodes if node.operator in PLACES]
+    if trace.lost or [name for name, _ in trace.layers] != [node.operator for node in ran]:
+        return None
+    uses = [(node, part) for node, (_, part) in zip(ran, trace.layers, strict=True) if part is not None]
+    if not uses or any(node not in nodes for node, _ in uses):
+        return None
+    return Route(size, call, uses, trace.steps, parameter, tried=True)
+
+
+def _arguments(call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """What the call was given, large tensors without contents; None if that is not known."""
+    if call.plain and len(call.inputs) == 1:
+        value = call.inputs[0]
+        return (torch.empty(value.shape, dtype=value.dtype, device="meta"),), {}
+    return call.arguments
+
+
+def _with_contents(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """Random contents for a tensor that has none."""
+    if not tensor.is_meta:
+        return tensor.clone()
+    make = torch.randn if tensor.is_floating_point() else torch.zeros
+    return make(tensor.shape, dtype=tensor.dtype, device=device)  # randn_like would load PyTorch's compiler here
+
+
+@contextlib.contextmanager
+def _created(module: nn.Module, place: str, size: int, device: torch.device | None) -> Iterator[Tensor]:
+    """The module has a parameter that changes nothing."""
+    weight = module._parameters.get("weight")
+    dtype = None if weight is None else weight.dtype
+    parameter = nn.Parameter(torch.full((size,), 1.0 if place == "weight" else 0.0, device=device, dtype=dtype))
+    module._parameters[place] = parameter
+    try:
+        yield parameter
+    finally:
+        module._parameters[place] = None
+
+
+def _equal(a: object, b: object) -> bool:
+    """True if the results are equal up to rounding."""
+    left, right = pytree.tensors(a), pytree.tensors(b)
+    if len(left) != len(right) or not left:
+        return False
+    return all(_equal_tensors(x, y) for (_, x), (_, y) in zip(left, right, strict=True))
+
+
+def _equal_tensors(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    tolerance = 1e-5 if x.dtype.itemsize > 2 else 1e-2
+    return bool((x - y).double().norm() <= tolerance * x.double().norm())
+
+
+class _Trace(Mode):
+    """Follows a tensor that is filled with one number to the operators of layers.
+
+    Attributes:
+        steps: what was done on the way.
+        layers: the operators of all layers, by name, with what arrived in the place.
+        lost: True if anything else was done with it.
+    """
+
+    def __init__(self, tensor: Tensor, place: str) -> None:
+        super().__init__()
+        self.tensor, self.place = tensor, place
+        self.parts = {id(tensor): tensor}
+        self.steps: list[Step] = []
+        self.layers: list[tuple[str, Tensor | None]] = []
+        self.lost = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operator = operator_of(func)
+        given = [tensor for _, tensor in pytree.tensors((args, kwargs))]
+        ours = [tensor for tensor in given if id(tensor) in self.parts]
+        if not ours and operator.name not in PLACES:
+            return result
+        bound = dict(zip(operator.arguments, args, strict=False)) | kwargs
+        if operator.name in PLACES:
+            arrived = bound.get(self.place)
+            self.layers.append((operator.name, arrived if ours else None))
+            self.lost |= bool(ours) and not (len(ours) == 1 and ours[0] is arrived)
+            return result
+        results = [tensor for _, tensor in pytree.tensors(result) if id(tensor) not in self.parts]
+        filled = all(bool((tensor == self.tensor.flatten()[0]).all()) for tensor in results)
+        self.lost |= len(ours) < len(given) or operator.written != () or not filled
+        if results:
+            self.steps.append(Step(func, bound, results))
+            self.parts.update((id(tensor), tensor) for tensor in results)
+        return result

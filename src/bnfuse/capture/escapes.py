@@ -1,0 +1,149 @@
+"""Contents and sizes that leave PyTorch: the dispatcher sees no operator there, so a function mode watches.
+
+Contents that leave must stay as they are. And code that reads a size or an element may do something else at another
+size or for other contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+
+from bnfuse.capture.module_calls import ModuleCalls
+from bnfuse.capture.shapes_only import NeedsContentsError
+from bnfuse.capture.values import Values
+from bnfuse.model import pytree
+from bnfuse.model.sandbox import SavedState
+
+_GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+_ESCAPES: dict[Any, str] = {
+    torch.Tensor.numpy: ".numpy()",
+    torch.Tensor.tolist: ".tolist()",
+    torch.Tensor.__array__: ".__array__()",
+    torch.Tensor.__dlpack__: ".__dlpack__()",
+    torch.Tensor.__deepcopy__: "copy.deepcopy",
+    torch.Tensor.__reduce_ex__: "pickling",
+    torch.Tensor.data_ptr: ".data_ptr()",
+    torch.Tensor.storage: ".storage()",
+    torch.Tensor.new_tensor: ".new_tensor()",
+    torch.tensor: "torch.tensor",
+    torch.as_tensor: "torch.as_tensor",
+    torch.asarray: "torch.asarray",
+    torch.utils.dlpack.to_dlpack: "to_dlpack",  # type: ignore[attr-defined]
+    torch.Tensor.untyped_storage: ".untyped_storage()",
+    _GET_DATA: ".data",
+    _SET_DATA: ".data",
+}
+"""Functions by which a tensor's contents leave, with their name in a reason."""
+
+READS_OF_SIZES_AND_ELEMENTS = frozenset(
+    {
+        torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.size,
+        torch.Tensor.numel,
+        torch.Tensor.nelement,
+        torch.Tensor.__len__,
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.Tensor.__bool__,
+        torch.Tensor.__int__,
+        torch.Tensor.__float__,
+        torch.Tensor.__index__,
+        torch.Tensor.__contains__,
+    }
+)
+"""Functions that tell the code a size or an element, on which it may then depend."""
+
+_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
+"""Those of them that also make a tensor of numbers in the code."""
+
+_FROM_A_TENSOR = (torch.as_tensor, torch.asarray)
+"""Those that, given a tensor, use operators that the recorder sees. Given a list of tensors, they do not."""
+
+_WATCHED = frozenset({*_ESCAPES, *READS_OF_SIZES_AND_ELEMENTS})
+
+
+class EscapeWatch(TorchFunctionMode):
+    """Watches the few functions by which contents and sizes leave without an operator.
+
+    Attributes:
+        looks: True once the code has read a size or an element of a tensor that depends on the input.
+    """
+
+    def __init__(self, values: Values, calls: ModuleCalls, state: SavedState, shapes_only: bool) -> None:
+        """
+        Args:
+            shapes_only: whether tensors that depend on the input have no contents.
+        """
+        super().__init__()
+        self.looks = False
+        self._values = values
+        self._calls = calls
+        self._state = state
+        self._shapes_only = shapes_only
+        self._paused = False
+
+    def pause(self) -> None:
+        """Watch nothing until `resume`, which makes every call of PyTorch's faster."""
+        if _get_current_function_mode() is self:
+            _pop_mode()
+            self._paused = True
+
+    def resume(self) -> None:
+        if self._paused:
+            _push_mode(self)
+            self._paused = False
+
+    def __exit__(self, *raised: Any) -> None:
+        self.resume()
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func not in _WATCHED:
+            return func(*args, **(kwargs or {}))
+        if func in READS_OF_SIZES_AND_ELEMENTS and not self.looks and args and isinstance(args[0], Tensor):
+            value = self._values.known(args[0])
+            by_pytorch = self._calls.current.is_standard  # which checks sizes, and does not go by them
+            self.looks = not by_pytorch and (value is None or not value.independent)
+        if func == _GET_DATA:
+            data = func(*args)
+            if self._values.add_alias(args[0], data):
+                return data
+        how = _ESCAPES.get(func)
+        if how is None:
+            return func(*args, **(kwargs or {}))
+        given = pytree.tensors((args, kwargs) if kwargs else args)
+        recorded = func in _FROM_A_TENSOR and isinstance(args[0] if args else (kwargs or {}).get("data"), Tensor)
+        if not recorded:
+            for _, tensor in given:
+                self._escape(tensor, how)
+            if func == _SET_DATA:
+                self._state.save_memory(args[0])
+        self._values.in_literal = func in _FROM_NUMBERS and not given
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._values.in_literal = False
+
+    def _escape(self, tensor: Tensor, how: str) -> None:
+        value = self._values.known(tensor)
+        if value is None:
+            return
+        self._values.exposed.append(value.index)
+        if value.dtype.is_floating_point or not value.independent:  # an index has no units that could change
+            value.pin(f"its contents leave PyTorch by {how}")
+        if self._shapes_only and not value.independent and how != ".data":
+            raise NeedsContentsError(how)

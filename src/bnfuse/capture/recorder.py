@@ -1,0 +1,197 @@
+"""Recording operators: a dispatch mode that adds every operator, as it runs, to a list of nodes.
+
+Under ``torch.inference_mode`` a ``TorchDispatchMode`` sees composite operators whole (``aten.conv2d``,
+``aten.batch_norm``, ``aten.dropout``), which is the level at which the rules are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfuse.capture import shapes_only as without_arithmetic
+from bnfuse.capture.module_calls import ModuleCalls
+from bnfuse.capture.values import Values
+from bnfuse.graph.graph import Node, Storage, Value
+from bnfuse.model.sandbox import Mode, SavedState
+from bnfuse.operators import Operator, memory_of, operator_of, parts_of
+
+_SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
+
+_INDEPENDENT = attrgetter("independent")
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+class Recorder(Mode):
+    """Records the operators of one run.
+
+    Attributes:
+        nodes: the operators, in the order of the run.
+        squeezes: True once an operator has dropped all axes of size 1 of a tensor that depends on the input: which
+            axes these are depends on the sizes.
+    """
+
+    def __init__(
+        self, values: Values, calls: ModuleCalls, state: SavedState, whole: Container[str] | None, shapes_only: bool
+    ) -> None:
+        """
+        Args:
+            whole: names of the operators that are recorded as they are, None for all of them; see `capture`.
+            shapes_only: whether tensors that depend on the input are left without contents.
+        """
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.squeezes = False
+        self._values = values
+        self._value_of = values.of  # bound once, since it is called for every tensor of every operator
+        self._calls = calls
+        self._state = state
+        self._whole = whole
+        self._shapes_only = shapes_only
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not torch._C._is_torch_function_mode_enabled():
+            return self._run(func, args, kwargs or {})
+        with torch._C.DisableTorchFunction():  # sizes that are read here are not read by the model
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator and record it."""
+        if func is _SET and id(args[0]) not in self._values.leaves:
+            self._values.forget(args[0])  # it is given other memory, and nothing is written
+            return func(*args, **kwargs)
+        operator = operator_of(func)
+        bound: dict[str, Any] = dict(zip(operator.arguments, args, strict=False))
+        bound.update(kwargs)
+        tensors: list[Tensor] = []
+        inputs: list[Value] = []
+        for name, argument in bound.items():
+            if isinstance(argument, Tensor) or (isinstance(argument, (list, tuple)) and not _is_numbers(argument)):
+                bound[name] = self._bind(argument, tensors, inputs)
+        independent = all(map(_INDEPENDENT, inputs))
+        written: list[Value] = []
+        if operator.written:
+            written = [value for name in operator.written for value in _values(bound.get(name))]
+        if operator.writes_if and bound.get(operator.writes_if):
+            written += [bound[name] for name in _STATISTICS if isinstance(bound.get(name), Value)]
+        if written:
+            self._save_before_write(written)
+        if self._shapes_only and not independent:
+            try:
+                result = without_arithmetic.compute(func, operator, args, kwargs)
+            except RuntimeError as error:
+                if any(value.independent and value.shape for value in inputs):
+                    raise without_arithmetic.FixedSizeError(str(error)) from error
+                raise
+        else:
+            result = func(*args, **kwargs)
+        whole = self._whole is None or operator.name in self._whole or written
+        if whole or not self._record_parts(func, args, kwargs, result):
+            call = self._calls.current
+            node = Node(len(self.nodes), operator.name, func, bound, inputs, [], call, written)
+            self._record(node, operator, tensors, independent, _flat(result))
+        return result
+
+    def _bind(self, argument: Any, tensors: list[Tensor], inputs: list[Value]) -> Any:
+        """An argument with values in place of tensors; both are noted in the lists."""
+        if isinstance(argument, Tensor):
+            value = self._value_of(argument)
+            tensors.append(argument)
+            inputs.append(value)
+            return value
+        if isinstance(argument, (list, tuple)) and any(isinstance(item, Tensor) for item in argument):
+            return tuple(self._bind(item, tensors, inputs) for item in argument)
+        return argument
+
+    def _save_before_write(self, written: Sequence[Value]) -> None:
+        """Pin and save parameters and buffers that are about to be written to, by themselves or through a view."""
+        for storage in {value.storage: None for value in written}:
+            for leaf in storage.values:
+                if leaf.tensor is not None:
+                    leaf.pin("it is written to during the run")
+                    self._state.save_contents(leaf.tensor)
+
+    def _record(
+        self, node: Node, operator: Operator, tensors: list[Tensor], independent: bool, results: list[Tensor]
+    ) -> None:
+        """Add an operator that read the tensors and made the results, unless it did nothing."""
+        given, written, values = set(map(id, tensors)), node.written, self._values
+        if results and not written and given.issuperset(map(id, results)):
+            return  # dropout in evaluation, contiguous of a contiguous tensor
+        for tensor in tensors if written else ():
+            value = values.known(tensor)
+            if value in written and value is not None and value.version == value.storage.version:
+                node.outputs.append(values.add_version(tensor, value, node, independent))
+        for tensor in results:
+            if id(tensor) in given:
+                continue
+            storage = None if operator.fresh else self._storage_of(tensor, tensors)
+            node.outputs.append(values.add_result(tensor, storage or Storage(), node, independent))
+        for value in node.inputs:
+            if not value.consumers or value.consumers[-1] is not node:
+                value.consumers.append(node)
+        if node.overload is _SQUEEZE and not independent:
+            self.squeezes = True
+        self.nodes.append(node)
+        node.call.nodes.append(node)
+
+    def _storage_of(self, tensor: Tensor, tensors: list[Tensor]) -> Storage | None:
+        """The storage of the last of the tensors whose memory a result shares, None for memory of its own."""
+        memory = memory_of(tensor)
+        same = [] if memory is None else [other for other in tensors if memory_of(other) == memory]
+        return self._value_of(same[-1]).storage if same else None
+
+    def _record_parts(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
+        """Record an operator as those that it is made of; False if these are not known or give something else.
+
+        The model goes on with what the operator itself made, which is given the values of what its parts made.
+        """
+        parts = parts_of(func)
+        results = _flat(result)
+        if parts is None or not results:
+            return False
+        own = self._calls.current.nodes
+        recorded, recorded_own = len(self.nodes), len(own)
+        with torch._C.DisableTorchFunction(), self:
+            made = _flat(parts(*args, **kwargs))
+        values = [self._values.known(tensor) for tensor in made]
+        fits = len(results) == len(values) and all(
+            value is not None and value.shape == tuple(tensor.shape) and value.dtype == tensor.dtype
+            for tensor, value in zip(results, values, strict=True)
+        )
+        if not fits:
+            for node in self.nodes[recorded:]:
+                for value in node.inputs:
+                    value.consumers = [other for other in value.consumers if other is not node]
+            del self.nodes[recorded:], own[recorded_own:]
+            return False
+        for tensor, part in zip(results, values, strict=True):
+            if part is not None and self._values.known(tensor) is not part:
+                self._values.tag(tensor, part)
+        return True
+
+
+def _values(argument: Any) -> list[Value]:
+    if isinstance(argument, Value):
+        return [argument]
+    return [value for item in argument for value in _values(item)] if isinstance(argument, tuple) else []
+
+
+def _is_numbers(items: Sequence[Any]) -> bool:
+    """True for a size or a stride, which holds nothing but whole numbers."""
+    return not items or type(items[0]) is int
+
+
+def _flat(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, (list, tuple)):
+        return [tensor for item in result for tensor in _flat(item)]
+    return []

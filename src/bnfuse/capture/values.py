@@ -1,0 +1,190 @@
+"""Which value each tensor holds during the run.
+
+A tensor that the run computes carries its value as an attribute. So the record keeps no activation alive, and never
+takes one tensor for another that was given the same ``id``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfuse.capture.leaves import Leaves, new_value
+from bnfuse.graph.graph import Kind, Node, Storage, Value
+from bnfuse.model import pytree
+from bnfuse.operators import memory_of
+
+_TAG = "_bnfuse_value"
+
+
+class Values:
+    """The values of all tensors of one run.
+
+    Attributes:
+        leaves: those that were there before the run, by the ``id`` of their tensor.
+        names: those of parameters and buffers, by each of their names.
+        exposed: what was seen outside of the recorded operators, by the index of the value.
+        in_literal: True while PyTorch makes a tensor of numbers that stand in the code.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Module]], held_before: Callable[[Tensor], bool]) -> None:
+        """
+        Args:
+            named: every module of the model under each of its names.
+            held_before: whether the model held a tensor before the run.
+        """
+        self._indices = itertools.count()
+        self._leaves = Leaves(named, self._indices)
+        self._tagged = _TaggedTensors()
+        self._remember_tagged = self._tagged.references.append
+        self._held_before = held_before
+        self.leaves, self.names = self._leaves.by_identity, self._leaves.by_name
+        self.exposed: list[int] = []
+        self.in_literal = False
+
+    # Looking a value up -----------------------------------------------------------------------------------------
+
+    def known(self, tensor: Tensor) -> Value | None:
+        """The last value that is known of a tensor, None if there is none."""
+        value = tensor.__dict__.get(_TAG)
+        return value if value is not None else self.leaves.get(id(tensor))
+
+    def of(self, tensor: Tensor) -> Value:
+        """The value that a tensor holds now."""
+        value = tensor.__dict__.get(_TAG) or self.leaves.get(id(tensor))
+        if value is not None and value.version == value.storage.version:
+            return value
+        with torch._C.DisableTorchFunction():  # sizes that are read here are not read by the model
+            return self._unrecorded(tensor) if value is None else self._rewritten(tensor, value)
+
+    def inside(self, structure: Any) -> list[Value]:
+        """The values of all tensors in nested data."""
+        if isinstance(structure, Tensor):
+            return [self.of(structure)]
+        return [self.of(tensor) for _, tensor in pytree.tensors(structure)]
+
+    def _unrecorded(self, tensor: Tensor) -> Value:
+        """The value of a tensor that no recorded operator has made."""
+        other = self._tagged.last_in_memory_of(tensor)
+        if other is not None:
+            same_memory = self.known(other)
+            assert same_memory is not None
+            value = self._in_memory_of(tensor, same_memory)
+            _pin_all(same_memory.storage, "its memory is read in another way")
+            return value
+        value = self._leaves.add(tensor, Kind.CONSTANT)
+        if tensor.is_inference() and tensor.is_floating_point() and not self.in_literal:
+            # Made during the run by something that was not recorded, unless the model keeps it from an earlier run.
+            value.independent = self._held_before(tensor)
+        return value
+
+    def _rewritten(self, tensor: Tensor, value: Value) -> Value:
+        """The value of a tensor whose memory was written to through another tensor."""
+        fresh = self._in_memory_of(tensor, value)
+        _pin_all(value.storage, "its memory is written through another view")
+        return fresh
+
+    def _in_memory_of(self, tensor: Tensor, value: Value) -> Value:
+        """A new value for a tensor that has the memory of another one, though no operator gave it that."""
+        fresh = new_value(next(self._indices), tensor, Kind.COMPUTED, value.storage)
+        fresh.independent = all(other.independent for other in value.storage.values)
+        self._replace(tensor, fresh)
+        return fresh
+
+    # New values -------------------------------------------------------------------------------------------------
+
+    def add_input(self, tensor: Tensor) -> None:
+        """An input of the model."""
+        value = new_value(next(self._indices), tensor, Kind.INPUT, Storage())
+        value.pin("it is an input of the model")
+        self.tag(tensor, value)
+
+    def add_result(self, tensor: Tensor, storage: Storage, producer: Node, independent: bool) -> Value:
+        """A tensor that an operator has made."""
+        value = new_value(next(self._indices), tensor, Kind.COMPUTED, storage)
+        value.producer, value.independent = producer, independent
+        tensor.__dict__[_TAG] = value  # as tag() does, without a call for every operator
+        self._remember_tagged(weakref.ref(tensor))
+        return value
+
+    def add_version(self, tensor: Tensor, value: Value, producer: Node, independent: bool) -> Value:
+        """What a tensor holds after an operator has written to it; ``value`` is what it held before."""
+        value.storage.version += 1
+        fresh = new_value(next(self._indices), tensor, Kind.COMPUTED, value.storage)
+        fresh.producer, fresh.independent = producer, independent
+        if value.tensor is not None:
+            fresh.pin("it is written to during the run")
+        self._replace(tensor, fresh)
+        return fresh
+
+    def add_alias(self, tensor: Tensor, other: Tensor) -> bool:
+        """Give another tensor, of the same memory and shape, the same value; False for a parameter or buffer."""
+        if self.known(tensor) is None or id(tensor) in self.leaves:
+            return False
+        self.tag(other, self.of(tensor))
+        return True
+
+    def tag(self, tensor: Tensor, value: Value) -> None:
+        tensor.__dict__[_TAG] = value
+        self._remember_tagged(weakref.ref(tensor))
+
+    def _replace(self, tensor: Tensor, value: Value) -> None:
+        if id(tensor) in self.leaves:
+            value.tensor = tensor
+            self.leaves[id(tensor)] = value
+        else:
+            tensor.__dict__[_TAG] = value
+
+    def forget(self, tensor: Tensor) -> None:
+        """Take a tensor for one that was never seen."""
+        tensor.__dict__.pop(_TAG, None)
+
+    def remove_tags(self) -> None:
+        """Take the attribute off all tensors that are still alive."""
+        for reference in self._tagged.references:
+            tensor = reference()
+            if tensor is not None:
+                self.forget(tensor)
+
+    # What others see --------------------------------------------------------------------------------------------
+
+    def expose(self, structure: Any, reason: str) -> None:
+        """Pin all tensors in nested data, since something outside of the recorded operators sees them."""
+        for _, tensor in pytree.tensors(structure):
+            value = self.of(tensor)
+            value.pin(reason)
+            self.exposed.append(value.index)
+
+
+def _pin_all(storage: Storage, reason: str) -> None:
+    for value in storage.values:
+        value.pin(reason)
+
+
+class _TaggedTensors:
+    """The tensors that carry a value, without keeping them alive, and found by their memory when that is asked."""
+
+    def __init__(self) -> None:
+        self.references: list[weakref.ref[Tensor]] = []
+        self._by_memory: dict[int, list[weakref.ref[Tensor]]] = {}
+        self._sorted = 0  # so many of the references are in the index
+
+    def last_in_memory_of(self, tensor: Tensor) -> Tensor | None:
+        """The last tensor, of those still alive, that has the memory of this one."""
+        for reference in self.references[self._sorted :]:
+            alive = reference()
+            if alive is not None and (memory := memory_of(alive)) is not None:
+                self._by_memory.setdefault(memory, []).append(reference)
+        self._sorted = len(self.references)
+        memory = memory_of(tensor)
+        for reference in reversed(self._by_memory.get(memory, ())) if memory is not None else ():
+            alive = reference()
+            # A tensor may have been given other memory since it was sorted in.
+            if alive is not None and _TAG in alive.__dict__ and memory_of(alive) == memory:
+                return alive
+        return None

@@ -1,0 +1,67 @@
+"""Which value each tensor holds: versions, shared memory, tied parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from recording import X, graph_of
+from torch import Tensor, nn
+
+from bnfuse.graph.graph import Kind
+
+
+def test_values_are_followed() -> None:
+    graph = graph_of(lambda m, x: m["c"](x) + x, X, c=nn.Conv2d(3, 3, 1))
+    conv, add = graph.nodes
+    assert conv.bound["input"].kind is Kind.INPUT
+    assert conv.bound["weight"].names == ("layers.c.weight",)
+    assert add.inputs == [conv.outputs[0], conv.bound["input"]]
+    assert conv.bound["input"].consumers == [conv, add]
+    assert "output" in (add.outputs[0].pinned or "")
+
+
+def test_in_place_makes_a_new_version() -> None:
+    graph = graph_of(lambda m, x: (y := x * 2).add_(1) + y, X)
+    mul, add, total = graph.nodes
+    assert add.written == mul.outputs
+    assert total.inputs == [add.outputs[0], add.outputs[0]]
+    assert mul.outputs[0].pinned is None
+
+
+def test_stale_views_are_pinned() -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 0].zero_()
+        return y + 1
+
+    graph = graph_of(function, X)
+    assert "another view" in (graph.nodes[0].outputs[0].pinned or "")
+
+
+def test_tied_and_shared() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    second.bias.data = first.bias.data
+    graph = graph_of(lambda m, x: m["b"](m["a"](x)), torch.ones(2, 3), a=first, b=second)
+    a, b = graph.nodes
+    assert a.bound["weight"] is b.bound["weight"]
+    assert a.bound["weight"].names == ("layers.a.weight", "layers.b.weight")
+    assert a.bound["bias"] is b.bound["bias"]
+
+
+def test_no_activation_is_kept() -> None:
+    import gc
+    import weakref
+
+    alive: list[weakref.ref[Tensor]] = []
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        y = x * 2
+        alive.append(weakref.ref(y))
+        return y + 1
+
+    graph = graph_of(function, X)
+    gc.collect()
+    assert alive[0]() is None
+    assert len(graph.nodes) == 2
