@@ -14,6 +14,7 @@ from torch import nn
 from bnfuse.changes import Handler
 from bnfuse.graph.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 from bnfuse.model import tree
+from bnfuse.reasons import HANDLER_MAKES, HANDLER_READS
 
 _CHANNELS = 1
 
@@ -57,10 +58,10 @@ def _collapse(call: ModuleCall, inside: list[Node], layer: Value) -> None:
             if node in value.consumers:
                 value.consumers.remove(node)
             if value.names:
-                value.pin("a handler looks after the layer that reads it")
+                value.pin(HANDLER_READS)
         for value in node.outputs:
             if value not in call.outputs:
-                value.pin("a handler looks after the layer that makes it")
+                value.pin(HANDLER_MAKES)
     for node in rest:
         node.operator, node.bound, node.inputs, node.outputs, node.written = "inside", {}, [], [], []
     last.operator, last.call = "handled", call

@@ -15,7 +15,19 @@ from bnfuse.capture.module_calls import has_hooks
 from bnfuse.graph.graph import Graph, ModuleCall, Node
 from bnfuse.graph.norms import Norm, Site
 from bnfuse.model import tree
-from bnfuse.reasons import Reason
+from bnfuse.reasons import (
+    DID_NOT_RUN,
+    FORWARD_DOES_MORE,
+    HAS_HOOK,
+    IS_FUNCTION_CALL,
+    IS_SCRIPTED,
+    IS_THE_MODEL,
+    PARAMETERS_READ_ELSEWHERE,
+    REFERENCED_ELSEWHERE,
+    TRACKS_NO_STATISTICS,
+    USES_BATCH_STATISTICS,
+    Reason,
+)
 from bnfuse.rules.norm_statistics import is_step
 
 _DEPTH = 3
@@ -75,8 +87,8 @@ def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], r
     if obstacle is None:
         found = _sites(calls)
         if found is None:
-            what = "normalise" if is_norm(module) else "multiply and add per channel"
-            obstacle = Reason(f"{kind}.forward does more than {what}")
+            work = "normalise" if is_norm(module) else "multiply and add per channel"
+            obstacle = FORWARD_DOES_MORE.reason(kind=kind, work=work)
         else:
             sites, keep = found
     return Norm(tuple(names), names[0] or kind, kind, channels, sites, keep, obstacle)
@@ -89,20 +101,20 @@ def _obstacle(module: nn.Module, names: list[str], calls: list[ModuleCall], refe
         referenced: an attribute of the model that also refers to the module, None if there is none.
     """
     if not calls:
-        return Reason("it did not run, so nothing is known of where it belongs")
+        return DID_NOT_RUN.reason()
     if any(_uses_batch_statistics(node) for call in calls for node in call.nodes):
-        return Reason("it uses the statistics of the batch, since it tracks none of its own")
+        return TRACKS_NO_STATISTICS.reason()
     if isinstance(module, torch.jit.ScriptModule):
-        return Reason("it is compiled by TorchScript, in which no module can be replaced")
+        return IS_SCRIPTED.reason()
     if has_hooks(module):
-        return Reason("it has a forward hook, which would be lost")
+        return HAS_HOOK.reason()
     if referenced is not None:
-        return Reason(f"the model also refers to it from {referenced}, where it cannot be replaced")
+        return REFERENCED_ELSEWHERE.reason(place=referenced)
     reader = _other_reader(calls)
     if reader is not None:
-        return Reason(f"its parameters are also read by {reader}")
+        return PARAMETERS_READ_ELSEWHERE.reason(reader=reader)
     if "" in names:
-        return Reason("it is the whole model")
+        return IS_THE_MODEL.reason()
     return None
 
 
@@ -129,9 +141,9 @@ def _other_reader(calls: list[ModuleCall]) -> Node | None:
 
 def _functional_norm(node: Node) -> Norm:
     """A batch norm that is called as a function: it is listed, and always stays."""
-    obstacle = Reason("the norm is a function call in the code, not a module that can be replaced")
+    obstacle = IS_FUNCTION_CALL.reason()
     if _uses_batch_statistics(node):
-        obstacle = Reason("it uses the statistics of the batch")
+        obstacle = USES_BATCH_STATISTICS.reason()
     label = f"batch_norm in {node.call.label}"
     shape = node.inputs[0].shape
     return Norm((), label, "function", shape[1] if len(shape) > 1 else 0, (), obstacle=obstacle)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from bnfuse.graph.graph import Graph, Value
+from bnfuse.reasons import LAYER_NOT_NAMED, MODULE_DID_NOT_RUN
 
 
 def _pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
@@ -19,7 +20,7 @@ def _pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
         if len({id(owner) for owner in owners.values()}) > 1:
             idle = [name for name, owner in owners.items() if id(owner) not in ran]
             if idle:
-                value.pin(f"it is also {idle[0]}, whose module did not run")
+                value.pin(MODULE_DID_NOT_RUN, name=idle[0])
 
 
 def _pin_others(model: nn.Module, values: Iterable[Value], layers: tuple[type[nn.Module], ...]) -> None:
@@ -27,4 +28,4 @@ def _pin_others(model: nn.Module, values: Iterable[Value], layers: tuple[type[nn
         for name in value.names:
             owner = model.get_submodule(name.rpartition(".")[0])
             if not isinstance(owner, layers):
-                value.pin(f"layers= does not name {type(owner).__name__}")
+                value.pin(LAYER_NOT_NAMED, kind=type(owner).__name__)

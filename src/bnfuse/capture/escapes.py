@@ -18,6 +18,7 @@ from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.capture.values import Values
 from bnfuse.model import pytree
 from bnfuse.model.sandbox import SavedState
+from bnfuse.reasons import LEAVES_PYTORCH
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -144,6 +145,6 @@ class EscapeWatch(TorchFunctionMode):
             return
         self._values.exposed.append(value.index)
         if value.dtype.is_floating_point or not value.independent:  # an index has no units that could change
-            value.pin(f"its contents leave PyTorch by {how}")
+            value.pin(LEAVES_PYTORCH, how=how)
         if self._shapes_only and not value.independent and how != ".data":
             raise NeedsContentsError(how)

@@ -19,6 +19,7 @@ from bnfuse.capture.values import Values
 from bnfuse.graph.graph import Node, Storage, Value
 from bnfuse.model.sandbox import Mode, SavedState
 from bnfuse.operators import Operator, memory_of, operator_of, parts_of
+from bnfuse.reasons import IS_WRITTEN
 
 _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
 
@@ -115,7 +116,7 @@ class Recorder(Mode):
         for storage in {value.storage: None for value in written}:
             for leaf in storage.values:
                 if leaf.tensor is not None:
-                    leaf.pin("it is written to during the run")
+                    leaf.pin(IS_WRITTEN)
                     self._state.save_contents(leaf.tensor)
 
     def _record(

@@ -18,6 +18,7 @@ from bnfuse.capture.leaves import Leaves, new_value
 from bnfuse.graph.graph import Kind, Node, Storage, Value
 from bnfuse.model import pytree
 from bnfuse.operators import memory_of
+from bnfuse.reasons import IS_INPUT, IS_WRITTEN, MEMORY_READ_ANOTHER_WAY, WRITTEN_THROUGH_VIEW, Cause
 
 _TAG = "_bnfuse_value"
 
@@ -75,7 +76,7 @@ class Values:
             same_memory = self.known(other)
             assert same_memory is not None
             value = self._in_memory_of(tensor, same_memory)
-            _pin_all(same_memory.storage, "its memory is read in another way")
+            _pin_all(same_memory.storage, MEMORY_READ_ANOTHER_WAY)
             return value
         value = self._leaves.add(tensor, Kind.CONSTANT)
         if tensor.is_inference() and tensor.is_floating_point() and not self.in_literal:
@@ -86,7 +87,7 @@ class Values:
     def _rewritten(self, tensor: Tensor, value: Value) -> Value:
         """The value of a tensor whose memory was written to through another tensor."""
         fresh = self._in_memory_of(tensor, value)
-        _pin_all(value.storage, "its memory is written through another view")
+        _pin_all(value.storage, WRITTEN_THROUGH_VIEW)
         return fresh
 
     def _in_memory_of(self, tensor: Tensor, value: Value) -> Value:
@@ -101,7 +102,7 @@ class Values:
     def add_input(self, tensor: Tensor) -> None:
         """An input of the model."""
         value = new_value(next(self._indices), tensor, Kind.INPUT, Storage())
-        value.pin("it is an input of the model")
+        value.pin(IS_INPUT)
         self.tag(tensor, value)
 
     def add_result(self, tensor: Tensor, storage: Storage, producer: Node, independent: bool) -> Value:
@@ -118,7 +119,7 @@ class Values:
         fresh = new_value(next(self._indices), tensor, Kind.COMPUTED, value.storage)
         fresh.producer, fresh.independent = producer, independent
         if value.tensor is not None:
-            fresh.pin("it is written to during the run")
+            fresh.pin(IS_WRITTEN)
         self._replace(tensor, fresh)
         return fresh
 
@@ -153,17 +154,17 @@ class Values:
 
     # What others see --------------------------------------------------------------------------------------------
 
-    def expose(self, structure: Any, reason: str) -> None:
+    def expose(self, structure: Any, cause: Cause, **fields: Any) -> None:
         """Pin all tensors in nested data, since something outside of the recorded operators sees them."""
         for _, tensor in pytree.tensors(structure):
             value = self.of(tensor)
-            value.pin(reason)
+            value.pin(cause, **fields)
             self.exposed.append(value.index)
 
 
-def _pin_all(storage: Storage, reason: str) -> None:
+def _pin_all(storage: Storage, cause: Cause) -> None:
     for value in storage.values:
-        value.pin(reason)
+        value.pin(cause)
 
 
 class _TaggedTensors:

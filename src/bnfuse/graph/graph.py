@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfuse.reasons import Cause, Reason
+
 
 class Kind(Enum):
     """Where a value comes from."""
@@ -52,16 +54,20 @@ class Value:
     producer: Node | None = None
     consumers: list[Node] = field(default_factory=list)
     names: tuple[str, ...] = ()
-    pinned: str | None = None
+    pinned: Reason | None = None
     independent: bool = False
     strides: tuple[int, ...] | None = None
     tensor: Tensor | None = None
     handler: Any = None
 
-    def pin(self, reason: str) -> None:
-        """Keep this value's units as they are. The first reason stands."""
+    def pin(self, cause: Cause, **fields: Any) -> None:
+        """Keep this value's units as they are. The first reason stands.
+
+        Args:
+            fields: of the text of the cause.
+        """
         if self.pinned is None:
-            self.pinned = reason
+            self.pinned = cause.reason(**fields)
 
     @property
     def elements(self) -> int:
@@ -102,6 +108,11 @@ class Node:
         """The input that depends on the model's inputs, None if there is not exactly one."""
         depending = [value for value in dict.fromkeys(self.inputs) if not value.independent]
         return depending[0] if len(depending) == 1 else None
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The operator and the module that ran it, as a reason names them."""
+        return self.operator, self.call.label
 
     def __str__(self) -> str:
         return f"{self.operator} in {self.call.label}"

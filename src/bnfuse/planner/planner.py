@@ -29,7 +29,14 @@ from bnfuse.model.inputs import candidates, normalise
 from bnfuse.planner.options import Options
 from bnfuse.planner.other_inputs import Rehearsal, needed_in_place, varying
 from bnfuse.planner.other_sizes import Elsewhere
-from bnfuse.reasons import Reason
+from bnfuse.reasons import (
+    CALLER_KEEPS,
+    FAILS_ON_OTHER_INPUTS,
+    FAILS_ON_OTHER_INPUTS_TOGETHER,
+    FAILS_ON_OTHER_INPUTS_WITH_OTHERS,
+    MODULE_IS_LOOKED_AT,
+    Reason,
+)
 from bnfuse.rewrite import rewrite
 from bnfuse.rules import RULES
 from bnfuse.solve.search import Solution, solve
@@ -54,7 +61,7 @@ class _Solution:
     forbidden: list[nn.Module]
 
 
-_TRIAL = Reason("others are tried")  # in no plan that is handed out
+_TRIAL = FAILS_ON_OTHER_INPUTS.reason()  # in no plan that is handed out
 _MANY_GROUPS = 4
 """So many groups of norms that all fail say that it is not one norm or another."""
 
@@ -112,7 +119,7 @@ class Draft:
             solution = self._solved({**kept, **bad})
             if self._holds(solution):
                 return solution.plan
-        together = Reason("it could go alone, but with others the model would give something else for other inputs")
+        together = FAILS_ON_OTHER_INPUTS_TOGETHER.reason()
         return self._solved({**kept, **{norm: bad.get(norm, together) for norm in fused}}).plan
 
     def _refused(self, norms: list[Norm], kept: Mapping[Norm, Reason]) -> dict[Norm, Reason]:
@@ -137,11 +144,8 @@ class Draft:
                 failing += [second] if holds else [first]
                 if not holds and not self._hold_alone(second, norms, kept):
                     failing.append(second)
-        alone = Reason("without it the model would give something else for other inputs, which its code treats apart")
-        among_others = Reason(
-            "without it and others the model would give something else for other inputs, and it was not tried which of "
-            "them could still go"
-        )
+        alone = FAILS_ON_OTHER_INPUTS.reason()
+        among_others = FAILS_ON_OTHER_INPUTS_WITH_OTHERS.reason()
         return {norm: alone if len(group) == 1 else among_others for group in found for norm in group}
 
     def _hold_alone(self, group: list[Norm], norms: list[Norm], kept: Mapping[Norm, Reason]) -> bool:
@@ -191,7 +195,7 @@ class Draft:
         fused = [norm for norm, decision in zip(self.norms, plan.decisions, strict=True) if decision.fused]
         if self._fits(plan):
             return None
-        reason = Reason("without it the code around it does something else: it looks at the module")
+        reason = MODULE_IS_LOOKED_AT.reason()
         bad = {}
         for norm in fused:
             alone = self._solved({**self.kept, **{other: reason for other in fused if other is not norm}}).plan
@@ -313,7 +317,7 @@ def _kept(norms: list[Norm], keep: str | Sequence[str]) -> dict[Norm, Reason]:
             near = difflib.get_close_matches(pattern, names, 1)
             hint = f" Did you mean {near[0]!r}?" if near else f" They are named like {names[0]!r}." if names else ""
             raise InputError(f"keep={pattern!r} matches no batch norm of the model.{hint}")
-        kept.update(dict.fromkeys(matching, Reason(f"the caller asked to keep {pattern!r}")))
+        kept.update(dict.fromkeys(matching, CALLER_KEEPS.reason(pattern=pattern)))
     return kept
 
 

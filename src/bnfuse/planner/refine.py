@@ -14,7 +14,7 @@ from bnfuse.fusion_plan import Plan
 from bnfuse.graph.norms import Norm
 from bnfuse.model.sandbox import run
 from bnfuse.planner.planner import Draft
-from bnfuse.reasons import Reason
+from bnfuse.reasons import OVER_BUDGET
 from bnfuse.rewrite import fused_copy
 from bnfuse.verify.measure import compare_outputs
 
@@ -35,7 +35,7 @@ def within_budget(draft: Draft, budget: float) -> Plan:
         return plan
     fused = [norm for norm, decision in zip(draft.norms, plan.decisions, strict=True) if decision.fused]
 
-    reason = Reason(f"folding it would cost more precision than the budget of {budget:g}")
+    reason = OVER_BUDGET.reason(budget=budget)
 
     def keeping(norms: list[Norm]) -> Plan:
         return draft.plan(dict.fromkeys(norms, reason), rehearsed=False)

@@ -7,6 +7,7 @@ prelu, abs, a clamp from below at 0. None of them passes a shift. A scale of 0 m
 from __future__ import annotations
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.reasons import BENDS_ELSEWHERE, NO_NEGATIVE_SCALE, NO_SHIFT, SLOPE_IS_FIXED
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import Unit
 
@@ -14,9 +15,9 @@ from bnfuse.units import Unit
 def pass_positive_scale(node: Node, trial: Trial, x: Value, y: Value) -> None:
     def checked(unit: Unit) -> Unit:
         if unit.scale is not None and bool((unit.scale < 0).any()):
-            trial.refuse(node, "it passes no negative scale", scale=True)
+            trial.refuse(node, NO_NEGATIVE_SCALE)
         if unit.shift is not None:
-            trial.refuse(node, "it passes no shift")
+            trial.refuse_shift(node, NO_SHIFT)
         return unit
 
     link(trial, x, y, checked, checked)
@@ -26,7 +27,7 @@ def pass_positive_scale(node: Node, trial: Trial, x: Value, y: Value) -> None:
 def piecewise_linear(node: Node, trial: Trial) -> None:
     for slope in node.inputs[1:]:
         if trial.unit(slope) is not None:
-            trial.refuse(node, "its slope cannot change", scale=True)
+            trial.refuse(node, SLOPE_IS_FIXED)
     pass_positive_scale(node, trial, node.inputs[0], node.outputs[0])
 
 
@@ -40,5 +41,5 @@ def one_sided(node: Node, trial: Trial) -> None:
         "rrelu": not bound.get("training"),
     }[node.operator]
     if not at_zero or len(node.inputs) != 1:
-        trial.refuse(node, "it changes its slope elsewhere than at 0", scale=True)
+        trial.refuse(node, BENDS_ELSEWHERE)
     pass_positive_scale(node, trial, node.inputs[0], node.outputs[0])

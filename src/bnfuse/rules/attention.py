@@ -10,6 +10,14 @@ from __future__ import annotations
 import torch
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.reasons import (
+    DIFFERENT_RANKS,
+    MIXES_ELEMENTS,
+    NOTHING_PASSES,
+    QUERY_KEY_OR_MASK,
+    VALUES_ARE_KEYS,
+    WEIGHTS_DO_NOT_SUM_TO_ONE,
+)
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import IDENTITY, Unit
 
@@ -39,9 +47,9 @@ def attention(node: Node, trial: Trial) -> None:
         averages = averages and bool(torch.isfinite(trial.content(mask)).all())
     for value in node.inputs:
         if value is not v and not (trial.unit(value) or IDENTITY).is_identity:
-            trial.refuse(node, "queries, keys and masks pass no change of units", scale=True)
+            trial.refuse(node, QUERY_KEY_OR_MASK)
     if node.inputs.count(v) > 1 and trial.unit(v) is not None:
-        trial.refuse(node, "its values are also its keys or queries", scale=True)
+        trial.refuse(node, VALUES_ARE_KEYS)
     repeated = bool(node.argument("enable_gqa")) and v.shape[-3] != y.shape[-3]
     mix_rows(node, trial, v, y, averages, {len(v.shape) - 2, *([len(v.shape) - 3] if repeated else [])})
 
@@ -51,7 +59,7 @@ def fixed(node: Node, trial: Trial) -> None:
     """They pass nothing, but what a softmax makes is known to sum to one."""
     for value in (*node.inputs, *node.outputs):
         if not (trial.unit(value) or IDENTITY).is_identity:
-            trial.refuse(node, "it passes no change of units", scale=True)
+            trial.refuse(node, NOTHING_PASSES)
 
 
 def mix_rows(node: Node, trial: Trial, v: Value, y: Value, averages: bool, mixed: set[int]) -> None:
@@ -59,15 +67,15 @@ def mix_rows(node: Node, trial: Trial, v: Value, y: Value, averages: bool, mixed
     if len(v.shape) != len(y.shape):
         for value in (v, y):
             if not (trial.unit(value) or IDENTITY).is_identity:
-                trial.refuse(node, "its operands have different numbers of axes", scale=True)
+                trial.refuse(node, DIFFERENT_RANKS)
         return
 
     def checked(unit: Unit) -> Unit:
         broadcast = {axis for axis in unit.axes() if v.shape[axis] != y.shape[axis]}
         if unit.axes() & mixed or broadcast:
-            trial.refuse(node, "it mixes elements with different units", scale=unit.scale is not None)
+            trial.refuse_unit(node, unit, MIXES_ELEMENTS)
         if unit.shift is not None and not averages:
-            trial.refuse(node, "its weights do not sum to one, so no shift passes")
+            trial.refuse_shift(node, WEIGHTS_DO_NOT_SUM_TO_ONE)
         return unit
 
     link(trial, v, y, checked, checked)

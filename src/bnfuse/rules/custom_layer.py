@@ -7,6 +7,7 @@ along axis 1. What the layer does inside is not known, so the units of its input
 from __future__ import annotations
 
 from bnfuse.graph.graph import Node
+from bnfuse.reasons import HANDLER_PER_CHANNEL, HANDLER_TAKES_NO_INPUT_UNITS, UNDOES_ZERO_SCALE
 from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
 
@@ -16,10 +17,10 @@ def handled_layer(node: Node, trial: Trial) -> None:
     """A layer with a handler of the caller's: per-channel units of its output."""
     for value in node.inputs:
         if not (trial.unit(value) or IDENTITY).is_identity:
-            trial.refuse(node, "its handler takes no units of its input", scale=True)
+            trial.refuse(node, HANDLER_TAKES_NO_INPUT_UNITS)
     unit = trial.unit(node.outputs[0]) or IDENTITY
     if not unit.uniform_outside(1):
-        trial.refuse(node, "its handler takes units per channel, along axis 1", scale=unit.scale is not None)
+        trial.refuse_unit(node, unit, HANDLER_PER_CHANNEL)
 
 
 @absorber("handled")
@@ -28,7 +29,7 @@ def absorb_handled(node: Node, trial: Trial) -> None:
     try:
         scale, shift = (trial.unit(node.outputs[0]) or IDENTITY).direct()
     except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     (channels,) = layer.shape
     trial.edit(
         node,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.reasons import COUNTS_SHIFTS, EINSUM_PARAMETER_HAS_NO_AXIS, NO_BIAS, NOTHING_PASSES, UNDOES_ZERO_SCALE
 from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, multiply, scaled
 
@@ -101,10 +102,10 @@ def check(node: Node, trial: Trial) -> None:
     if parts is None:
         for value in (*node.inputs, *node.outputs):
             if not (trial.unit(value) or IDENTITY).is_identity:
-                trial.refuse(node, "it passes no change of units", scale=True)
+                trial.refuse(node, NOTHING_PASSES)
         return
     if not parts.absorbs(trial):
-        trial.refuse(node, "its parameter has no axis for the units", scale=True)
+        trial.refuse(node, EINSUM_PARAMETER_HAS_NO_AXIS)
     of_input = trial.unit(parts.x)
     if of_input is not None and of_input.shift is not None and trial.unit(parts.y) is None:
         trial.demand(parts.y, Unit.of(None, _carried(node, parts, trial, of_input), inverse=True))
@@ -115,11 +116,11 @@ def _carried(node: Node, parts: Operands, trial: Trial, unit: Unit) -> Tensor | 
     try:
         _, q = unit.inverted()
     except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     if q is None:
         return None
     if any(letter not in parts.of_y and letter not in parts.of_w for letter in parts.of_x):
-        trial.refuse(node, "it adds up a shift as often as there are elements")
+        trial.refuse_shift(node, COUNTS_SHIFTS)
     # Letters that x alone has are uniform, so one element stands for all.
     kept = [axis for axis, letter in enumerate(parts.of_x) if letter in parts.of_w]
     full = q.reshape([q.shape[axis] for axis in kept]).expand([parts.x.shape[axis] for axis in kept])
@@ -140,10 +141,10 @@ def absorb(node: Node, trial: Trial) -> None:
         p, _ = of_input.inverted()
         s, t = of_output.direct()
     except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     rest = add(t, scaled(_carried(node, parts, trial, of_input), s))
     if rest is not None and bool((rest.abs() > 1e-12 * (1.0 if t is None else float(t.abs().max()))).any()):
-        trial.refuse(node, "it has no bias to take up a shift, and none can be added")
+        trial.refuse_shift(node, NO_BIAS)
     scale = multiply(_on(p, parts.of_x, parts.of_w), _on(s, parts.of_y, parts.of_w))
     trial.edit(node, parts.w, Unit(scale))
 

@@ -7,6 +7,7 @@ looked up. Units that differ between places in the sequence have no place in the
 from __future__ import annotations
 
 from bnfuse.graph.graph import Node
+from bnfuse.reasons import ROW_PER_TOKEN, UNDOES_ZERO_SCALE
 from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
 
@@ -15,7 +16,7 @@ from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
 def embedding(node: Node, trial: Trial) -> None:
     unit = trial.unit(node.outputs[0]) or IDENTITY
     if not unit.uniform_outside(len(node.outputs[0].shape) - 1):
-        trial.refuse(node, "its table has one row for each token", scale=unit.scale is not None)
+        trial.refuse_unit(node, unit, ROW_PER_TOKEN)
 
 
 @absorber("embedding")
@@ -24,7 +25,7 @@ def absorb_embedding(node: Node, trial: Trial) -> None:
     try:
         scale, shift = (trial.unit(y) or IDENTITY).direct()
     except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     width = y.shape[-1]
     row_scale = None if scale is None else channel_vector(scale, len(y.shape) - 1, width, 1.0).reshape(1, -1)
     row_shift = None if shift is None else channel_vector(shift, len(y.shape) - 1, width, 0.0).reshape(1, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bnfuse.graph.graph import Node
+from bnfuse.reasons import DROPS_AT_RANDOM, MAKES_CONSTANT
 from bnfuse.rules.registry import Trial, link, rule, same
 
 HANDED_ON = (
@@ -17,7 +18,7 @@ _ZEROS = ("zeros", "zeros_like", "new_zeros")
 def pass_all(node: Node, trial: Trial) -> None:
     """Copies, casts between floating types, and dropout in evaluation."""
     if node.operator.endswith("dropout") and node.argument("train"):
-        trial.refuse(node, "it drops elements at random", scale=True)
+        trial.refuse(node, DROPS_AT_RANDOM)
     link(trial, node.inputs[0], node.outputs[0], same, same)
 
 
@@ -31,4 +32,4 @@ def shape_only(node: Node, trial: Trial) -> None:
     for value in node.outputs:
         unit = trial.unit(value)
         if unit is not None and not (unit.is_identity or (node.operator in _ZEROS and unit.shift is None)):
-            trial.refuse(node, "it makes a constant", scale=unit.scale is not None)
+            trial.refuse_unit(node, unit, MAKES_CONSTANT)

@@ -25,6 +25,17 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph.graph import Kind, Node, Value
+from bnfuse.reasons import (
+    DIFFERENT_TAPS,
+    LEFT_FACTOR,
+    NO_BIAS,
+    NO_SHIFT_OF_INPUT,
+    NOTHING_PASSES,
+    OFFSETS_ARE_FIXED,
+    PADS_WITH_ZEROS,
+    UNDOES_ZERO_SCALE,
+    WEIGHT_HAS_NO_AXIS,
+)
 from bnfuse.rules import einsum
 from bnfuse.rules.attention import is_softmax, mix_rows
 from bnfuse.rules.registry import Trial, absorber, rule
@@ -117,24 +128,18 @@ def check(node: Node, trial: Trial) -> None:
         unit = trial.unit(value) or IDENTITY
         if not unit.uniform_outside(layer.axis):
             axis = min(unit.axes() - {layer.axis})
-            trial.refuse(
-                node,
-                f"its weight has no axis for units that vary along axis {axis} of its {side}",
-                scale=unit.scale is not None,
-            )
+            trial.refuse_unit(node, unit, WEIGHT_HAS_NO_AXIS, axis=axis, side=side)
     for value in node.inputs:
         others = (layer.x, layer.w, layer.b)
         if all(value is not other for other in others) and not (trial.unit(value) or IDENTITY).is_identity:
-            trial.refuse(node, "its offsets cannot change units", scale=True)
+            trial.refuse(node, OFFSETS_ARE_FIXED)
     if len(layer.w.consumers) > 1:
         _share(node, trial, layer)
     of_x = trial.unit(layer.x)
     if of_x is not None and of_x.shift is not None:
         if not layer.uniform:
-            what = "it pads with zeros, which would not be shifted"
-            if layer.transposed:
-                what = "not every output has the same taps"
-            trial.refuse(node, f"it takes no shift of its input: {what}")
+            why = DIFFERENT_TAPS if layer.transposed else PADS_WITH_ZEROS
+            trial.refuse_shift(node, NO_SHIFT_OF_INPUT, why=why.reason())
         if not node.call.is_standard:
             trial.assume(node)  # that its own code pads nothing at another size either
         if layer.b is None:
@@ -169,7 +174,7 @@ def _pass_on(node: Node, trial: Trial, layer: Layer, unit: Unit) -> None:
     try:
         _, q = unit.inverted()
     except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     if q is None or trial.unit(layer.y) is not None:
         return  # the absorber sees whether the two fit
     carried = _carried(layer, trial, channel_vector(q, layer.axis, layer.channels_in, 0.0))
@@ -185,10 +190,10 @@ def _product(node: Node, trial: Trial) -> None:
     if node.operator == "addmm" or a is v or len(v.shape) < 2 or len(a.shape) < 2:
         for value in (*node.inputs, *node.outputs):
             if not (trial.unit(value) or IDENTITY).is_identity:
-                trial.refuse(node, "it passes no change of units", scale=True)
+                trial.refuse(node, NOTHING_PASSES)
         return
     if not (trial.unit(a) or IDENTITY).is_identity:
-        trial.refuse(node, "its left factor passes no change of units", scale=True)
+        trial.refuse(node, LEFT_FACTOR)
     mix_rows(node, trial, v, node.outputs[0], is_softmax(a), {len(v.shape) - 2})
 
 
@@ -221,7 +226,7 @@ def absorb(node: Node, trial: Trial) -> None:
     try:
         (p, q), (s, t) = x.inverted(), y.direct()
     except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     channels_in, channels_out = layer.channels_in, layer.channels_out
     axis_in = None if p is None else channel_vector(p, layer.axis, channels_in, 1.0)
     axis_out = None if s is None else channel_vector(s, layer.axis, channels_out, 1.0)
@@ -237,7 +242,7 @@ def absorb(node: Node, trial: Trial) -> None:
     trial.edit(node, layer.w, Unit(scale))
     if layer.b is None:
         if shift is not None and bool((shift.abs() > 1e-12 * _size(t, q)).any()):
-            trial.refuse(node, "it has no bias to take up a shift, and none can be added")
+            trial.refuse_shift(node, NO_BIAS)
     else:
         trial.edit(node, layer.b, Unit(axis_out if shift is not None or _has_content(layer.b, trial) else None, shift))
 

@@ -20,6 +20,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from bnfuse.graph.graph import Node
+from bnfuse.reasons import (
+    GAIN_HAS_NO_AXIS,
+    GAIN_PER_CHANNEL,
+    MEAN_TOO_FAR,
+    NO_BIAS,
+    NO_WEIGHT,
+    STATISTICS_OF_INPUT,
+    UNDOES_ZERO_SCALE,
+)
 from bnfuse.rules.norm_statistics import _CHANNELS, FARTHEST, _distance, _parts, offset
 from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply
@@ -33,7 +42,7 @@ def batch_norm(node: Node, trial: Trial) -> None:
     for value in (node.bound["input"], node.outputs[0]):
         unit = trial.unit(value) or IDENTITY
         if not unit.uniform_outside(_CHANNELS):
-            trial.refuse(node, "it has one gain and bias per channel", scale=unit.scale is not None)
+            trial.refuse_unit(node, unit, GAIN_PER_CHANNEL)
     # What it cannot undo is better known now than when it absorbs.
     (trial.unit(node.bound["input"]) or IDENTITY).inverted()
     (trial.unit(node.outputs[0]) or IDENTITY).direct()
@@ -49,7 +58,7 @@ def absorb_batch_norm(node: Node, trial: Trial) -> None:
         p, q = (trial.unit(x) or IDENTITY).inverted()
         s, t = (trial.unit(y) or IDENTITY).direct()
     except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     if p is None and q is None and s is None and t is None:
         _edit(node, trial, None, None, None)
         return
@@ -61,7 +70,7 @@ def absorb_batch_norm(node: Node, trial: Trial) -> None:
     if q is not None:
         far = _distance(node, trial, channel_vector(q, _CHANNELS, x.shape[_CHANNELS], 0.0))
         if far > max(FARTHEST.get(x.dtype, 0.0), offset(node, trial)):
-            trial.refuse(node, f"a mean would lie {far:.0f} standard deviations from 0, which costs precision")
+            trial.refuse_shift(node, MEAN_TOO_FAR, distance=far)
     gain, ratio, moved, shift = vector(s, 1.0), vector(p, 1.0), vector(q, 0.0), vector(t, 0.0)
     if ratio is not None:
         moved = add(moved, (ratio - 1) * mean)
@@ -76,19 +85,19 @@ def _edit(node: Node, trial: Trial, gain: Tensor | None, bias_gain: Tensor | Non
         if value is not None:
             trial.edit(node, value, unit)
         elif name == "weight" and gain is not None:
-            trial.refuse(node, "it has no weight to take up a scale, and none can be added", scale=True)
+            trial.refuse(node, NO_WEIGHT)
         elif shift is not None:
-            trial.refuse(node, "it has no bias to take up a shift, and none can be added")
+            trial.refuse_shift(node, NO_BIAS)
 
 
 @rule("layer_norm", "group_norm", "instance_norm", "rms_norm")
 def norm_of_input(node: Node, trial: Trial) -> None:
     x, y = node.inputs[0], node.outputs[0]
     if not (trial.unit(x) or IDENTITY).is_identity:
-        trial.refuse(node, "its statistics come from its input, which must stay as it is", scale=True)
+        trial.refuse(node, STATISTICS_OF_INPUT)
     unit = trial.unit(y) or IDENTITY
     if not unit.axes() <= set(_parameter_axes(node)):
-        trial.refuse(node, "its gain and bias have no axis for the units", scale=unit.scale is not None)
+        trial.refuse_unit(node, unit, GAIN_HAS_NO_AXIS)
 
 
 @absorber("layer_norm", "group_norm", "instance_norm", "rms_norm")
@@ -110,7 +119,7 @@ def absorb_output(node: Node, trial: Trial) -> None:
     try:
         s, t = unit.direct()
     except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     _edit(node, trial, on_parameter(s), on_parameter(s), on_parameter(t))
 
 

@@ -16,6 +16,25 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.reasons import (
+    DIRECTION_IS_FIXED,
+    DIVIDES_A_NUMBER,
+    DIVIDES_BY_ZERO,
+    FACTOR_IS_BROADCAST,
+    FACTOR_SHIFT,
+    GAIN_IS_ZERO,
+    GATE_SHIFT,
+    GATING_HALF,
+    IS_COMPLEX,
+    MAGNITUDE_HAS_NO_AXIS,
+    MULTIPLIES_BY_ITSELF,
+    MULTIPLIES_BY_ZERO,
+    NO_SHIFT,
+    ROUNDS,
+    SCALES_DO_NOT_FIT,
+    SHIFTS_DO_NOT_FIT,
+    UNDOES_ZERO_SCALE,
+)
 from bnfuse.rules.registry import Trial, cost, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, multiply, reciprocal
 
@@ -24,20 +43,20 @@ from bnfuse.units import NotInvertibleError, Unit, multiply, reciprocal
 def product(node: Node, trial: Trial) -> None:
     x, y, z = node.bound["self"], node.bound["other"], node.outputs[0]
     if isinstance(x, complex) or isinstance(y, complex):
-        trial.refuse(node, "its number is complex", scale=True)
+        trial.refuse(node, IS_COMPLEX)
     power = 1 if node.operator.startswith("mul") else -1
     if node.argument("rounding_mode") is not None:
-        trial.refuse(node, "it rounds", scale=True)
+        trial.refuse(node, ROUNDS)
     if not isinstance(x, Value):
         if power < 0:
-            trial.refuse(node, "it divides a number by its input", scale=True)
+            trial.refuse(node, DIVIDES_A_NUMBER)
         x, y = y, x
     if not isinstance(y, Value):
         if power < 0 and y == 0:
-            trial.refuse(node, "it divides by 0", scale=True)
+            trial.refuse(node, DIVIDES_BY_ZERO)
         _times_number(node, trial, x, float(y) ** power, z)
     elif x is y:
-        trial.refuse(node, "it multiplies a tensor by itself", scale=True)
+        trial.refuse(node, MULTIPLIES_BY_ITSELF)
     elif y.independent and not x.independent:
         _Gain(node, trial, x, y, z, power).settle()
     elif x.independent and not y.independent and power > 0:
@@ -56,14 +75,14 @@ def weight_norm(node: Node, trial: Trial) -> None:
     """``w = g * v/||v||`` (Salimans and Kingma, 2016): a scale of w along the axis of g is a scale of g."""
     v, g, w = node.inputs[0], node.inputs[1], node.outputs[0]
     if not (trial.unit(v) or Unit()).is_identity:
-        trial.refuse(node, "it normalises its direction, which must stay as it is", scale=True)
+        trial.refuse(node, DIRECTION_IS_FIXED)
 
     def checked(unit: Unit) -> Unit:
         if unit.shift is not None:
-            trial.refuse(node, "it passes no shift")
+            trial.refuse_shift(node, NO_SHIFT)
         lowered = lower(unit, g, w)
         if lowered is None:
-            trial.refuse(node, "its magnitude has no axis for the units", scale=True)
+            trial.refuse(node, MAGNITUDE_HAS_NO_AXIS)
         return lowered
 
     link(trial, g, w, checked, checked)
@@ -77,7 +96,7 @@ def gated_half(node: Node, trial: Trial) -> None:
 
     def checked(unit: Unit) -> Unit:
         if unit.shift is not None:
-            trial.refuse(node, "a gate passes no shift")
+            trial.refuse_shift(node, GATE_SHIFT)
         return unit
 
     def forward(unit: Unit) -> Unit:
@@ -85,7 +104,7 @@ def gated_half(node: Node, trial: Trial) -> None:
         if scale is None:
             return unit
         if scale.shape[axis] == 1 or not bool((scale.narrow(axis, y.shape[axis], y.shape[axis]) == 1).all()):
-            trial.refuse(node, "its gating half cannot change units", scale=True)
+            trial.refuse(node, GATING_HALF)
         return Unit.of(scale.narrow(axis, 0, y.shape[axis]), None, unit.inverse)
 
     def backward(unit: Unit) -> Unit:
@@ -106,7 +125,7 @@ def _times_number(node: Node, trial: Trial, x: Value, number: float, z: Value) -
         if unit.shift is None:
             return unit
         if number == 0:
-            trial.refuse(node, "it multiplies by 0")
+            trial.refuse_shift(node, MULTIPLIES_BY_ZERO)
         if number != -1:
             trial.assume(node)
         return Unit(unit.scale, unit.shift * factor, unit.inverse)
@@ -125,7 +144,7 @@ class _Gain:
         of_x, of_p, of_z = trial.unit(x), trial.unit(p), trial.unit(z)
         if of_p is not None:
             if of_p.shift is not None:
-                trial.refuse(self.node, "a factor passes no shift")
+                trial.refuse_shift(self.node, FACTOR_SHIFT)
             ratio = self._ratio_of(of_p)
             if of_x is not None:
                 self._demand(z, self._forward(lift(of_x, x, z), ratio))
@@ -170,7 +189,7 @@ class _Gain:
         try:
             scale, _ = lift(unit, self.p, self.z).direct()
         except NotInvertibleError:
-            self.trial.refuse(self.node, "it would have to undo a scale of (nearly) 0", scale=True)
+            self.trial.refuse(self.node, UNDOES_ZERO_SCALE)
         return scale if scale is None or self.power > 0 else reciprocal(scale)
 
     def _contents(self) -> Tensor:
@@ -191,7 +210,7 @@ class _Gain:
             contents = self._contents()
             shift = unit.shift / contents
             if bool((contents.abs() < 1e-8).any()):
-                self.trial.refuse(self.node, "no shift of its input undoes one of its output where it multiplies by 0")
+                self.trial.refuse_shift(self.node, GAIN_IS_ZERO)
         if unit.inverse:
             return Unit(multiply(unit.scale, ratio), shift, True)
         inverse = None if ratio is None else reciprocal(ratio)
@@ -204,20 +223,16 @@ class _Gain:
             s, _ = of_x.direct()
             r, _ = of_z.direct()
         except NotInvertibleError:
-            self.trial.refuse(self.node, "it would have to undo a scale of (nearly) 0", scale=True)
+            self.trial.refuse(self.node, UNDOES_ZERO_SCALE)
         ratio = r if s is None else multiply(reciprocal(s), r)
         if not self._forward(of_x.turned(False), ratio).same_as(of_z.turned(False)):
-            self.trial.refuse(self.node, "the shifts of its input and output do not fit")
+            self.trial.refuse_shift(self.node, SHIFTS_DO_NOT_FIT)
         return Unit() if ratio is None else self._factor(ratio)
 
     def _demand(self, value: Value, unit: Unit) -> None:
         lowered = lower(Unit.of(unit.scale, unit.shift, unit.inverse), value, self.z)
         if lowered is None:
-            self.trial.refuse(
-                self.node,
-                "a factor that is broadcast has no axis for the units",
-                scale=unit.scale is not None,
-            )
+            self.trial.refuse_unit(self.node, unit, FACTOR_IS_BROADCAST)
         if not (lowered.is_identity and self.trial.unit(value) is None):
             self.trial.demand(value, lowered)
 
@@ -229,7 +244,7 @@ class _Gain:
             if len(kept) == len(lowered):
                 fitting.append(kept)
         if not fitting:
-            self.trial.refuse(self.node, "a factor that is broadcast has no axis for the units", scale=True)
+            self.trial.refuse(self.node, FACTOR_IS_BROADCAST)
         self.trial.choose(self.node, fitting, scale=True)
 
 
@@ -243,13 +258,13 @@ def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> Non
                 unit = trial.unit(value)
                 if unit is not None:
                     if unit.shift is not None:
-                        trial.refuse(node, "a gate passes no shift")
+                        trial.refuse_shift(node, GATE_SHIFT)
                     known[value] = lift(unit, value, z).turned(inverse).scale
             break
         except NotInvertibleError:
             known = {}
     else:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     if all(scale is None for scale in known.values()):
         return
     rest: Tensor | None = None
@@ -258,21 +273,21 @@ def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> Non
         if scale is not None:
             rest = multiply(rest, scale if power > 0 else reciprocal(scale))
     if rest is not None and not bool(torch.isfinite(rest).all()):
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     if rest is not None and bool(((rest - 1).abs() < 1e-10).all()):
         rest = None
     open_terms = [(value, power) for value, power in terms if value not in known]
     if rest is None:
         return
     if not open_terms:
-        trial.refuse(node, "the scales of its factors and its result do not fit", scale=True)
+        trial.refuse(node, SCALES_DO_NOT_FIT)
     alternatives = []
     for value, power in sorted(open_terms, key=lambda term: 3 if term[0] is z else cost(term[0])):
         unit = lower(Unit.of(reciprocal(rest) if power > 0 else rest, None, inverse), value, z)
         if unit is not None:
             alternatives.append({value: unit})
     if not alternatives:
-        trial.refuse(node, "a factor that is broadcast has no axis for the units", scale=True)
+        trial.refuse(node, FACTOR_IS_BROADCAST)
     if len(open_terms) == 1:
         for value, unit in alternatives[0].items():
             trial.demand(value, unit)

@@ -8,6 +8,7 @@ neither a scale nor a shift passes.
 from __future__ import annotations
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.reasons import COLUMN_PER_FEATURE, NOTHING_PASSES, RECURRENT_WITHOUT_BIAS, STATE_IS_FIXED, UNDOES_ZERO_SCALE
 from bnfuse.rules.registry import Trial, absorber, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
 
@@ -22,17 +23,17 @@ def recurrent(node: Node, trial: Trial) -> None:
     x = node.inputs[0]
     unit = trial.unit(x) or IDENTITY
     if not unit.uniform_outside(len(x.shape) - 1):
-        trial.refuse(node, "its weight has one column for each feature", scale=unit.scale is not None)
+        trial.refuse_unit(node, unit, COLUMN_PER_FEATURE)
     parameters = set(node.bound["params"])
     for value in (*node.inputs[1:], *node.outputs):
         if value not in parameters and not (trial.unit(value) or IDENTITY).is_identity:
-            trial.refuse(node, "its state passes no change of units", scale=True)
+            trial.refuse(node, STATE_IS_FIXED)
 
 
 def refuse_all(node: Node, trial: Trial) -> None:
     for value in (*node.inputs, *node.outputs):
         if not (trial.unit(value) or IDENTITY).is_identity:
-            trial.refuse(node, "it passes no change of units", scale=True)
+            trial.refuse(node, NOTHING_PASSES)
 
 
 @absorber(*_RECURRENT)
@@ -44,7 +45,7 @@ def absorb_recurrent(node: Node, trial: Trial) -> None:
     try:
         p, q = unit.inverted()
     except NotInvertibleError:
-        trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+        trial.refuse(node, UNDOES_ZERO_SCALE)
     features = x.shape[-1]
     edits = dict.fromkeys(node.bound["params"], IDENTITY)
     for weight, bias in _first_layer(node):
@@ -52,7 +53,7 @@ def absorb_recurrent(node: Node, trial: Trial) -> None:
             edits[weight] = Unit(channel_vector(p, -1, features, 1.0).reshape(1, -1))  # (gates, features)
         if q is not None:
             if bias is None:
-                trial.refuse(node, "it has no bias to take up a shift")
+                trial.refuse_shift(node, RECURRENT_WITHOUT_BIAS)
             edits[bias] = Unit(None, trial.content(weight) @ channel_vector(q, -1, features, 0.0))
     for value, edit in edits.items():
         trial.edit(node, value, edit)

@@ -14,6 +14,16 @@ from collections.abc import Callable
 from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.reasons import (
+    ADDS_DIFFERENT_SCALES,
+    DEVIATION_NEGATIVE_SCALE,
+    DEVIATION_SHIFT,
+    DOES_NOT_DIVIDE,
+    MAXIMUM_NEGATIVE_SCALE,
+    OUTPUTS_DIFFER,
+    POOLED_DIFFER,
+    POSITIONS_OF_MAXIMA,
+)
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import Unit
 
@@ -32,14 +42,14 @@ def _pool(
 
     def forward(unit: Unit) -> Unit:
         if unit.axes() & axes:
-            trial.refuse(node, "the units differ among the elements that it pools", scale=unit.scale is not None)
+            trial.refuse_unit(node, unit, POOLED_DIFFER)
         unit = there(unit)
         kept = [axis for axis in range(len(x.shape)) if axis not in axes]
         return unit if keep else unit.map(lambda tensor: tensor.reshape([tensor.shape[axis] for axis in kept]))
 
     def backward(unit: Unit) -> Unit:
         if keep and unit.axes() & axes:
-            trial.refuse(node, "the units differ among its outputs", scale=unit.scale is not None)
+            trial.refuse_unit(node, unit, OUTPUTS_DIFFER)
         unit = (back or there)(unit)
         if keep:
             return unit
@@ -59,9 +69,9 @@ def _passed(node: Node, trial: Trial, maximum: bool, shift: bool = True) -> _Cha
 
     def checked(unit: Unit) -> Unit:
         if maximum and unit.scale is not None and bool((unit.scale < 0).any()):
-            trial.refuse(node, "a maximum passes no negative scale", scale=True)
+            trial.refuse(node, MAXIMUM_NEGATIVE_SCALE)
         if not shift and unit.shift is not None:
-            trial.refuse(node, "it does not divide by the number of elements that it adds, so no shift passes")
+            trial.refuse_shift(node, DOES_NOT_DIVIDE)
         return unit
 
     return checked
@@ -82,9 +92,7 @@ def pool(node: Node, trial: Trial) -> None:
     if len(node.outputs) > 1 and (node.outputs[1].consumers or node.outputs[1].pinned):
         unit = trial.unit(node.outputs[0]) or trial.unit(node.inputs[0])
         if unit is not None and unit.scale is not None and bool((unit.scale <= 0).any()):
-            trial.refuse(
-                node, "the positions of the maxima, which are used, stay under a positive scale only", scale=True
-            )
+            trial.refuse(node, POSITIONS_OF_MAXIMA)
     _pool(node, trial, axes, node.outputs[0], True, _passed(node, trial, "max" in name, divides))
 
 
@@ -113,9 +121,9 @@ def deviation(node: Node, trial: Trial) -> None:
 
     def back(unit: Unit) -> Unit:
         if unit.shift is not None:
-            trial.refuse(node, "a deviation takes no shift")
+            trial.refuse_shift(node, DEVIATION_SHIFT)
         if unit.scale is not None and bool((unit.scale < 0).any()):
-            trial.refuse(node, "a deviation takes no negative scale", scale=True)
+            trial.refuse(node, DEVIATION_NEGATIVE_SCALE)
         return Unit(unit.scale.sqrt() if variance and unit.scale is not None else unit.scale, None, unit.inverse)
 
     _pool(node, trial, axes, node.outputs[0], keep, there, back)
@@ -146,7 +154,7 @@ def total(node: Node, trial: Trial) -> None:
 
     def forward(unit: Unit) -> Unit:
         if unit.scale is not None and any(unit.scale.shape[axis] != 1 for axis in axes):
-            trial.refuse(node, "it adds elements with different scales", scale=True)
+            trial.refuse(node, ADDS_DIFFERENT_SCALES)
         if unit.shift is not None:
             trial.assume(node)
             for axis in axes:

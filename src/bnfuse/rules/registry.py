@@ -11,11 +11,12 @@ and asks for the edits of its parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
 from bnfuse.graph.graph import Kind, Node, Value
+from bnfuse.reasons import Cause
 from bnfuse.units import Unit
 
 
@@ -43,8 +44,18 @@ class Trial(Protocol):
     def assume(self, node: Node) -> None:
         """Rely on the numbers given to an operator being the same for inputs of any size; refuses if they are not."""
 
-    def refuse(self, node: Node, text: str, scale: bool = False) -> NoReturn:
-        """Give up. ``scale`` says that it was the scale that cannot pass, so that moving shifts does not help."""
+    def refuse(self, node: Node, cause: Cause, **values: Any) -> NoReturn:
+        """Give up: nothing passes, or not this scale, so that moving shifts does not help.
+
+        Args:
+            values: the fields of the text of the cause.
+        """
+
+    def refuse_shift(self, node: Node, cause: Cause, **values: Any) -> NoReturn:
+        """Give up because of a shift; the search goes on with other places for it."""
+
+    def refuse_unit(self, node: Node, unit: Unit, cause: Cause, **values: Any) -> NoReturn:
+        """Give up because of a whole unit: as `refuse` if it has a scale, as `refuse_shift` if it has none."""
 
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
         """Ask, from an absorber, for new contents ``scale*old + shift`` of a parameter.

@@ -13,6 +13,16 @@ from math import prod
 from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.reasons import (
+    AVERAGED_DIFFER,
+    GRID_IS_FIXED,
+    NO_SHIFT_SINCE,
+    PADS_WITH_ZEROS,
+    PATCHES_OVERLAP,
+    POSITIONS_DIFFER,
+    SAMPLES_ZEROS,
+    TAPS_DIFFER,
+)
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import IDENTITY, Unit
 
@@ -39,11 +49,11 @@ def _patches(node: Node, trial: Trial, image: Value, columns: Value, exact: bool
 
     def checked(unit: Unit, spatial: set[int]) -> Unit:
         if unit.axes() & spatial:
-            trial.refuse(node, "the units vary over the positions of its patches", scale=unit.scale is not None)
+            trial.refuse_unit(node, unit, POSITIONS_DIFFER)
         if unit.shift is not None:
             if not exact:
-                text = "it adds patches that overlap" if adds else "it pads with zeros, which would not be shifted"
-                trial.refuse(node, f"it takes no shift: {text}")
+                why = PATCHES_OVERLAP if adds else PADS_WITH_ZEROS
+                trial.refuse_shift(node, NO_SHIFT_SINCE, why=why.reason())
             trial.assume(node)  # that its patches tile the image at every size
         return unit
 
@@ -63,7 +73,7 @@ def _patches(node: Node, trial: Trial, image: Value, columns: Value, exact: bool
 
     of_columns = trial.unit(columns)
     if of_columns is not None and not to_columns(to_image(of_columns)).same_as(of_columns):
-        trial.refuse(node, "the units differ among the taps of a channel", scale=True)
+        trial.refuse(node, TAPS_DIFFER)
     link(trial, image, columns, to_columns, to_image)
 
 
@@ -71,13 +81,13 @@ def _patches(node: Node, trial: Trial, image: Value, columns: Value, exact: bool
 def sample(node: Node, trial: Trial) -> None:
     x, grid = node.inputs
     if not (trial.unit(grid) or IDENTITY).is_identity:
-        trial.refuse(node, "its grid cannot change units", scale=True)
+        trial.refuse(node, GRID_IS_FIXED)
 
     def checked(unit: Unit) -> Unit:
         if unit.axes() - {0, 1}:
-            trial.refuse(node, "the units differ among the elements that it averages", scale=unit.scale is not None)
+            trial.refuse_unit(node, unit, AVERAGED_DIFFER)
         if unit.shift is not None and node.bound["padding_mode"] == 0:
-            trial.refuse(node, "it takes no shift: it samples zeros outside of the image")
+            trial.refuse_shift(node, SAMPLES_ZEROS)
         return unit
 
     link(trial, x, node.outputs[0], checked, checked)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph.graph import Kind, Node, Value
+from bnfuse.reasons import MAXIMUM_NEGATIVE_SCALE, NOTHING_PASSES, OPERAND_IS_BROADCAST, PUTS_IN_A_NUMBER
 from bnfuse.rules.registry import Trial, lift, lower, rule
 from bnfuse.units import Unit
 
@@ -24,17 +25,17 @@ def extremum(node: Node, trial: Trial) -> None:
     if "other" not in node.bound:
         for value in (*node.inputs, *node.outputs):
             if trial.unit(value) is not None:
-                trial.refuse(node, "it passes no change of units", scale=True)
+                trial.refuse(node, NOTHING_PASSES)
         return
     unit = share(node, trial, [node.bound["self"], node.bound["other"]])
     if unit is not None and unit.scale is not None and bool((unit.scale < 0).any()):
-        trial.refuse(node, "a maximum passes no negative scale", scale=True)
+        trial.refuse(node, MAXIMUM_NEGATIVE_SCALE)
 
 
 @rule("where")
 def choose(node: Node, trial: Trial) -> None:
     if not (trial.unit(node.bound["condition"]) or Unit()).is_identity:
-        trial.refuse(node, "it passes no change of units", scale=True)
+        trial.refuse(node, NOTHING_PASSES)
     if "self" in node.bound:
         share(node, trial, [node.bound["self"], node.bound["other"]])
 
@@ -65,7 +66,7 @@ def share(node: Node, trial: Trial, operands: Sequence[Value | float]) -> Unit |
         else:
             lowered = lower(unit, operand, z)
             if lowered is None:
-                trial.refuse(node, "an operand that is broadcast has no axis for the units", scale=True)
+                trial.refuse(node, OPERAND_IS_BROADCAST)
             trial.demand(operand, lowered)
     return unit
 
@@ -74,4 +75,4 @@ def _check_fixed(node: Node, trial: Trial, contents: Tensor, unit: Unit) -> None
     moved = contents if unit.scale is None else contents * unit.scale
     moved = moved if unit.shift is None else moved + unit.shift
     if not bool((moved == contents).all()):
-        trial.refuse(node, "it puts in a number that does not change with the units", scale=unit.scale is not None)
+        trial.refuse_unit(node, unit, PUTS_IN_A_NUMBER)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bnfuse.graph.graph import Node
+from bnfuse.reasons import COPIES_DIFFER, IS_EMPTY, ROLLS_FLATTENED
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.units import Unit, shrink
 
@@ -24,7 +25,7 @@ from bnfuse.units import Unit, shrink
 def reshape(node: Node, trial: Trial) -> None:
     x, y = node.inputs[0], node.outputs[0]
     if x.elements == 0:
-        trial.refuse(node, "it holds no elements", scale=True)
+        trial.refuse(node, IS_EMPTY)
     link(
         trial,
         x,
@@ -85,7 +86,7 @@ def expand(node: Node, trial: Trial) -> None:
     def backward(unit: Unit) -> Unit:
         for axis in unit.axes():
             if axis < missing or x.shape[axis - missing] == 1:
-                trial.refuse(node, "the units differ among the copies that it makes", scale=unit.scale is not None)
+                trial.refuse_unit(node, unit, COPIES_DIFFER)
         return unit.map(lambda tensor: tensor.reshape(tensor.shape[missing:]))
 
     link(trial, x, y, forward, backward)
@@ -102,7 +103,7 @@ def reorder(node: Node, trial: Trial) -> None:
         dims = [dims] if isinstance(dims, int) else dims
         shifts = [shifts] if isinstance(shifts, int) else shifts
         if not dims:
-            trial.refuse(node, "it rolls the flattened tensor", scale=True)
+            trial.refuse(node, ROLLS_FLATTENED)
         steps = {}
         for axis, shift in zip(dims, shifts, strict=True):
             steps[axis % len(x.shape)] = (steps.get(axis % len(x.shape)) or 0) + shift
@@ -144,7 +145,7 @@ def repeat(node: Node, trial: Trial) -> None:
 
     of_y = trial.unit(y)
     if of_y is not None and not forward(backward(of_y)).same_as(of_y):
-        trial.refuse(node, "the units differ among the copies that it makes", scale=of_y.scale is not None)
+        trial.refuse_unit(node, of_y, COPIES_DIFFER)
     link(trial, x, y, forward, backward)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.reasons import INDEX_IS_TENSOR, START_IS_TENSOR, TAKEN_TWICE, UNDOES_ZERO_SCALE
 from bnfuse.rules import indexing as places
 from bnfuse.rules.registry import Trial, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, shrink
@@ -95,14 +96,14 @@ def unbind(node: Node, trial: Trial) -> None:
 @rule("select")
 def select(node: Node, trial: Trial) -> None:
     if not isinstance(node.argument("index"), int):
-        trial.refuse(node, "its index is a tensor", scale=True)
+        trial.refuse(node, INDEX_IS_TENSOR)
     _take(node, trial)
 
 
 @rule("slice", "narrow")
 def take_slice(node: Node, trial: Trial) -> None:
     if not isinstance(node.argument("start") or 0, int):
-        trial.refuse(node, "its start is a tensor", scale=True)
+        trial.refuse(node, START_IS_TENSOR)
     _take(node, trial)
 
 
@@ -120,7 +121,7 @@ def take_index(node: Node, trial: Trial) -> None:
     if of_part is not None and piece.table.unique().numel() != piece.table.numel():
         unit = trial.unit(whole) or IDENTITY
         if not of_part.same_as(_part(unit, piece, axis)):
-            trial.refuse(node, "it takes an element more than once", scale=True)
+            trial.refuse(node, TAKEN_TWICE)
         return
     _settle(node, trial, whole, [piece], axis, chosen=True)
 
@@ -197,7 +198,7 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
                 trial.assume(node)
             trial.choose(node, [joined] if spread is None else [{whole: spread}, joined])
         except NotInvertibleError:
-            trial.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+            trial.refuse(node, UNDOES_ZERO_SCALE)
 
 
 def _spread(units: list[tuple[_Piece, Unit]], axis: int) -> Unit | None:

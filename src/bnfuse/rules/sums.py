@@ -16,6 +16,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.reasons import (
+    DIFFERENT_SCALES,
+    IS_COMPLEX,
+    MULTIPLIES_BY_ZERO,
+    NO_AXIS_FOR_SHIFT,
+    OPERAND_IS_BROADCAST,
+    SHIFTS_DO_NOT_ADD_UP,
+    SUBTRACTS_FROM_ITSELF,
+    UNDOES_ZERO_SCALE,
+)
 from bnfuse.rules.registry import Trial, cost, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, add
 
@@ -26,7 +36,7 @@ def add_tensors(node: Node, trial: Trial) -> None:
     x, y = node.bound["self"], node.bound["other"]
     alpha = node.argument("alpha", 1)
     if any(isinstance(number, complex) for number in (x, y, alpha)):
-        trial.refuse(node, "its number is complex", scale=True)
+        trial.refuse(node, IS_COMPLEX)
     if not isinstance(x, Value) or not isinstance(y, Value):
         _add_number(node, trial, x if isinstance(x, Value) else y, z)
         return
@@ -52,7 +62,7 @@ def _add_number(node: Node, trial: Trial, x: Value, z: Value) -> None:
     added = float(number) * {"add": alpha if first else 1.0, "sub": -alpha, "rsub": 1.0}[node.operator]
 
     if sign == 0:
-        trial.refuse(node, "it multiplies by 0", scale=True)
+        trial.refuse(node, MULTIPLIES_BY_ZERO)
 
     def forward(unit: Unit) -> Unit:
         unit = _times(unit, sign)
@@ -76,7 +86,7 @@ def _times(unit: Unit, factor: float) -> Unit:
 
 def _divided(node: Node, trial: Trial, unit: Unit, factors: tuple[float, float]) -> Unit:
     if unit.shift is not None and sum(factors) == 0:
-        trial.refuse(node, "it subtracts a tensor from itself")
+        trial.refuse_shift(node, SUBTRACTS_FROM_ITSELF)
     return Unit(unit.scale, None if unit.shift is None else unit.shift / sum(factors), unit.inverse)
 
 
@@ -110,7 +120,7 @@ class _Sum:
         open_terms = [(value, factor) for value, factor in self.terms if value not in known]
         if not open_terms:
             if rest is not None:
-                self.trial.refuse(self.node, "the shifts of its operands do not add up")
+                self.trial.refuse_shift(self.node, SHIFTS_DO_NOT_ADD_UP)
         elif len(open_terms) == 1:
             value, factor = open_terms[0]
             if scale is not None or rest is not None:
@@ -139,7 +149,7 @@ class _Sum:
             else:
                 alternatives.append(units)
         if not alternatives:
-            self.trial.refuse(self.node, "none of its operands has an axis for the shift")
+            self.trial.refuse_shift(self.node, NO_AXIS_FOR_SHIFT)
         self.trial.choose(self.node, alternatives)
 
     def _shares(
@@ -164,11 +174,7 @@ class _Sum:
     def _demand(self, value: Value, unit: Unit) -> None:
         lowered = lower(unit, value, self.z)
         if lowered is None:
-            self.trial.refuse(
-                self.node,
-                "an operand that is broadcast has no axis for the units",
-                scale=unit.scale is not None,
-            )
+            self.trial.refuse_unit(self.node, unit, OPERAND_IS_BROADCAST)
         self.trial.demand(value, lowered)
 
     def _same_direction(self, known: dict[Value, Unit]) -> dict[Value, Unit]:
@@ -180,7 +186,7 @@ class _Sum:
                 return {value: unit.turned(inverse) for value, unit in known.items()}
             except NotInvertibleError:
                 continue
-        return self.trial.refuse(self.node, "it would have to undo a scale of (nearly) 0", scale=True)
+        return self.trial.refuse(self.node, UNDOES_ZERO_SCALE)
 
     def _common_scale(self, known: dict[Value, Unit]) -> Tensor | None:
         units = list(known.values())
@@ -191,7 +197,7 @@ class _Sum:
             except NotInvertibleError:
                 agree = False
             if not agree:
-                self.trial.refuse(self.node, "its operands would get different scales", scale=True)
+                self.trial.refuse(self.node, DIFFERENT_SCALES)
         return first.scale
 
 

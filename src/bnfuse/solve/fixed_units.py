@@ -18,7 +18,15 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 
 from bnfuse.graph.graph import Kind, Node, Value
-from bnfuse.reasons import Reason
+from bnfuse.reasons import (
+    NO_NEGATIVE_SCALE,
+    NO_SHIFT,
+    NOTHING_PASSES,
+    OUTPUT_FIXED,
+    TENSOR_FIXED,
+    UNDOES_ZERO_SCALE,
+    Reason,
+)
 from bnfuse.rules.registry import RULES
 from bnfuse.units import SAFE_SCALE, Unit
 
@@ -37,14 +45,13 @@ _JOINED = {"cat", "concat", "concatenate", "stack"}
 _TAKEN = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select", "slice", "narrow"}
 
 
-def fixed(value: Value, text: str) -> Reason:
-    """The reason of a tensor that cannot change units."""
+def fixed(value: Value, why: Reason) -> Reason:
+    """The reason of a tensor that must stay as it is."""
     if value.producer is not None:
-        node = value.producer
-        return Reason(f"its output cannot change units: {text}", node.operator, node.call.label)
+        return OUTPUT_FIXED.reason(*value.producer.place, why=why)
     what = "an input" if value.kind is Kind.INPUT else "a tensor"
     label = " = ".join(value.names) or f"{what} of shape {'x'.join(map(str, value.shape))}"
-    return Reason(f"{label} cannot change units: {text}")
+    return TENSOR_FIXED.reason(why=why, tensor=label)
 
 
 _Kind = str | Node
@@ -139,10 +146,10 @@ class Limits:
         if name in _POSITIVE or (name in _HANDED_ON and len(node.outputs) == 1):
             self.unite(x, y)
         if name in _POSITIVE:
-            self._limit(y, _NEGATIVE, Reason("it passes no negative scale", name, node.call.label))
-            self._limit(y, _SHIFT, Reason("it passes no shift", name, node.call.label))
+            self._limit(y, _NEGATIVE, NO_NEGATIVE_SCALE.reason(name, node.call.label))
+            self._limit(y, _SHIFT, NO_SHIFT.reason(name, node.call.label))
         elif name == "batch_norm":
-            reason = Reason("it would have to undo a scale of (nearly) 0", name, node.call.label)
+            reason = UNDOES_ZERO_SCALE.reason(name, node.call.label)
             self._scales.limit(x, {node: reason})
         elif name in _AVERAGES:
             self._scales.unite(x, y)
@@ -155,7 +162,7 @@ class Limits:
         elif name in _TAKEN:
             self._cut(x, node.outputs)
         elif name not in RULES:
-            reason = Reason("it passes no change of units", name, node.call.label)
+            reason = NOTHING_PASSES.reason(name, node.call.label)
             for value in (*node.inputs, *node.outputs):
                 self._limit(value, _SCALE, reason)
                 self._limit(value, _SHIFT, reason)

@@ -21,7 +21,28 @@ from torch import Tensor, nn
 
 from bnfuse.graph.graph import Graph, Kind, Node, Value
 from bnfuse.graph.norms import Site
-from bnfuse.reasons import Reason
+from bnfuse.reasons import (
+    CONTENTS_ARE_WRITTEN,
+    CONTENTS_DEPEND_ON_RUN,
+    CONTENTS_DEPEND_ON_SIZE,
+    EDIT_NOT_FINITE,
+    IS_NO_PARAMETER,
+    IS_NOT_FLOATING,
+    IS_RANDOM,
+    NO_CHOICE_LEFT,
+    NOTHING_PASSES,
+    NUMBERS_DEPEND_ON_INPUT,
+    OUT_OF_RANGE,
+    PARAMETER_UNDOES_ZERO_SCALE,
+    SHARED_WEIGHT,
+    SHIFT_TOO_LARGE,
+    TWO_EDITS_AT_ONE_OPERATOR,
+    TWO_UNITS,
+    UNDOES_ZERO_SCALE,
+    WEIGHT_FIXED,
+    Cause,
+    Reason,
+)
 from bnfuse.rules import ABSORBERS, RULES
 from bnfuse.rules.norm_statistics import affine, affine_together, offset, offsets_together
 from bnfuse.rules.registry import Rule, link, same
@@ -133,7 +154,7 @@ class Network:
         """What the recorded operators make, in float64, of the present parameters."""
         node = value.producer
         if node is None or not value.independent or value.pinned is not None:
-            raise Refusal(Reason("its contents depend on the run"), scale=False)
+            raise Refusal(CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
 
         self._assume([node])
 
@@ -145,9 +166,9 @@ class Network:
         if node.operator in ("to", "_to_copy", "type_as") and node.outputs[0].dtype.is_floating_point:
             return self.content(node.inputs[0])
         if torch.Tag.nondeterministic_seeded in node.overload.tags:
-            raise Refusal(Reason("its contents are random", node.operator, node.call.label), scale=False)
+            raise Refusal(IS_RANDOM.reason(node.operator, node.call.label), scale=False)
         if node.overload._schema.is_mutable and node.operator != "detach":
-            raise Refusal(Reason("its contents are written in place", node.operator, node.call.label), scale=False)
+            raise Refusal(CONTENTS_ARE_WRITTEN.reason(node.operator, node.call.label), scale=False)
         result = node.overload(**{name: contents(argument) for name, argument in node.bound.items()})
         results = [result] if isinstance(result, Tensor) else list(result)
         return results[node.outputs.index(value)]
@@ -156,8 +177,7 @@ class Network:
         """A table that the code makes itself may depend on the size of the input."""
         for node in nodes:
             if node in self.varying:
-                text = "its contents depend on the size of the input"
-                raise Refusal(Reason(text, node.operator, node.call.label), scale=False)
+                raise Refusal(CONTENTS_DEPEND_ON_SIZE.reason(*node.place), scale=False)
         self.assumed.update(nodes)
 
     def accept(self, trial: Trial) -> None:
@@ -189,7 +209,7 @@ def _initial(value: Value) -> Tensor:
         fill = 1.0 if value.names[0].endswith("weight") else 0.0
         return torch.full(value.shape, fill, dtype=torch.float64)
     if value.tensor is None:
-        raise Refusal(Reason("its contents depend on the run"), scale=False)
+        raise Refusal(CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
     tensor = value.tensor.detach()
     return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
 
@@ -272,7 +292,7 @@ class Trial:
             except NotInvertibleError:
                 agree = False
             if not agree:
-                self._refuse_value(value, "it would need two different units at once", unit)
+                self._refuse_value(value, TWO_UNITS.reason(), unit)
             return
         if unit.is_identity:
             self.units[value] = IDENTITY
@@ -280,7 +300,7 @@ class Trial:
             if value.pinned is not None:
                 self._refuse_value(value, value.pinned, unit)
             if not value.dtype.is_floating_point:
-                self._refuse_value(value, f"it holds {value.dtype}", unit)
+                self._refuse_value(value, IS_NOT_FLOATING.reason(dtype=value.dtype), unit)
             broken = self.network.limits.refusal(value, unit, self.targets, self.network.removed)
             if broken is not None:
                 raise Refusal(*broken)
@@ -307,8 +327,14 @@ class Trial:
         if not self.postpone(node):
             self._chosen, self._chosen_scale = alternatives, scale
 
-    def refuse(self, node: Node, text: str, scale: bool = False) -> NoReturn:
-        raise Refusal(Reason(text, node.operator, node.call.label), scale)
+    def refuse(self, node: Node, cause: Cause, **values: Any) -> NoReturn:
+        raise Refusal(cause.reason(*node.place, **values), True)
+
+    def refuse_shift(self, node: Node, cause: Cause, **values: Any) -> NoReturn:
+        raise Refusal(cause.reason(*node.place, **values), False)
+
+    def refuse_unit(self, node: Node, unit: Unit, cause: Cause, **values: Any) -> NoReturn:
+        raise Refusal(cause.reason(*node.place, **values), unit.scale is not None)
 
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
         if unit.is_identity:
@@ -317,13 +343,13 @@ class Trial:
             return
         for part in (unit.scale, unit.shift, None if unit.entries is None else unit.entries.values):
             if part is not None and not math.isfinite(part.sum()):
-                self.refuse(node, "the edit of a parameter would not be finite", scale=True)
+                self.refuse(node, EDIT_NOT_FINITE)
         if value.kind is Kind.COMPUTED:
             self.demand(value, unit)
             return
         requests = self.edits.setdefault(value, {})
         if node in requests and not agree(requests[node], unit):
-            self.refuse(node, "it reads one parameter in two places that ask for different edits")
+            self.refuse_shift(node, TWO_EDITS_AT_ONE_OPERATOR)
         requests[node] = unit
 
     def content(self, value: Value) -> Tensor:
@@ -334,7 +360,7 @@ class Trial:
 
     def assume(self, node: Node) -> None:
         if node in self.network.varying:
-            self.refuse(node, "its numbers depend on the size or the contents of the input", scale=True)
+            self.refuse(node, NUMBERS_DEPEND_ON_INPUT)
         self.assumed.add(node)
 
     def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
@@ -426,13 +452,13 @@ class Trial:
             if rule is not None:
                 self._apply(rule, node)
             else:
-                self.refuse(node, "it passes no change of units", scale=True)
+                self.refuse(node, NOTHING_PASSES)
 
     def _apply(self, rule: Rule, node: Node) -> None:
         try:
             rule(node, self)
         except NotInvertibleError:
-            self.refuse(node, "it would have to undo a scale of (nearly) 0", scale=True)
+            self.refuse(node, UNDOES_ZERO_SCALE)
 
     def _decide(self, node: Node) -> None:
         del self._pending[node]
@@ -450,7 +476,7 @@ class Trial:
 
     def _next_alternative(self) -> Reason | None:
         """Go back to the last choice that has another way to go on, and take it; why not, if there is none."""
-        last = Reason("no choice is left")
+        last = NO_CHOICE_LEFT.reason()
         while self._choices:
             choice = self._choices[-1]
             length = choice.settled
@@ -481,7 +507,7 @@ class Trial:
                 try:
                     contents = Unit(*unit.direct())
                 except NotInvertibleError:
-                    self._refuse_value(value, "a scale of (nearly) 0 would have to be undone", unit)
+                    self._refuse_value(value, PARAMETER_UNDOES_ZERO_SCALE.reason(), unit)
                 requests = self.edits.setdefault(value, {})
                 for node in value.consumers:
                     if node.operator not in ABSORBERS:
@@ -490,19 +516,17 @@ class Trial:
     def _check_edits(self) -> None:
         """An edited parameter must be editable, and every use of it must ask for the same edit."""
         for value, requests in self.edits.items():
-            label = " = ".join(value.names) or "a weight"
             if value.pinned is not None or value.kind not in (Kind.PARAMETER, Kind.ABSENT, Kind.LAYER):
-                raise Refusal(Reason(f"{label} cannot change: {value.pinned or 'it is no parameter'}"), False)
+                why = value.pinned or IS_NO_PARAMETER.reason()
+                raise Refusal(WEIGHT_FIXED.reason(why=why, parameter=_label(value)), False)
             node, unit = next(iter(requests.items()))
             for other in value.consumers:
                 if other not in requests or not agree(unit, requests[other]):
                     raise Refusal(_shared(value, node, other), False)
             if value in self.network.edits and self._scaled_up(value, unit) > SAFE_SCALE:
-                text = "it would have to undo a scale of (nearly) 0"  # little by little, with what went before
-                raise Refusal(Reason(text, node.operator, node.call.label), True)
+                self.refuse(node, UNDOES_ZERO_SCALE)  # little by little, with what went before
             if value.dtype is torch.float16 and not self._in_range(value, unit):
-                text = f"{label} would leave the range of {value.dtype}"
-                raise Refusal(Reason(text, node.operator, node.call.label), True)
+                self.refuse(node, OUT_OF_RANGE, parameter=_label(value), dtype=value.dtype)
 
     def is_read(self, value: Value) -> bool:
         """True if an operator that stays reads the value."""
@@ -524,9 +548,8 @@ class Trial:
             largest = float((shift.abs() / scale.abs().where(alive, torch.inf)).amax())
             if largest > _LARGEST_SHIFT.get(value.dtype, 0.0):
                 node = value.producer
-                where = (None, None) if node is None else (node.operator, node.call.label)
-                text = f"its values would be {largest:.0e} times smaller than their shift, which costs precision"
-                raise Refusal(Reason(text, *where), False)
+                where = (None, None) if node is None else node.place
+                raise Refusal(SHIFT_TOO_LARGE.reason(*where, ratio=largest), False)
 
     def _scaled_up(self, value: Value, unit: Unit) -> float:
         """The largest factor that an element of a parameter is multiplied by in all."""
@@ -540,14 +563,16 @@ class Trial:
             return True
         return float(edited(self.content(value), unit).abs().amax()) <= torch.finfo(value.dtype).max
 
-    def _refuse_value(self, value: Value, text: str, unit: Unit) -> NoReturn:
-        raise Refusal(fixed(value, text), unit.scale is not None)
+    def _refuse_value(self, value: Value, why: Reason, unit: Unit) -> NoReturn:
+        raise Refusal(fixed(value, why), unit.scale is not None)
 
 
 def _shared(parameter: Value, node: Node, other: Node) -> Reason:
-    label = " = ".join(parameter.names) or "a weight"
-    text = f"{label} is used more than once, and not every use asks for the same edit: see {other}"
-    return Reason(text, node.operator, node.call.label)
+    return SHARED_WEIGHT.reason(*node.place, parameter=_label(parameter), other=other)
+
+
+def _label(parameter: Value) -> str:
+    return " = ".join(parameter.names) or "a weight"
 
 
 def agree(a: Unit, b: Unit) -> bool:

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from bnfuse.changes import Changes, Decision, Edit, Replacement
 from bnfuse.graph.graph import Graph, Kind, Node, Value
 from bnfuse.graph.norms import Norm, Site
-from bnfuse.reasons import Reason
+from bnfuse.reasons import (
+    APPLIED_TO_OWN_OUTPUT,
+    MEAN_TOO_FAR_FOR_NEXT_LAYER,
+    NORM_NOT_FINITE,
+    OTHER_LAYOUT,
+    OVERWRITES,
+    UNDOES_ZERO_SCALE,
+    Reason,
+)
 from bnfuse.rules import ABSORBERS
 from bnfuse.rules.norm_statistics import FARTHEST
 from bnfuse.solve import parallel_layer as beside
@@ -163,13 +171,11 @@ def _check_memory(network: Network, norm: Norm) -> None:
     for writer, value in memory.conflicts(norm.sites):
         if not memory.can_switch(writer):
             reader = next((node for node in value.consumers if node.index > writer.index), None)
-            text = f"without the norm it would overwrite in place what {reader or 'the caller'} still reads"
-            raise Refusal(Reason(text, writer.operator, writer.call.label), scale=True)
+            raise Refusal(OVERWRITES.reason(*writer.place, reader=reader or "the caller"), scale=True)
         switches.append(writer.call.module)
     obstacle = network.layouts.obstacle(norm.sites)
     if obstacle is not None:
-        text = "without the norm it would get a tensor with another layout in memory, which makes a difference to it"
-        raise Refusal(Reason(text, obstacle.operator, obstacle.call.label), scale=True)
+        raise Refusal(OTHER_LAYOUT.reason(*obstacle.place), scale=True)
     switches += [writer.call.module for writer in memory.training_conflicts(norm.sites) if memory.can_switch(writer)]
     memory.switched.update(dict.fromkeys(switches))
     memory.merge(norm.sites)
@@ -218,7 +224,7 @@ class _Maps:
         for site in self.norm.sites:
             a, c, unit = self.network.affine(site.nodes)
             if unit is None:
-                raise Refusal(Reason("its statistics or parameters are not finite", None, self.norm.label), True)
+                raise Refusal(NORM_NOT_FINITE.reason(None, self.norm.label), True)
             made.append((site, a, c, unit))
         return made
 
@@ -237,7 +243,7 @@ class _Maps:
                 units = (Unit.of(None, c * self._reciprocal(a)), _inverse(unit.scale, None))
             for value, demand in zip((site.x, site.y), units, strict=True):
                 if value in result and not agree(result[value], demand):
-                    raise Refusal(Reason("it is applied to its own output", None, self.norm.label), True)
+                    raise Refusal(APPLIED_TO_OWN_OUTPUT.reason(None, self.norm.label), True)
                 result[value] = demand
         return result
 
@@ -245,15 +251,14 @@ class _Maps:
         """A shift that goes on takes the means along, which should not be too large for that."""
         far = max(self.network.offset(node) for node in site.nodes)
         if far > FARTHEST.get(site.x.dtype, 0.0):
-            text = f"a mean lies {far:.0f} standard deviations from 0, which costs precision in the layers after it"
-            raise Refusal(Reason(text, None, self.norm.label), True)
+            reason = MEAN_TOO_FAR_FOR_NEXT_LAYER.reason(None, self.norm.label, distance=far)
+            raise Refusal(reason, True)
 
     def _reciprocal(self, scale: Tensor) -> Tensor:
         try:
             return reciprocal(scale)
         except NotInvertibleError:
-            text = "it would have to undo a scale of (nearly) 0"
-            raise Refusal(Reason(text, None, self.norm.label), True) from None
+            raise Refusal(UNDOES_ZERO_SCALE.reason(None, self.norm.label), True) from None
 
 
 def _inverse(scale: Tensor | None, shift: Tensor | None) -> Unit:

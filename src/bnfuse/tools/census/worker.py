@@ -31,6 +31,7 @@ from bnfuse.model.describe import one_line
 from bnfuse.model.sandbox import run
 from bnfuse.planner.options import Options
 from bnfuse.planner.planner import Draft
+from bnfuse.reasons import DID_NOT_RUN
 from bnfuse.rewrite import rewrite
 from bnfuse.tools import zoo
 from bnfuse.tools.census import rivals
@@ -69,7 +70,6 @@ _FLOOR = 1.0
 NOT_OURS = {"build": NOT_BUILT, "run": NOT_RUN, "forward": NOT_RUN}
 """What a failure is called in the phases in which only the zoo's own code runs."""
 
-_NOT_RUN_REASON = "it did not run, so nothing is known of where it belongs"
 _ERROR_LENGTH = 400
 
 
@@ -383,7 +383,7 @@ def _decided(here: Visit, plan: Plan) -> None:
 
 
 def _idle(decision: Decision) -> bool:
-    return any(reason.text == _NOT_RUN_REASON for reason in decision.reasons)
+    return any(reason.code == DID_NOT_RUN.code for reason in decision.reasons)
 
 
 _PLACE = re.compile(r"\b[\w.:]+ in [\w.]+( \(\w+\))?")
@@ -422,7 +422,8 @@ def fingerprint(model: nn.Module, graph: Graph) -> str:
 
 def _described(argument: Any) -> Any:
     if isinstance(argument, Value):
-        return f"#{argument.index} {argument.kind.value} {argument.shape} {argument.dtype} {argument.pinned}"
+        fixed = argument.pinned and argument.pinned.text
+        return f"#{argument.index} {argument.kind.value} {argument.shape} {argument.dtype} {fixed}"
     if isinstance(argument, (list, tuple)):
         return [_described(item) for item in argument]
     return str(argument)
