@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.analysis.norms import is_norm
+from bnfuse.reasons import CAUSES
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.tools import zoo
-from bnfuse.tools.census import page, reasons, rivals, run, worker
+from bnfuse.tools.census import page, rivals, run, worker
 from bnfuse.tools.census.ledger import FAILURES, FUSED, OUTCOMES, Kept, KeptReason, Ledger, Rival, Row, read
 from bnfuse.tools.census.sweep import Sweep
 from bnfuse.tools.census.worker import Job, Settings, visit
@@ -96,8 +97,8 @@ def test_a_row(networks: str) -> None:
     assert (kept.count, kept.norm) == (1, "last")
     refused = kept.reasons[0]  # the seed follows the path, so that all of the few scales may be positive
     assert (refused.direction, refused.operator) == ("backward", "relu")
-    assert refused.text in ("no negative scale passes through it", "no shift passes through it")
-    assert kept.full.startswith(f"backward: relu in act (ReLU): {refused.text}")
+    assert refused.code in ("no-negative-scale", "no-shift")
+    assert kept.full.startswith(f"backward: relu in act (ReLU): {CAUSES[refused.code].text}")
     assert row.error64 is not None
     assert row.error64 < worker.EXACT
     assert row.own32
@@ -288,7 +289,7 @@ def test_counts() -> None:
 
 FULL = Row(
     "a", "f", FUSED, 3, "1x3x8x8", "2x3x8x8", 2, 2, 0,
-    (Kept(2, (KeptReason("backward", "relu", "no negative scale passes through it"),), "n", "backward: relu in n"),),
+    (Kept(2, (KeptReason("backward", "relu", "no-negative-scale"),), "n", "backward: relu in n"),),
     1e-12, True, 1e-6, 2e-6, {"total": 1.5}, "abc", None, False, False, None, None,
     {"torch.fx": Rival(1, None, "")},
 )  # fmt: skip
@@ -376,17 +377,13 @@ def test_torch_fx(model: nn.Module, shape: tuple[int, ...], verdict: str, remove
 # Reasons and the page -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def known() -> list[reasons.Message]:
-    return reasons.messages((DOCS / "how-it-works.md").read_text())
-
-
-def test_a_reason_is_read(known: list[reasons.Message]) -> None:
-    found = reasons.read("its output cannot change units: it is stored in Net.cache", known)
-    assert [message.text for message in found] == ["its output cannot change units: …", "it is stored in …"]
-    assert found[1].meaning.startswith("The forward keeps it in an attribute")
-    with pytest.raises(BnFuseError, match="explains 'it is Tuesday'"):
-        reasons.read("it is Tuesday", known)
+def test_a_reason_that_nobody_knows(tmp_path: Path) -> None:
+    (tmp_path / "census").mkdir()
+    odd = Kept(1, (KeptReason("backward", None, "it-is-tuesday"),), "n", "it is Tuesday")
+    ledger = Ledger(tmp_path / "census" / "own.jsonl", HEADING_OF_A_PAGE)
+    ledger.add(Row("a", "f", FUSED, 3, norms=1, executed=1, removed=0, kept=(odd,)))
+    with pytest.raises(BnFuseError, match="no cause has the code 'it-is-tuesday'"):
+        page.page(tmp_path)
 
 
 ROWS_OF_A_PAGE = (

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import doctest
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnfuse
+from bnfuse import reasons
 from bnfuse.rules import RULES
+from bnfuse.tools import reference
 from bnfuse.tools.zoo.randomise import randomise_
 
 ROOT = Path(__file__).parents[1]
@@ -93,103 +93,41 @@ def test_a_wrong_example_is_found() -> None:
     assert "Got:\n    2" in failures("```python\n>>> 1 + 1\n3\n```\n", "page", {})
 
 
-# Reasons ------------------------------------------------------------------------------------------------------------
-
-REASONED = {"refuse", "Reason", "pin", "_pin_all", "expose", "_refuse_value", "fixed"}
-"""Calls whose arguments are words of a reason."""
+# What is made from the source ---------------------------------------------------------------------------------------
 
 
-def parts_of_reasons(source: str) -> set[str]:
-    """What the reasons in a source file say: the constant parts of every text, without single words."""
-    found: set[str] = set()
-    for definition in _outermost_functions(ast.parse(source)):
-        assigned: dict[str, list[ast.expr]] = {}
-        for node in ast.walk(definition):
-            if isinstance(node, ast.Assign):
-                for target in node.targets:
-                    if isinstance(target, ast.Name):
-                        assigned.setdefault(target.id, []).append(node.value)
-        for node in ast.walk(definition):
-            if isinstance(node, ast.Call) and _name(node.func) in REASONED:
-                for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-                    found |= set(_words(argument, assigned, set()))
-    return {part for part in found if " " in part}
+@pytest.mark.parametrize("name", ["reasons.md", "operators.md"])
+def test_a_page_is_as_the_source_makes_it(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text() == reference.pages()[name], "run `python -m bnfuse.tools.reference docs`"
 
 
-def _outermost_functions(node: ast.AST) -> Iterator[ast.AST]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef):
-            yield child
-        else:
-            yield from _outermost_functions(child)
+def test_every_operator_is_on_its_page() -> None:
+    built_in = {name for name, rule in RULES.items() if rule.__module__.startswith("bnfuse.rules.")}
+    page = reference.pages()["operators.md"]
+    assert {name for name in built_in if f"`{name}`" not in page} == set()
+    assert len(built_in) > 150
 
 
-def _name(function: ast.expr) -> str:
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+def test_every_rule_says_what_passes() -> None:
+    silent = {rule.__qualname__ for rule in RULES.values() if not rule.__doc__ and "bnfuse" in rule.__module__}
+    assert silent == set()
 
 
-def _words(expression: ast.expr, assigned: dict[str, list[ast.expr]], seen: set[str]) -> Iterator[str]:
-    for node in ast.walk(expression):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield _plain(node.value)
-        elif isinstance(node, ast.Name) and node.id not in seen:
-            for value in assigned.get(node.id, ()):
-                yield from _words(value, assigned, seen | {node.id})
+def test_every_cause_is_used_and_explained() -> None:
+    constants = {name: cause for name, cause in vars(reasons).items() if isinstance(cause, reasons.Cause)}
+    assert list(constants.values()) == list(reasons.CAUSES.values())
+    assert len({cause.text for cause in constants.values()}) == len(constants)
+    code = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py") if path.name != "reasons.py")
+    assert {name for name in constants if not re.search(rf"\b{name}\b", code)} == set()
+    for cause in constants.values():
+        assert min(map(len, (cause.code, cause.meaning, cause.advice, cause.group))) > 3, cause
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split()).strip(" ,:")
-
-
-def section(title: str) -> str:
-    return DERIVATION.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-def first_column(title: str) -> list[str]:
-    """The code in the first column of the tables of a section, but for the headings."""
-    rows = [line for line in section(title).splitlines() if line.startswith("|")]
-    return [code for row in rows for code in re.findall("`([^`]*)`", row.split(" | ")[0])]
-
-
-@pytest.fixture(scope="module")
-def given() -> set[str]:
-    return {part for path in (ROOT / "src").rglob("*.py") for part in parts_of_reasons(path.read_text())}
-
-
-@pytest.fixture(scope="module")
-def explained() -> list[str]:
-    return [_plain(part) for message in first_column("Reading a reason") for part in message.split("…")]
-
-
-def test_every_reason_is_explained(given: set[str], explained: list[str]) -> None:
-    missing = sorted(part for part in given if not any(part in message for message in explained))
-    assert not missing, f"not in the table 'Reading a reason' of {DERIVATION.name}: {missing}"
-    assert len(given) > 80
-
-
-def test_every_explained_reason_can_be_given(given: set[str], explained: list[str]) -> None:
-    gone = sorted(message for message in explained if message and not any(message in part for part in given))
-    assert not gone, f"in the table 'Reading a reason' of {DERIVATION.name}, but no longer in the source: {gone}"
-
-
-def test_parts_of_reasons() -> None:
-    source = """
-class Rule:
-    def method(self, trial, node, value):
-        what = "it is a tensor" if value else "it is a number"
-        text = f"no {node} passes: {what or 'nothing at all'}"
-        trial.refuse(node, text, scale=True)
-        raise ValueError("not a reason")
-"""
-    assert parts_of_reasons(source) == {"it is a tensor", "it is a number", "nothing at all"}
-    assert parts_of_reasons('def f():\n    Reason(f"the {x} of an {y} stays put")') == {"of an", "stays put"}
-
-
-def test_every_operator_is_in_the_table() -> None:
-    named = {code for code in first_column("The operators") if len(code) > 1}
-    named |= {code for code in first_column("The operators") if code in RULES}
-    rules = {name for name in RULES if not name.startswith("example::")}  # which another page registers
-    assert named == rules, f"missing: {sorted(rules - named)}, gone: {sorted(named - rules)}"
+def test_no_reason_is_written_twice() -> None:
+    """A text of a reason stands in reasons.py alone."""
+    texts = [cause.text for cause in reasons.CAUSES.values() if len(cause.text) > 20 and "{" not in cause.text]
+    code = {path.name: path.read_text() for path in (ROOT / "src").rglob("*.py") if path.name != "reasons.py"}
+    assert {(name, text) for name, source in code.items() for text in texts if f'"{text}"' in source} == set()
 
 
 def test_links_within_the_page() -> None:

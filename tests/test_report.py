@@ -24,8 +24,8 @@ PLAN = Plan(
             8,
             False,
             reasons=(
-                Reason("nothing is known of this operator", "aten.sin", "middle", "backward"),
-                Reason("it is an output of the model", direction="forward"),
+                Reason("unknown", "nothing is known of this operator", "aten.sin", "middle", "backward"),
+                Reason("is-output", "it is an output of the model", direction="forward"),
             ),
         ),
     ),

@@ -64,7 +64,7 @@ class Cause:
         """
         if why is not None:
             return Reason(why.code, self.text.format(why=why.text, **values), operator, module)
-        return Reason(self.code, self.text.format(**values) if values else self.text, operator, module)
+        return Reason(self.code, self.text.format(**values), operator, module)
 
 
 CAUSES: dict[str, Cause] = {}
@@ -221,7 +221,7 @@ IS_STORED = _cause(
 )
 HOOK_READS = _cause(
     "hook-reads",
-    "a hook on {module} reads it",
+    "a hook on {owner} reads it",
     "A hook sees the tensor, and may do anything with it.",
     "Remove the hook before fusing.",
 )

@@ -112,6 +112,11 @@ class Unit:
         return [Unit.of(scale, shift) if math.isfinite(scale.sum() + shift.sum()) else None for scale, shift in pairs]
 
     @property
+    def has_negative_scale(self) -> bool:
+        """True if some element is turned around."""
+        return self.scale is not None and bool((self.scale < 0).any())
+
+    @property
     def is_identity(self) -> bool:
         return self.scale is None and self.shift is None and self.entries is None
 

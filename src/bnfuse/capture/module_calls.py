@@ -58,7 +58,7 @@ class ModuleCalls:
             call = ModuleCall(self._paths.get(id(module)), module, self.current, [], [], values.inside(args))
             self.current = call
             if hooked or has_own_hooks(module):
-                values.expose(args, HOOK_READS, module=call.label)
+                values.expose(args, HOOK_READS, owner=call.label)
             elif not module._modules and call.is_standard:
                 pause()  # it reads sizes only to check them, and no contents
 
@@ -76,7 +76,7 @@ class ModuleCalls:
                 return  # it raised an exception
             kwargs, output = rest
             if hooked or has_own_hooks(module):
-                values.expose((args, kwargs, output), HOOK_READS, module=call.label)
+                values.expose((args, kwargs, output), HOOK_READS, owner=call.label)
             given = args if not kwargs else (*args, *kwargs.values()) if kwargs.keys() == {"input"} else ()
             call.plain = len(given) == 1 and isinstance(given[0], Tensor) and isinstance(output, Tensor)
             if not call.plain and any(place in module._parameters for place in ("weight", "bias")):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from bnfuse.graph.graph import Node, Value
 from bnfuse.reasons import BENDS_ELSEWHERE, NO_NEGATIVE_SCALE, NO_SHIFT, SLOPE_IS_FIXED
-from bnfuse.rules.registry import Trial, link, rule
+from bnfuse.rules.registry import Family, Trial, link, rule
 from bnfuse.units import Unit
 
 
 def pass_positive_scale(node: Node, trial: Trial, x: Value, y: Value) -> None:
     def checked(unit: Unit) -> Unit:
-        if unit.scale is not None and bool((unit.scale < 0).any()):
+        if unit.has_negative_scale:
             trial.refuse(node, NO_NEGATIVE_SCALE)
         if unit.shift is not None:
             trial.refuse_shift(node, NO_SHIFT)
@@ -23,8 +23,9 @@ def pass_positive_scale(node: Node, trial: Trial, x: Value, y: Value) -> None:
     link(trial, x, y, checked, checked)
 
 
-@rule("relu", "leaky_relu", "abs", "prelu", "_prelu_kernel")
+@rule("relu", "leaky_relu", "abs", "prelu", "_prelu_kernel", family=Family.POSITIVE)
 def piecewise_linear(node: Node, trial: Trial) -> None:
+    """A scale that is not negative; no shift: linear on each side of 0."""
     for slope in node.inputs[1:]:
         if trial.unit(slope) is not None:
             trial.refuse(node, SLOPE_IS_FIXED)
@@ -33,6 +34,7 @@ def piecewise_linear(node: Node, trial: Trial) -> None:
 
 @rule("clamp", "clamp_min", "threshold", "rrelu")
 def one_sided(node: Node, trial: Trial) -> None:
+    """A scale that is not negative, where it bends at 0 and nowhere else; no shift."""
     bound = node.bound
     at_zero = {
         "clamp": bound.get("min") == 0 and bound.get("max") is None,

@@ -18,8 +18,8 @@ from bnfuse.reasons import (
     VALUES_ARE_KEYS,
     WEIGHTS_DO_NOT_SUM_TO_ONE,
 )
-from bnfuse.rules.registry import Trial, link, rule
-from bnfuse.units import IDENTITY, Unit
+from bnfuse.rules.registry import Trial, forbid, link, rule
+from bnfuse.units import Unit
 
 _SEE_THROUGH = {
     "to",
@@ -38,6 +38,11 @@ _SEE_THROUGH = {
 
 @rule("scaled_dot_product_attention")
 def attention(node: Node, trial: Trial) -> None:
+    """Any units of the last axis of its values: its rows sum to one.
+
+    No shift with dropout, or with a mask that is made from the input or holds booleans or infinities, which may
+    mask a whole row. Queries, keys and masks stay as they are.
+    """
     v, y = node.bound["value"], node.outputs[0]
     mask = node.argument("attn_mask")
     averages = not node.argument("dropout_p", 0.0)
@@ -46,7 +51,7 @@ def attention(node: Node, trial: Trial) -> None:
     elif isinstance(mask, Value):
         averages = averages and bool(torch.isfinite(trial.content(mask)).all())
     for value in node.inputs:
-        if value is not v and not (trial.unit(value) or IDENTITY).is_identity:
+        if value is not v and not trial.unit_or_identity(value).is_identity:
             trial.refuse(node, QUERY_KEY_OR_MASK)
     if node.inputs.count(v) > 1 and trial.unit(v) is not None:
         trial.refuse(node, VALUES_ARE_KEYS)
@@ -56,18 +61,14 @@ def attention(node: Node, trial: Trial) -> None:
 
 @rule("softmax")
 def fixed(node: Node, trial: Trial) -> None:
-    """They pass nothing, but what a softmax makes is known to sum to one."""
-    for value in (*node.inputs, *node.outputs):
-        if not (trial.unit(value) or IDENTITY).is_identity:
-            trial.refuse(node, NOTHING_PASSES)
+    """Nothing passes, but what a softmax makes is known to sum to one."""
+    forbid(node, trial, (*node.inputs, *node.outputs), NOTHING_PASSES)
 
 
 def mix_rows(node: Node, trial: Trial, v: Value, y: Value, averages: bool, mixed: set[int]) -> None:
     """Tie v and ``y = A @ v``: the units must be uniform along the mixed axes."""
     if len(v.shape) != len(y.shape):
-        for value in (v, y):
-            if not (trial.unit(value) or IDENTITY).is_identity:
-                trial.refuse(node, DIFFERENT_RANKS)
+        forbid(node, trial, (v, y), DIFFERENT_RANKS)
         return
 
     def checked(unit: Unit) -> Unit:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from bnfuse.graph.graph import Node
 from bnfuse.reasons import HANDLER_PER_CHANNEL, HANDLER_TAKES_NO_INPUT_UNITS, UNDOES_ZERO_SCALE
-from bnfuse.rules.registry import Trial, absorber, rule
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
+from bnfuse.rules.registry import Trial, absorber, forbid, rule
+from bnfuse.units import NotInvertibleError, Unit, channel_vector
 
 
 @rule("handled")
 def handled_layer(node: Node, trial: Trial) -> None:
-    """A layer with a handler of the caller's: per-channel units of its output."""
-    for value in node.inputs:
-        if not (trial.unit(value) or IDENTITY).is_identity:
-            trial.refuse(node, HANDLER_TAKES_NO_INPUT_UNITS)
-    unit = trial.unit(node.outputs[0]) or IDENTITY
+    """A layer with a handler of yours: absorbs any units of the channels of its output, on axis 1.
+
+    Its input stays as it is.
+    """
+    forbid(node, trial, node.inputs, HANDLER_TAKES_NO_INPUT_UNITS)
+    unit = trial.unit_or_identity(node.outputs[0])
     if not unit.uniform_outside(1):
         trial.refuse_unit(node, unit, HANDLER_PER_CHANNEL)
 
@@ -27,7 +28,7 @@ def handled_layer(node: Node, trial: Trial) -> None:
 def absorb_handled(node: Node, trial: Trial) -> None:
     layer = node.bound["layer"]
     try:
-        scale, shift = (trial.unit(node.outputs[0]) or IDENTITY).direct()
+        scale, shift = trial.unit_or_identity(node.outputs[0]).direct()
     except NotInvertibleError:
         trial.refuse(node, UNDOES_ZERO_SCALE)
     (channels,) = layer.shape

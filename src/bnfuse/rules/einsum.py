@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
 from bnfuse.reasons import COUNTS_SHIFTS, EINSUM_PARAMETER_HAS_NO_AXIS, NO_BIAS, NOTHING_PASSES, UNDOES_ZERO_SCALE
-from bnfuse.rules.registry import Trial, absorber, rule
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, multiply, scaled
+from bnfuse.rules.registry import Trial, absorber, forbid, rule
+from bnfuse.units import NotInvertibleError, Unit, add, multiply, scaled
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,15 @@ def _of_matrices(shapes: Sequence[Sequence[int]], result: Sequence[int]) -> list
 
 @rule("einsum")
 def check(node: Node, trial: Trial) -> None:
+    """A tensor and a parameter: a scale along the letters that the parameter has.
+
+    In ``sum x*w`` the factor of a letter is a factor of w along it. A shift of the input goes on to the output. No
+    letter is repeated, nothing is broadcast by an ellipsis, and for a shift no letter of the tensor alone is
+    summed.
+    """
     parts = operands(node)
     if parts is None:
-        for value in (*node.inputs, *node.outputs):
-            if not (trial.unit(value) or IDENTITY).is_identity:
-                trial.refuse(node, NOTHING_PASSES)
+        forbid(node, trial, (*node.inputs, *node.outputs), NOTHING_PASSES)
         return
     if not parts.absorbs(trial):
         trial.refuse(node, EINSUM_PARAMETER_HAS_NO_AXIS)
@@ -136,7 +140,7 @@ def absorb(node: Node, trial: Trial) -> None:
     parts = operands(node)
     if parts is None:
         return
-    of_input, of_output = trial.unit(parts.x) or IDENTITY, trial.unit(parts.y) or IDENTITY
+    of_input, of_output = trial.unit_or_identity(parts.x), trial.unit_or_identity(parts.y)
     try:
         p, _ = of_input.inverted()
         s, t = of_output.direct()

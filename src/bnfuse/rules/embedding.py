@@ -9,12 +9,13 @@ from __future__ import annotations
 from bnfuse.graph.graph import Node
 from bnfuse.reasons import ROW_PER_TOKEN, UNDOES_ZERO_SCALE
 from bnfuse.rules.registry import Trial, absorber, rule
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
+from bnfuse.units import NotInvertibleError, Unit, channel_vector
 
 
 @rule("embedding")
 def embedding(node: Node, trial: Trial) -> None:
-    unit = trial.unit(node.outputs[0]) or IDENTITY
+    """Absorbs any units of the last axis of its output: a row of the table is an output."""
+    unit = trial.unit_or_identity(node.outputs[0])
     if not unit.uniform_outside(len(node.outputs[0].shape) - 1):
         trial.refuse_unit(node, unit, ROW_PER_TOKEN)
 
@@ -23,7 +24,7 @@ def embedding(node: Node, trial: Trial) -> None:
 def absorb_embedding(node: Node, trial: Trial) -> None:
     y = node.outputs[0]
     try:
-        scale, shift = (trial.unit(y) or IDENTITY).direct()
+        scale, shift = trial.unit_or_identity(y).direct()
     except NotInvertibleError:
         trial.refuse(node, UNDOES_ZERO_SCALE)
     width = y.shape[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnfuse.graph.graph import Node
 from bnfuse.reasons import DROPS_AT_RANDOM, MAKES_CONSTANT
-from bnfuse.rules.registry import Trial, link, rule, same
+from bnfuse.rules.registry import Family, Trial, link, rule, same
 
 HANDED_ON = (
     "alias", "clone", "contiguous", "detach", "lift_fresh", "to", "_to_copy", "type_as", "dropout", "feature_dropout",
@@ -14,9 +14,9 @@ HANDED_ON = (
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
-@rule(*HANDED_ON)
+@rule(*HANDED_ON, family=Family.REARRANGEMENT)
 def pass_all(node: Node, trial: Trial) -> None:
-    """Copies, casts between floating types, and dropout in evaluation."""
+    """Any units, between floating dtypes: elements stay what they are. Dropout, in evaluation."""
     if node.operator.endswith("dropout") and node.argument("train"):
         trial.refuse(node, DROPS_AT_RANDOM)
     link(trial, node.inputs[0], node.outputs[0], same, same)
@@ -25,9 +25,9 @@ def pass_all(node: Node, trial: Trial) -> None:
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "zeros", "new_zeros",
       "new_ones", "new_empty", "new_full", "sym_size", "size")  # fmt: skip
 def shape_only(node: Node, trial: Trial) -> None:
-    """The result has the shape of the input and none of its contents: the input is free, the result is fixed.
+    """Any units of the input, of which only the shape is read.
 
-    Zeros stay zeros under a scale.
+    On the output a scale of zeros (0 stays 0), else nothing.
     """
     for value in node.outputs:
         unit = trial.unit(value)

@@ -23,7 +23,7 @@ from bnfuse.reasons import (
 )
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.rules.selection import share
-from bnfuse.units import IDENTITY, Unit
+from bnfuse.units import Unit
 
 _MASKS = (torch.bool, torch.uint8)
 
@@ -97,6 +97,7 @@ def _check_uniform(node: Node, trial: Trial, unit: Unit, axes: Iterable[int]) ->
 
 @rule("gather")
 def gather(node: Node, trial: Trial) -> None:
+    """Units that are uniform along the axis, and along others that it cuts short."""
     x, y = node.inputs[0], node.outputs[0]
 
     def checked(unit: Unit) -> Unit:
@@ -115,12 +116,17 @@ def _along_others(node: Node, trial: Trial, unit: Unit, *values: Value) -> Unit:
 
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy")
 def put(node: Node, trial: Trial) -> None:
-    """``y = self`` with elements of ``src`` put, added or averaged in."""
+    """The same units on all operands and on the result; for a maximum the scale not negative.
+
+    Uniform along the axis, and along others that it cuts short. What adds up takes a common scale, and a shift of
+    what is added to: a place may be given any number of elements. A number or a constant among the operands must
+    stay as it is. Products pass nothing.
+    """
     x, y = node.bound["self"], node.outputs[0]
     source = next(node.bound[name] for name in ("src", "source", "value") if name in node.bound)
     how = "sum" if node.operator.endswith("_add") else node.argument("reduce", "put")
     values = [value for value in (y, x, source) if isinstance(value, Value)]
-    changed = [unit for value in values if not (unit := trial.unit(value) or IDENTITY).is_identity]
+    changed = [unit for value in values if not (unit := trial.unit_or_identity(value)).is_identity]
     if not changed:
         return
     _along_others(node, trial, changed[0], *values)
@@ -130,7 +136,7 @@ def put(node: Node, trial: Trial) -> None:
         _add(node, trial, x, y, source)
         return
     shared = share(node, trial, [x, source])
-    if how in ("amax", "amin") and shared is not None and shared.scale is not None and bool((shared.scale < 0).any()):
+    if how in ("amax", "amin") and shared is not None and shared.has_negative_scale:
         trial.refuse(node, MAXIMUM_NEGATIVE_SCALE)
 
 

@@ -38,8 +38,8 @@ from bnfuse.reasons import (
 )
 from bnfuse.rules import einsum
 from bnfuse.rules.attention import is_softmax, mix_rows
-from bnfuse.rules.registry import Trial, absorber, rule
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply, per_channel
+from bnfuse.rules.registry import Trial, absorber, forbid, rule
+from bnfuse.units import NotInvertibleError, Unit, add, channel_vector, multiply, per_channel
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
@@ -120,18 +120,29 @@ def _layer_or_none(node: Node) -> Layer | None:
 
 @rule(*LAYERS, "bmm", "mv")
 def check(node: Node, trial: Trial) -> None:
+    """Absorbs any units of the channels of its output, and any scale of the channels of its input.
+
+    Linear layers and ``x @ w`` work on the last axis. A shift needs a bias, or a place for one. A shift of the
+    input passes where every output has the same taps and none is a padded zero: padding 0 (or "same" with a kernel
+    of size 1), for transposed convolutions kernels of size 1 with stride 1; in a forward of its own, at every input
+    size. A deformable convolution samples zeros outside of the image, so it takes no shift of its input, and its
+    offsets and mask stay as they are. ``addmm`` with ``beta`` 1 and one row of bias is a linear layer. A product
+    with a parameter on the left, or along other axes, is a sum over letters as in ``einsum``. A product ``A @ v``
+    of two tensors passes any units of the last axis of v, a shift only if A is a softmax along its last axis; A
+    stays as it is.
+    """
     layer = _layer_or_none(node)
     if layer is None:
         _product(node, trial)
         return
     for value, side in ((layer.x, "input"), (layer.y, "output")):
-        unit = trial.unit(value) or IDENTITY
+        unit = trial.unit_or_identity(value)
         if not unit.uniform_outside(layer.axis):
             axis = min(unit.axes() - {layer.axis})
             trial.refuse_unit(node, unit, WEIGHT_HAS_NO_AXIS, axis=axis, side=side)
     for value in node.inputs:
         others = (layer.x, layer.w, layer.b)
-        if all(value is not other for other in others) and not (trial.unit(value) or IDENTITY).is_identity:
+        if all(value is not other for other in others) and not trial.unit_or_identity(value).is_identity:
             trial.refuse(node, OFFSETS_ARE_FIXED)
     if len(layer.w.consumers) > 1:
         _share(node, trial, layer)
@@ -188,12 +199,9 @@ def _product(node: Node, trial: Trial) -> None:
         einsum.check(node, trial)
         return
     if node.operator == "addmm" or a is v or len(v.shape) < 2 or len(a.shape) < 2:
-        for value in (*node.inputs, *node.outputs):
-            if not (trial.unit(value) or IDENTITY).is_identity:
-                trial.refuse(node, NOTHING_PASSES)
+        forbid(node, trial, (*node.inputs, *node.outputs), NOTHING_PASSES)
         return
-    if not (trial.unit(a) or IDENTITY).is_identity:
-        trial.refuse(node, LEFT_FACTOR)
+    forbid(node, trial, [a], LEFT_FACTOR)
     mix_rows(node, trial, v, node.outputs[0], is_softmax(a), {len(v.shape) - 2})
 
 
@@ -222,7 +230,7 @@ def absorb(node: Node, trial: Trial) -> None:
         else:
             _edit_right_factor(node, trial)
         return
-    x, y = trial.unit(layer.x) or IDENTITY, trial.unit(layer.y) or IDENTITY
+    x, y = trial.unit_or_identity(layer.x), trial.unit_or_identity(layer.y)
     try:
         (p, q), (s, t) = x.inverted(), y.direct()
     except NotInvertibleError:

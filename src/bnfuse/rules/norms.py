@@ -30,22 +30,26 @@ from bnfuse.reasons import (
     UNDOES_ZERO_SCALE,
 )
 from bnfuse.rules.norm_statistics import _CHANNELS, FARTHEST, _distance, _parts, offset
-from bnfuse.rules.registry import Trial, absorber, rule
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit, add, channel_vector, multiply
+from bnfuse.rules.registry import Trial, absorber, forbid, rule
+from bnfuse.units import NotInvertibleError, Unit, add, channel_vector, multiply
 
 
 @rule("batch_norm")
 def batch_norm(node: Node, trial: Trial) -> None:
+    """A norm that stays absorbs any units of the channels of its input and of its output.
+
+    What a module lacks (weight, bias) can be added. With the statistics of the batch it is as a layer norm.
+    """
     if node.argument("training"):
         norm_of_input(node, trial)
         return
     for value in (node.bound["input"], node.outputs[0]):
-        unit = trial.unit(value) or IDENTITY
+        unit = trial.unit_or_identity(value)
         if not unit.uniform_outside(_CHANNELS):
             trial.refuse_unit(node, unit, GAIN_PER_CHANNEL)
     # What it cannot undo is better known now than when it absorbs.
-    (trial.unit(node.bound["input"]) or IDENTITY).inverted()
-    (trial.unit(node.outputs[0]) or IDENTITY).direct()
+    trial.unit_or_identity(node.bound["input"]).inverted()
+    trial.unit_or_identity(node.outputs[0]).direct()
 
 
 @absorber("batch_norm")
@@ -55,8 +59,8 @@ def absorb_batch_norm(node: Node, trial: Trial) -> None:
         absorb_output(node, trial)
         return
     try:
-        p, q = (trial.unit(x) or IDENTITY).inverted()
-        s, t = (trial.unit(y) or IDENTITY).direct()
+        p, q = trial.unit_or_identity(x).inverted()
+        s, t = trial.unit_or_identity(y).direct()
     except NotInvertibleError:
         trial.refuse(node, UNDOES_ZERO_SCALE)
     if p is None and q is None and s is None and t is None:
@@ -92,10 +96,13 @@ def _edit(node: Node, trial: Trial, gain: Tensor | None, bias_gain: Tensor | Non
 
 @rule("layer_norm", "group_norm", "instance_norm", "rms_norm")
 def norm_of_input(node: Node, trial: Trial) -> None:
+    """Absorbs any units of its output along the axes of its weight.
+
+    Its statistics come from its input, which stays as it is.
+    """
     x, y = node.inputs[0], node.outputs[0]
-    if not (trial.unit(x) or IDENTITY).is_identity:
-        trial.refuse(node, STATISTICS_OF_INPUT)
-    unit = trial.unit(y) or IDENTITY
+    forbid(node, trial, [x], STATISTICS_OF_INPUT)
+    unit = trial.unit_or_identity(y)
     if not unit.axes() <= set(_parameter_axes(node)):
         trial.refuse_unit(node, unit, GAIN_HAS_NO_AXIS)
 
@@ -103,7 +110,7 @@ def norm_of_input(node: Node, trial: Trial) -> None:
 @absorber("layer_norm", "group_norm", "instance_norm", "rms_norm")
 def absorb_output(node: Node, trial: Trial) -> None:
     y = node.outputs[0]
-    unit = trial.unit(y) or IDENTITY
+    unit = trial.unit_or_identity(y)
     if unit.is_identity:
         _edit(node, trial, None, None, None)
         return

@@ -28,6 +28,11 @@ PADDINGS = (
 
 @rule(*PADDINGS)
 def pad(node: Node, trial: Trial) -> None:
+    """Reflected, replicated, circular: units that are uniform along the padded axes, as elements are repeated.
+
+    Padding with 0 takes a scale and no shift; what only crops, any units; channels that are added as zeros take any
+    scale. Minus infinity lets pass what a maximum does.
+    """
     x, y = node.inputs[0], node.outputs[0]
     margins = margins_of(node)
     constant = node.operator == "constant_pad_nd" or (

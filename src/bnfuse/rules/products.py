@@ -35,12 +35,18 @@ from bnfuse.reasons import (
     SHIFTS_DO_NOT_FIT,
     UNDOES_ZERO_SCALE,
 )
-from bnfuse.rules.registry import Trial, cost, lift, link, lower, rule
+from bnfuse.rules.registry import Trial, cost, forbid, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, multiply, reciprocal
 
 
 @rule("mul", "div", "true_divide", "multiply", "divide")
 def product(node: Node, trial: Trial) -> None:
+    """Two tensors: scales, whose product is that of the result; no shift, which would leave ``t*y``.
+
+    A divisor takes the inverse. A factor p that does not depend on the input passes any units: the shift is
+    multiplied by p, and p may take the scale; going back, no element of p is 0. With a number (not 0, if there is a
+    shift) any units pass, and the shift is multiplied by it.
+    """
     x, y, z = node.bound["self"], node.bound["other"], node.outputs[0]
     if isinstance(x, complex) or isinstance(y, complex):
         trial.refuse(node, IS_COMPLEX)
@@ -67,15 +73,18 @@ def product(node: Node, trial: Trial) -> None:
 
 @rule("neg", "negative")
 def negate(node: Node, trial: Trial) -> None:
+    """Any units; the shift changes its sign."""
     _times_number(node, trial, node.inputs[0], -1.0, node.outputs[0])
 
 
 @rule("_weight_norm")
 def weight_norm(node: Node, trial: Trial) -> None:
-    """``w = g * v/||v||`` (Salimans and Kingma, 2016): a scale of w along the axis of g is a scale of g."""
+    """A scale, to the magnitude g along its axis; no shift, and the direction v stays as it is.
+
+    ``w = g * v/norm(v)`` (Salimans and Kingma, 2016), so a scale of w along the axis of g is a scale of g.
+    """
     v, g, w = node.inputs[0], node.inputs[1], node.outputs[0]
-    if not (trial.unit(v) or Unit()).is_identity:
-        trial.refuse(node, DIRECTION_IS_FIXED)
+    forbid(node, trial, [v], DIRECTION_IS_FIXED)
 
     def checked(unit: Unit) -> Unit:
         if unit.shift is not None:
@@ -90,7 +99,7 @@ def weight_norm(node: Node, trial: Trial) -> None:
 
 @rule("glu")
 def gated_half(node: Node, trial: Trial) -> None:
-    """``a * sigmoid(b)`` of the two halves of x: a scale passes on the first half."""
+    """A scale of the half that is not the gate; no shift: ``(s*a)*sigmoid(b)``."""
     x, y = node.inputs[0], node.outputs[0]
     axis = node.argument("dim", -1) % len(x.shape)
 

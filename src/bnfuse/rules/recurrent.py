@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bnfuse.graph.graph import Node, Value
 from bnfuse.reasons import COLUMN_PER_FEATURE, NOTHING_PASSES, RECURRENT_WITHOUT_BIAS, STATE_IS_FIXED, UNDOES_ZERO_SCALE
-from bnfuse.rules.registry import Trial, absorber, rule
+from bnfuse.rules.registry import Trial, absorber, forbid, rule
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -17,29 +17,31 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 @rule(*_RECURRENT)
 def recurrent(node: Node, trial: Trial) -> None:
+    """Absorbs any units of the features of its input; a shift needs biases.
+
+    ``W_ih*x + b_ih`` is linear; what follows saturates, so states and outputs stay as they are.
+    """
     if "params" not in node.bound:
         refuse_all(node, trial)
         return
     x = node.inputs[0]
-    unit = trial.unit(x) or IDENTITY
+    unit = trial.unit_or_identity(x)
     if not unit.uniform_outside(len(x.shape) - 1):
         trial.refuse_unit(node, unit, COLUMN_PER_FEATURE)
     parameters = set(node.bound["params"])
     for value in (*node.inputs[1:], *node.outputs):
-        if value not in parameters and not (trial.unit(value) or IDENTITY).is_identity:
+        if value not in parameters and not trial.unit_or_identity(value).is_identity:
             trial.refuse(node, STATE_IS_FIXED)
 
 
 def refuse_all(node: Node, trial: Trial) -> None:
-    for value in (*node.inputs, *node.outputs):
-        if not (trial.unit(value) or IDENTITY).is_identity:
-            trial.refuse(node, NOTHING_PASSES)
+    forbid(node, trial, (*node.inputs, *node.outputs), NOTHING_PASSES)
 
 
 @absorber(*_RECURRENT)
 def absorb_recurrent(node: Node, trial: Trial) -> None:
     x = node.inputs[0]
-    unit = trial.unit(x) or IDENTITY
+    unit = trial.unit_or_identity(x)
     if "params" not in node.bound:
         return
     try:

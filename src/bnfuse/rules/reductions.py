@@ -24,7 +24,7 @@ from bnfuse.reasons import (
     POOLED_DIFFER,
     POSITIONS_OF_MAXIMA,
 )
-from bnfuse.rules.registry import Trial, link, rule
+from bnfuse.rules.registry import Family, Trial, link, rule
 from bnfuse.units import Unit
 
 _Change = Callable[[Unit], Unit]
@@ -68,7 +68,7 @@ def _passed(node: Node, trial: Trial, maximum: bool, shift: bool = True) -> _Cha
     """Units pass as they are, unless a maximum meets a negative scale, or a shift what takes none."""
 
     def checked(unit: Unit) -> Unit:
-        if maximum and unit.scale is not None and bool((unit.scale < 0).any()):
+        if maximum and unit.has_negative_scale:
             trial.refuse(node, MAXIMUM_NEGATIVE_SCALE)
         if not shift and unit.shift is not None:
             trial.refuse_shift(node, DOES_NOT_DIVIDE)
@@ -77,9 +77,15 @@ def _passed(node: Node, trial: Trial, maximum: bool, shift: bool = True) -> _Cha
     return checked
 
 
-@rule(*(f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg", "max", "adaptive_max") for n in (1, 2, 3)))
+@rule(*(f"{kind}_pool{n}d" for kind in ("avg", "adaptive_avg") for n in (1, 2, 3)), family=Family.AVERAGE)
+@rule(*(f"{kind}_pool{n}d" for kind in ("max", "adaptive_max") for n in (1, 2, 3)))
 @rule("max_pool2d_with_indices", "max_pool3d_with_indices")
 def pool(node: Node, trial: Trial) -> None:
+    """Units that are uniform over what is pooled: the mean of ``s*x + t``.
+
+    A maximum takes any shift and no negative scale: it keeps the order, and its padding is minus infinity. An
+    average takes no shift if padded zeros are counted, or with ``divisor_override``.
+    """
     name = node.operator.removesuffix("_with_indices")
     rank = len(node.inputs[0].shape)
     axes = set(range(rank - int(name[-2]), rank))
@@ -96,8 +102,10 @@ def pool(node: Node, trial: Trial) -> None:
     _pool(node, trial, axes, node.outputs[0], True, _passed(node, trial, "max" in name, divides))
 
 
-@rule("mean", "amax", "amin")
+@rule("mean", family=Family.AVERAGE)
+@rule("amax", "amin")
 def reduce(node: Node, trial: Trial) -> None:
+    """Units that are uniform over what is reduced; through a maximum no negative scale."""
     axes, keep = _reduced(node)
     _pool(node, trial, axes, node.outputs[0], keep, _passed(node, trial, node.operator != "mean"))
 
@@ -112,6 +120,10 @@ def _reduced(node: Node) -> tuple[set[int], bool]:
 
 @rule("std", "var")
 def deviation(node: Node, trial: Trial) -> None:
+    """Of the input any shift, and a scale as its magnitude (``var``: its square): ``std(s*x + t) = |s|*std(x)``.
+
+    The units are uniform over what is reduced. On the output no negative scale and no shift.
+    """
     axes, keep = _reduced(node)
     variance = node.operator == "var"
 
@@ -122,7 +134,7 @@ def deviation(node: Node, trial: Trial) -> None:
     def back(unit: Unit) -> Unit:
         if unit.shift is not None:
             trial.refuse_shift(node, DEVIATION_SHIFT)
-        if unit.scale is not None and bool((unit.scale < 0).any()):
+        if unit.has_negative_scale:
             trial.refuse(node, DEVIATION_NEGATIVE_SCALE)
         return Unit(unit.scale.sqrt() if variance and unit.scale is not None else unit.scale, None, unit.inverse)
 
@@ -138,12 +150,17 @@ _INTERPOLATIONS = (
 
 @rule(*_INTERPOLATIONS)
 def interpolate(node: Node, trial: Trial) -> None:
+    """Units that are uniform over positions: its weights sum to one."""
     axes = set(range(2, len(node.inputs[0].shape)))
     _pool(node, trial, axes, node.outputs[0], True, _passed(node, trial, False))
 
 
-@rule("sum")
+@rule("sum", family=Family.AVERAGE)
 def total(node: Node, trial: Trial) -> None:
+    """A scale that is uniform over what is added; the shift times the number of elements that are added.
+
+    That number must be the same at every input size.
+    """
     x, y = node.inputs[0], node.outputs[0]
     rank = len(x.shape)
     reduced, keep = _reduced(node)

@@ -10,7 +10,8 @@ and asks for the edits of its parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import Enum, auto
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
@@ -25,6 +26,9 @@ class Trial(Protocol):
 
     def unit(self, value: Value) -> Unit | None:
         """The unit demanded of a value, None if nothing was demanded (which means: it stays as it is)."""
+
+    def unit_or_identity(self, value: Value) -> Unit:
+        """The unit demanded of a value; the identity if nothing was."""
 
     def demand(self, value: Value, unit: Unit) -> None:
         """Ask for a unit; refuses if the value has another one already or cannot change."""
@@ -79,16 +83,42 @@ class Trial(Protocol):
 
 Rule = Callable[[Node, Trial], None]
 
+
+class Family(Enum):
+    """What operators have in common, for whoever asks about an operator without running its rule."""
+
+    POSITIVE = auto()
+    """Linear on each side of 0: passes a scale that is not negative, and no shift."""
+    SUM = auto()
+    """Its operands of full shape and its result have one scale."""
+    AVERAGE = auto()
+    """Its input and its result have one scale, where it passes any."""
+    REARRANGEMENT = auto()
+    """One result with the elements of the first input, each once."""
+    CONCATENATION = auto()
+    """One result with the elements of all inputs, each once."""
+    PARTITION = auto()
+    """Each result has some elements of the first input."""
+
+
 RULES: dict[str, Rule] = {}
 ABSORBERS: dict[str, Rule] = {}
+FAMILIES: dict[str, Family] = {}
 
 
-def rule(*operators: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators, by their names without namespace, overload and in-place underscore."""
+def rule(*operators: str, family: Family | None = None) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, by their names without namespace, overload and in-place underscore.
+
+    Its docstring says what passes; the page of operators in the documentation is made from that.
+    """
 
     def register(function: Rule) -> Rule:
         for operator in operators:
             RULES[operator] = function
+            if family is None:
+                FAMILIES.pop(operator, None)
+            else:
+                FAMILIES[operator] = family
         return function
 
     return register
@@ -115,6 +145,13 @@ def link(trial: Trial, x: Value, y: Value, forward: Callable[[Unit], Unit], back
     unit = trial.unit(y)
     if unit is not None and not unit.is_identity:
         trial.demand(x, backward(unit))
+
+
+def forbid(node: Node, trial: Trial, values: Iterable[Value], cause: Cause) -> None:
+    """Refuse if one of the values has units: all of them must stay as they are."""
+    for value in values:
+        if not trial.unit_or_identity(value).is_identity:
+            trial.refuse(node, cause)
 
 
 def same(unit: Unit) -> Unit:

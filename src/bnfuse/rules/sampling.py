@@ -23,18 +23,26 @@ from bnfuse.reasons import (
     SAMPLES_ZEROS,
     TAPS_DIFFER,
 )
-from bnfuse.rules.registry import Trial, link, rule
-from bnfuse.units import IDENTITY, Unit
+from bnfuse.rules.registry import Trial, forbid, link, rule
+from bnfuse.units import Unit
 
 
 @rule("im2col")
 def unfold(node: Node, trial: Trial) -> None:
+    """The units of a channel are those of all its taps: patches are copies.
+
+    Uniform over positions; a shift only without padded zeros.
+    """
     x, y = node.inputs[0], node.outputs[0]
     _patches(node, trial, x, y, exact=not any(node.bound["padding"]), adds=False)
 
 
 @rule("col2im")
 def fold(node: Node, trial: Trial) -> None:
+    """The units of a channel are those of all its taps; where patches overlap they add up.
+
+    Uniform over positions; a shift only if the patches tile the image.
+    """
     columns, image = node.inputs[0], node.outputs[0]
     kernel = node.bound["kernel_size"]
     tiles = list(kernel) == list(node.bound["stride"]) and all(step == 1 for step in node.bound["dilation"])
@@ -79,9 +87,12 @@ def _patches(node: Node, trial: Trial, image: Value, columns: Value, exact: bool
 
 @rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
 def sample(node: Node, trial: Trial) -> None:
+    """Units that are uniform over positions: its weights sum to one.
+
+    No shift if it samples zeros outside of the image. The grid stays as it is.
+    """
     x, grid = node.inputs
-    if not (trial.unit(grid) or IDENTITY).is_identity:
-        trial.refuse(node, GRID_IS_FIXED)
+    forbid(node, trial, [grid], GRID_IS_FIXED)
 
     def checked(unit: Unit) -> Unit:
         if unit.axes() - {0, 1}:

@@ -15,33 +15,43 @@ from torch import Tensor
 
 from bnfuse.graph.graph import Kind, Node, Value
 from bnfuse.reasons import MAXIMUM_NEGATIVE_SCALE, NOTHING_PASSES, OPERAND_IS_BROADCAST, PUTS_IN_A_NUMBER
-from bnfuse.rules.registry import Trial, lift, lower, rule
+from bnfuse.rules.registry import Trial, forbid, lift, lower, rule
 from bnfuse.units import Unit
 
 
 @rule("maximum", "minimum", "max", "min")
 def extremum(node: Node, trial: Trial) -> None:
-    """The larger of two tensors: both with the same units, and a positive scale."""
+    """Two tensors: the same units on both and on the result, the scale not negative.
+
+    A constant operand must stay as it is. Over an axis nothing passes.
+    """
     if "other" not in node.bound:
         for value in (*node.inputs, *node.outputs):
             if trial.unit(value) is not None:
                 trial.refuse(node, NOTHING_PASSES)
         return
     unit = share(node, trial, [node.bound["self"], node.bound["other"]])
-    if unit is not None and unit.scale is not None and bool((unit.scale < 0).any()):
+    if unit is not None and unit.has_negative_scale:
         trial.refuse(node, MAXIMUM_NEGATIVE_SCALE)
 
 
 @rule("where")
 def choose(node: Node, trial: Trial) -> None:
-    if not (trial.unit(node.bound["condition"]) or Unit()).is_identity:
-        trial.refuse(node, NOTHING_PASSES)
+    """The same units on both operands and on the result: each element is one of an operand.
+
+    A number or a constant among them must stay as it is: 0 under a scale, infinities under a positive one.
+    """
+    forbid(node, trial, [node.bound["condition"]], NOTHING_PASSES)
     if "self" in node.bound:
         share(node, trial, [node.bound["self"], node.bound["other"]])
 
 
 @rule("masked_fill")
 def fill(node: Node, trial: Trial) -> None:
+    """The same units on the input and on the result.
+
+    The number must stay as it is: 0 under a scale, infinities under a positive one.
+    """
     share(node, trial, [node.bound["self"], node.bound["value"]])
 
 
@@ -49,7 +59,7 @@ def share(node: Node, trial: Trial, operands: Sequence[Value | float]) -> Unit |
     """Give the result and all operands the units that one of them has."""
     z = node.outputs[0]
     values = [z, *(operand for operand in operands if isinstance(operand, Value))]
-    given = next((value for value in values if not (trial.unit(value) or Unit()).is_identity), None)
+    given = next((value for value in values if not trial.unit_or_identity(value).is_identity), None)
     if given is None:
         return None
     present = trial.unit(given)

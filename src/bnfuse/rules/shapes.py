@@ -14,15 +14,16 @@ from torch import Tensor
 
 from bnfuse.graph.graph import Node
 from bnfuse.reasons import COPIES_DIFFER, IS_EMPTY, ROLLS_FLATTENED
-from bnfuse.rules.registry import Trial, link, rule
+from bnfuse.rules.registry import Family, Trial, link, rule
 from bnfuse.units import Unit, shrink
 
 
 @rule(
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
-    "_reshape_alias", "atleast_1d", "atleast_2d", "atleast_3d",
+    "_reshape_alias", "atleast_1d", "atleast_2d", "atleast_3d", family=Family.REARRANGEMENT,
 )  # fmt: skip
 def reshape(node: Node, trial: Trial) -> None:
+    """Any units, which are reshaped alike."""
     x, y = node.inputs[0], node.outputs[0]
     if x.elements == 0:
         trial.refuse(node, IS_EMPTY)
@@ -35,8 +36,12 @@ def reshape(node: Node, trial: Trial) -> None:
     )
 
 
-@rule("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "adjoint")
+@rule(
+    "permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "adjoint",
+    family=Family.REARRANGEMENT,
+)  # fmt: skip
 def permute(node: Node, trial: Trial) -> None:
+    """Any units, which are permuted alike."""
     x, y = node.inputs[0], node.outputs[0]
     order = _order(node, len(x.shape))
     back = [order.index(axis) for axis in range(len(order))]
@@ -77,6 +82,7 @@ def _order(node: Node, rank: int) -> list[int]:
 
 @rule("expand", "expand_as", "broadcast_to")
 def expand(node: Node, trial: Trial) -> None:
+    """Any units; all copies have the same ones."""
     x, y = node.inputs[0], node.outputs[0]
     missing = len(y.shape) - len(x.shape)
 
@@ -92,8 +98,9 @@ def expand(node: Node, trial: Trial) -> None:
     link(trial, x, y, forward, backward)
 
 
-@rule("flip", "roll")
+@rule("flip", "roll", family=Family.REARRANGEMENT)
 def reorder(node: Node, trial: Trial) -> None:
+    """Any units, which are reordered alike; ``roll`` with ``dims``."""
     x, y = node.inputs[0], node.outputs[0]
     if node.operator == "flip":
         dims = list(node.bound["dims"])
@@ -122,6 +129,7 @@ def reorder(node: Node, trial: Trial) -> None:
 
 @rule("repeat", "tile")
 def repeat(node: Node, trial: Trial) -> None:
+    """Any units; all copies have the same ones."""
     x, y = node.inputs[0], node.outputs[0]
     times = list(node.argument("repeats", node.argument("dims")))
     times = [1] * (len(y.shape) - len(times)) + times
@@ -149,9 +157,12 @@ def repeat(node: Node, trial: Trial) -> None:
     link(trial, x, y, forward, backward)
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", family=Family.REARRANGEMENT)
 def shuffle(node: Node, trial: Trial) -> None:
-    """Channels move to positions within a block of pixels, or back, or among themselves: reshape, permute, reshape."""
+    """Any units: a reshape, a permutation, a reshape.
+
+    Channels move to positions within a block of pixels, or back, or among themselves.
+    """
     x, y = node.inputs[0], node.outputs[0]
     name = node.operator.removeprefix("native_")
     if name == "channel_shuffle":

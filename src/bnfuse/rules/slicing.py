@@ -17,8 +17,8 @@ from torch import Tensor
 from bnfuse.graph.graph import Node, Value
 from bnfuse.reasons import INDEX_IS_TENSOR, START_IS_TENSOR, TAKEN_TWICE, UNDOES_ZERO_SCALE
 from bnfuse.rules import indexing as places
-from bnfuse.rules.registry import Trial, rule
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit, shrink
+from bnfuse.rules.registry import Family, Trial, rule
+from bnfuse.units import NotInvertibleError, Unit, shrink
 
 
 class _Piece(NamedTuple):
@@ -49,8 +49,9 @@ class _JoinedUnit(Unit):
         return node is self.node and all(trial.unit(value) is part for value, part in self.parts.items())
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", family=Family.CONCATENATION)
 def concatenate(node: Node, trial: Trial) -> None:
+    """Any units, which are joined."""
     whole, values = node.outputs[0], node.bound["tensors"]
     if trial.unit(whole) is None:  # most visits end here: a dense block visits it once for each of its pieces
         units = (trial.unit(value) for value in values)
@@ -66,16 +67,18 @@ def concatenate(node: Node, trial: Trial) -> None:
     _settle(node, trial, whole, pieces, axis)
 
 
-@rule("stack")
+@rule("stack", family=Family.CONCATENATION)
 def stack(node: Node, trial: Trial) -> None:
+    """Any units, which are joined along the new axis."""
     whole = node.outputs[0]
     axis = node.argument("dim", 0) % len(whole.shape)
     pieces = [_Piece(value, i, 1, dropped=True) for i, value in enumerate(node.bound["tensors"])]
     _settle(node, trial, whole, pieces, axis)
 
 
-@rule("chunk", "split", "split_with_sizes", "tensor_split")
+@rule("chunk", "split", "split_with_sizes", "tensor_split", family=Family.PARTITION)
 def split(node: Node, trial: Trial) -> None:
+    """Any units, which are cut."""
     whole = node.inputs[0]
     axis = node.argument("dim", 0) % len(whole.shape)
     pieces, start = [], 0
@@ -85,23 +88,26 @@ def split(node: Node, trial: Trial) -> None:
     _settle(node, trial, whole, pieces, axis)
 
 
-@rule("unbind")
+@rule("unbind", family=Family.PARTITION)
 def unbind(node: Node, trial: Trial) -> None:
+    """Any units, which are cut."""
     whole = node.inputs[0]
     axis = node.argument("dim", 0) % len(whole.shape)
     pieces = [_Piece(value, i, 1, dropped=True) for i, value in enumerate(node.outputs)]
     _settle(node, trial, whole, pieces, axis)
 
 
-@rule("select")
+@rule("select", family=Family.PARTITION)
 def select(node: Node, trial: Trial) -> None:
+    """Any units; the elements that are not taken keep theirs. The index is a number, not a tensor."""
     if not isinstance(node.argument("index"), int):
         trial.refuse(node, INDEX_IS_TENSOR)
     _take(node, trial)
 
 
-@rule("slice", "narrow")
+@rule("slice", "narrow", family=Family.PARTITION)
 def take_slice(node: Node, trial: Trial) -> None:
+    """Any units; the elements that are not taken keep theirs. The start is a number, not a tensor."""
     if not isinstance(node.argument("start") or 0, int):
         trial.refuse(node, START_IS_TENSOR)
     _take(node, trial)
@@ -109,7 +115,11 @@ def take_slice(node: Node, trial: Trial) -> None:
 
 @rule("index_select", "index")
 def take_index(node: Node, trial: Trial) -> None:
-    """Elements of one axis, by a table of numbers that does not depend on the input; or by any other index."""
+    """Any units, by one list of numbers along one axis; going back, none of them twice.
+
+    By tensors that depend on the input, by masks and by several indices: units that are uniform along the axes that
+    they index.
+    """
     several = node.operator == "index" and sum(index is not None for index in node.bound["indices"]) > 1
     taken = None if several else _taken(node, trial)
     if taken is None:
@@ -119,7 +129,7 @@ def take_index(node: Node, trial: Trial) -> None:
     whole, of_part = node.inputs[0], trial.unit(piece.value)
     assert piece.table is not None
     if of_part is not None and piece.table.unique().numel() != piece.table.numel():
-        unit = trial.unit(whole) or IDENTITY
+        unit = trial.unit_or_identity(whole)
         if not of_part.same_as(_part(unit, piece, axis)):
             trial.refuse(node, TAKEN_TWICE)
         return

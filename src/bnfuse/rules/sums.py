@@ -26,21 +26,27 @@ from bnfuse.reasons import (
     SUBTRACTS_FROM_ITSELF,
     UNDOES_ZERO_SCALE,
 )
-from bnfuse.rules.registry import Trial, cost, lift, link, lower, rule
+from bnfuse.rules.registry import Family, Trial, cost, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, add
 
 
-@rule("add", "sub", "rsub")
+@rule("add", "sub", "rsub", family=Family.SUM)
 def add_tensors(node: Node, trial: Trial) -> None:
+    """Two tensors: one scale for both operands and the result; the shifts add up.
+
+    ``s*x + t1 + k*(s*y + t2) = s*(x + k*y) + (t1 + k*t2)``; the units vary only along axes that the operand has.
+    With a number d any units pass, and the shift grows by ``d*(1 - s)``; the number must be the same at every input
+    size.
+    """
     z = node.outputs[0]
     x, y = node.bound["self"], node.bound["other"]
-    alpha = node.argument("alpha", 1)
-    if any(isinstance(number, complex) for number in (x, y, alpha)):
+    terms = linear_terms(node)
+    if terms is None:
         trial.refuse(node, IS_COMPLEX)
     if not isinstance(x, Value) or not isinstance(y, Value):
-        _add_number(node, trial, x if isinstance(x, Value) else y, z)
+        _add_number(node, trial, terms, z)
         return
-    factors = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[node.operator]
+    factors = (terms[0][1], terms[1][1])
     if x is y:
         link(
             trial,
@@ -53,13 +59,24 @@ def add_tensors(node: Node, trial: Trial) -> None:
         _Sum(node, trial, (x, y), factors, z).settle()
 
 
-def _add_number(node: Node, trial: Trial, x: Value, z: Value) -> None:
-    """``z = sign*x + number``."""
-    alpha = float(node.argument("alpha", 1))
-    number = node.bound["other"] if x is node.bound["self"] else node.bound["self"]
-    first = x is node.bound["self"]
-    sign = -alpha if node.operator == "rsub" else 1.0 if first else alpha
-    added = float(number) * {"add": alpha if first else 1.0, "sub": -alpha, "rsub": 1.0}[node.operator]
+def linear_terms(node: Node) -> tuple[tuple[Value | float, float], tuple[Value | float, float]] | None:
+    """The two operands of a sum or difference, and the factor of each; None if a number is complex."""
+    x, y, alpha = node.bound["self"], node.bound["other"], node.argument("alpha", 1)
+    if any(isinstance(number, complex) for number in (x, y, alpha)):
+        return None
+    alpha = float(alpha)
+    first, second = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[node.operator]
+    return (x, first), (y, second)
+
+
+def _add_number(
+    node: Node, trial: Trial, terms: tuple[tuple[Value | float, float], tuple[Value | float, float]], z: Value
+) -> None:
+    """``z = sign*x + added``."""
+    (x, sign), (number, factor) = terms if isinstance(terms[0][0], Value) else terms[::-1]
+    assert isinstance(x, Value)
+    assert not isinstance(number, Value)
+    added = float(number) * factor
 
     if sign == 0:
         trial.refuse(node, MULTIPLIES_BY_ZERO)
@@ -226,10 +243,10 @@ def _bias_of(value: Value) -> tuple[Value | None, float]:
                 times *= number if node.operator == "mul" else 1 / number
             waiting.append((node.data, times))
         elif node.operator in ("add", "sub") and len(node.inputs) == 2:
-            alpha = node.argument("alpha", 1)
-            if isinstance(alpha, complex):
+            terms = linear_terms(node)
+            if terms is None:
                 return None, 0.0
-            waiting += zip(node.inputs, (times, times * alpha * (1 if node.operator == "add" else -1)), strict=True)
+            waiting += [(term, times * factor) for term, factor in terms if isinstance(term, Value)]
         else:
             return None, 0.0
         if not waiting:

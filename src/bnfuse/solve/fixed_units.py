@@ -27,22 +27,8 @@ from bnfuse.reasons import (
     UNDOES_ZERO_SCALE,
     Reason,
 )
-from bnfuse.rules.registry import RULES
+from bnfuse.rules.registry import FAMILIES, RULES, Family
 from bnfuse.units import SAFE_SCALE, Unit
-
-_POSITIVE = {"relu", "leaky_relu", "abs", "prelu", "_prelu_kernel"}
-_SUMS = {"add", "sub", "rsub"}
-_AVERAGES = {
-    "mean", "sum", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-}  # fmt: skip
-_HANDED_ON = {
-    "alias", "clone", "contiguous", "detach", "lift_fresh", "to", "_to_copy", "dropout", "feature_dropout", "view",
-    "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "mT",
-    "movedim", "flip", "pixel_shuffle", "channel_shuffle", "native_channel_shuffle",
-}  # fmt: skip
-_JOINED = {"cat", "concat", "concatenate", "stack"}
-_TAKEN = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind", "select", "slice", "narrow"}
 
 
 def fixed(value: Value, why: Reason) -> Reason:
@@ -143,26 +129,26 @@ class Limits:
         x, y = (node.inputs[0] if node.inputs else None), (node.outputs[0] if node.outputs else None)
         if x is None or y is None:
             return
-        if name in _POSITIVE or (name in _HANDED_ON and len(node.outputs) == 1):
+        family = FAMILIES.get(name)
+        if family is Family.POSITIVE or (family is Family.REARRANGEMENT and len(node.outputs) == 1):
             self.unite(x, y)
-        if name in _POSITIVE:
-            self._limit(y, _NEGATIVE, NO_NEGATIVE_SCALE.reason(name, node.call.label))
-            self._limit(y, _SHIFT, NO_SHIFT.reason(name, node.call.label))
+        if family is Family.POSITIVE:
+            self._limit(y, _NEGATIVE, NO_NEGATIVE_SCALE.reason(*node.place))
+            self._limit(y, _SHIFT, NO_SHIFT.reason(*node.place))
         elif name == "batch_norm":
-            reason = UNDOES_ZERO_SCALE.reason(name, node.call.label)
-            self._scales.limit(x, {node: reason})
-        elif name in _AVERAGES:
+            self._scales.limit(x, {node: UNDOES_ZERO_SCALE.reason(*node.place)})
+        elif family is Family.AVERAGE:
             self._scales.unite(x, y)
-        elif name in _SUMS:
+        elif family is Family.SUM:
             for value in node.inputs:
                 if value.shape == y.shape:
                     self._scales.unite(value, y)
-        elif name in _JOINED:
+        elif family is Family.CONCATENATION:
             self._cut(y, node.inputs)
-        elif name in _TAKEN:
+        elif family is Family.PARTITION:
             self._cut(x, node.outputs)
         elif name not in RULES:
-            reason = NOTHING_PASSES.reason(name, node.call.label)
+            reason = NOTHING_PASSES.reason(*node.place)
             for value in (*node.inputs, *node.outputs):
                 self._limit(value, _SCALE, reason)
                 self._limit(value, _SHIFT, reason)

@@ -36,7 +36,8 @@ from bnfuse.rules.identity import HANDED_ON
 from bnfuse.rules.layers import UNDEFORMED, Layer, layer_of
 from bnfuse.rules.norm_statistics import FARTHEST, magnitudes
 from bnfuse.rules.padding import PADDINGS, margins_of
-from bnfuse.rules.registry import Trial
+from bnfuse.rules.registry import FAMILIES, Family, Trial
+from bnfuse.rules.sums import linear_terms
 from bnfuse.units import Entries, Unit, channel_vector
 
 
@@ -124,17 +125,13 @@ def _origin(value: Value, removed: Collection[Node]) -> Value:
 
 def _terms(node: Node) -> dict[Value, float] | None:
     """What a sum counts each of its operands that have its own shape; None if it is no sum."""
-    if node.operator not in ("add", "sub", "rsub"):
+    terms = linear_terms(node) if FAMILIES.get(node.operator) is Family.SUM else None
+    if terms is None or terms[0][0] is terms[1][0] or not all(factor for _, factor in terms):
         return None
-    alpha = node.argument("alpha", 1)
-    first, second = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[node.operator]
-    x, y = node.bound["self"], node.bound["other"]
     z = node.outputs[0]
-    if x is y or alpha == 0 or isinstance(alpha, complex):
-        return None
     return {
-        term: float(factor)
-        for term, factor in ((x, first), (y, second))
+        term: factor
+        for term, factor in terms
         if isinstance(term, Value) and (term.shape, term.dtype) == (z.shape, z.dtype)
     }
 

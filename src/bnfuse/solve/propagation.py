@@ -282,6 +282,9 @@ class Trial:
     def unit(self, value: Value) -> Unit | None:
         return self.units.get(value)
 
+    def unit_or_identity(self, value: Value) -> Unit:
+        return self.units.get(value, IDENTITY)
+
     def demand(self, value: Value, unit: Unit) -> None:
         present = self.units.get(value)
         if present is not None:

@@ -41,12 +41,12 @@ class KeptReason:
     Attributes:
         direction: "backward", "forward" or "beside", None if no way was tried.
         operator: the operator that refused, None if it was none.
-        text: the reason, ``…`` standing for names of modules and for numbers.
+        code: of the cause, see :mod:`bnfuse.reasons`.
     """
 
     direction: str | None
     operator: str | None
-    text: str
+    code: str
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     python -m bnfuse.tools.census.page docs --draw 30
 
 The first reads ``docs/census/*.jsonl`` (or ``.jsonl.gz``), takes the words for the reasons from
-``docs/how-it-works.md``, adds ``docs/census/derivations.md``, and writes ``docs/census.md``. The second prints so many
+:mod:`bnfuse.reasons`, adds ``docs/census/derivations.md``, and writes ``docs/census.md``. The second prints so many
 norms that stay, drawn at random from all of them, for the derivations.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from statistics import median
 from typing import Any
 
 from bnfuse.errors import BnFuseError
+from bnfuse.reasons import CAUSES
 from bnfuse.tools.census.ledger import (
     CRASHED,
     FAILURES,
@@ -38,8 +40,6 @@ from bnfuse.tools.census.ledger import (
     Row,
     read,
 )
-from bnfuse.tools.census.reasons import Message, messages
-from bnfuse.tools.census.reasons import read as read_reason
 
 RIVAL = "torch.fx"
 RIVAL_EXACT = 1e-6
@@ -105,19 +105,18 @@ def page(docs: Path) -> str:
     """The text of the page.
 
     Args:
-        docs: the folder that holds ``how-it-works.md`` and ``census/``.
+        docs: the folder that holds ``census/``.
 
     Raises:
-        BnFuseError: there are no rows, or a reason in them is not explained.
+        BnFuseError: there are no rows, or nobody knows the code of a reason in them.
     """
     zoos = zoos_in(docs)
-    known = messages((docs / "how-it-works.md").read_text())
     derivations = docs / "census" / "derivations.md"
     parts = [
         _introduction(zoos),
         _summary(zoos),
         _beside(zoos),
-        _kept(zoos, known),
+        _kept(zoos),
         derivations.read_text().strip() if derivations.exists() else "",
         _families(zoos),
         _left_out(zoos),
@@ -295,28 +294,22 @@ def _verdict(row: Row) -> str:
 # Reasons -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Why:
-    """One way of one norm that stays: the direction, the operator, and the messages that the reason consists of."""
+def _words(code: str) -> str:
+    """The text of a reason, with ``…`` for what differs.
 
-    direction: str | None
-    operator: str | None
-    messages: tuple[Message, ...]
-
-    @property
-    def text(self) -> str:
-        return " ".join(message.text.removesuffix(" …") if message.leads else message.text for message in self.messages)
-
-    def __str__(self) -> str:
-        operator = f"`{self.operator}`: " if self.operator else ""
-        return f"{operator}{self.text}"
+    Raises:
+        BnFuseError: the code is unknown.
+    """
+    if code not in CAUSES:
+        raise BnFuseError(f"no cause has the code {code!r}, which stands in a row; make the rows again")
+    return re.sub("{[^}]*}", "…", CAUSES[code].text)
 
 
-def _why(reason: KeptReason, known: list[Message]) -> _Why:
-    return _Why(reason.direction, reason.operator, tuple(read_reason(reason.text, known)))
+def _why(reason: KeptReason) -> str:
+    return f"`{reason.operator}`: {_words(reason.code)}" if reason.operator else _words(reason.code)
 
 
-def _kept(zoos: Sequence[Zoo], known: list[Message]) -> str:
+def _kept(zoos: Sequence[Zoo]) -> str:
     every = [(zoo, row, kept) for zoo in zoos for row in zoo.fused for kept in row.kept]
     if not every:
         return ""
@@ -324,12 +317,11 @@ def _kept(zoos: Sequence[Zoo], known: list[Message]) -> str:
     single: dict[str, list[tuple[Zoo, Row, Kept]]] = {}
     operators: dict[str, Counter[str]] = {}
     for zoo, row, kept in every:
-        whys = [_why(reason, known) for reason in kept.reasons]
-        by_way = {why.direction or _WAYS[0]: str(why) for why in whys}
+        by_way = {reason.direction or _WAYS[0]: _why(reason) for reason in kept.reasons}
         cases.setdefault(tuple(by_way.get(way, "") for way in _WAYS), []).append((zoo, row, kept))
-        for why in whys:
-            single.setdefault(why.text, []).append((zoo, row, kept))
-            operators.setdefault(why.text, Counter())[why.operator or ""] += kept.count
+        for reason in kept.reasons:
+            single.setdefault(reason.code, []).append((zoo, row, kept))
+            operators.setdefault(reason.code, Counter())[reason.operator or ""] += kept.count
     order: Callable[[Any], Any] = lambda item: (-sum(kept.count for _, _, kept in item[1]), item[0])  # noqa: E731
     common = sorted(cases.items(), key=order)
     total = sum(kept.count for _, _, kept in every)
@@ -348,7 +340,7 @@ def _kept(zoos: Sequence[Zoo], known: list[Message]) -> str:
         ],
     )
     explained = "\n\n".join(
-        _explanation(text, found, operators[text], known) for text, found in sorted(single.items(), key=order)
+        _explanation(code, found, operators[code]) for code, found in sorted(single.items(), key=order)
     )
     more = f" The {len(common) - _CASES} rarer cases make up the remaining {_count(rest)}." if rest else ""
     return f"""## Norms that stay, and why
@@ -363,22 +355,18 @@ refused; the table shows where.{more}
 ### Each reason
 
 With `y = a*x + c` for the norm, and units `s*v + t` of a tensor `v`; the sentences are those of
-[Reading a reason](how-it-works.md#reading-a-reason). A norm counts for each of its reasons.
+[the reasons](reasons.md). A norm counts for each of its reasons.
 
 {explained}"""
 
 
-def _explanation(
-    text: str, found: Sequence[tuple[Zoo, Row, Kept]], operators: Counter[str], known: list[Message]
-) -> str:
+def _explanation(code: str, found: Sequence[tuple[Zoo, Row, Kept]], operators: Counter[str]) -> str:
     norms = sum(kept.count for _, _, kept in found)
     models = len({(zoo.name, row.model) for zoo, row, _ in found})
     where = ", ".join(f"`{operator}` ({_count(count)})" for operator, count in operators.most_common(6) if operator)
-    meaning = " ".join(message.meaning for message in read_reason(text, known))
-    advice = " ".join(dict.fromkeys(m.advice for m in read_reason(text, known) if not m.advice.startswith("See there")))
     at = f"; at {where}" if where else ""
-    return f"""**`{text}`**: {_count(norms)} norms in {_count(models)} models{at}; such as {_example(found)}.
-{meaning} *What to do*: {advice}"""
+    return f"""**`{_words(code)}`**: {_count(norms)} norms in {_count(models)} models{at}; such as {_example(found)}.
+{CAUSES[code].meaning} *What to do*: {CAUSES[code].advice}"""
 
 
 def _example(found: Sequence[tuple[Zoo, Row, Kept]]) -> str:

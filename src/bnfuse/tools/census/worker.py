@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -373,7 +372,7 @@ def _decided(here: Visit, plan: Plan) -> None:
     groups: dict[tuple[KeptReason, ...], list[Decision]] = {}
     for decision in ran:
         if not decision.fused:
-            reasons = tuple(KeptReason(r.direction, r.operator, without_names(r.text)) for r in decision.reasons)
+            reasons = tuple(KeptReason(r.direction, r.operator, r.code) for r in decision.reasons)
             groups.setdefault(reasons, []).append(decision)
     kept = tuple(
         Kept(len(found), reasons, found[0].norm, "; ".join(map(str, found[0].reasons)))
@@ -384,22 +383,6 @@ def _decided(here: Visit, plan: Plan) -> None:
 
 def _idle(decision: Decision) -> bool:
     return any(reason.code == DID_NOT_RUN.code for reason in decision.reasons)
-
-
-_PLACE = re.compile(r"\b[\w.:]+ in [\w.]+( \(\w+\))?")
-_NAME = re.compile(r"\b\w+(\.\w+)*\.(?!forward\b)\w+\b|\b\w+(?=\.forward\b)|\b\d[\d.e+-]*\b")
-
-
-def without_names(text: str) -> str:
-    """A reason with ``…`` for the names of modules in it, and for numbers.
-
-    >>> without_names("it is used more than once: see conv2d in stem.conv (Conv2d)")
-    'it is used more than once: see …'
-    >>> without_names("Odd.forward does more than normalise")
-    '….forward does more than normalise'
-    """
-    place = _PLACE.sub("…", text) if "(" in text else text
-    return _NAME.sub("…", place)
 
 
 # The same model under another name -----------------------------------------------------------------------------------
