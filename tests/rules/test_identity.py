@@ -1,0 +1,42 @@
+"""Identity: networks whose norm stays, with the exact reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv
+
+
+def net_1():
+    everything = torch.arange(2)
+    return Net(lambda m, x: m.n(torch.zeros_like(x).index_add(0, everything[: len(x)], m.u(x))), u=conv(), n=anything())
+
+
+CASES = [
+    Case(
+        lambda: Net(lambda m, x: m.n(F.dropout(m.u(x), training=True)), u=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: dropout in Net: it drops elements at random"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(torch.zeros_like(m.u(x))), u=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: zeros_like in Net: it makes a constant"],
+    ),
+    Case(
+        net_1,
+        BACKWARD,
+        ["n: backward: zeros_like in Net: it makes a constant"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.u(m.n(F.silu(x)).long().float()), u=conv(), n=anything()),
+        FORWARD,
+        ["n: forward: to in Net: its output cannot change units: it holds torch.int64"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_norm_stays(case: Case) -> None:
+    check(case)

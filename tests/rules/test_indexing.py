@@ -1,0 +1,57 @@
+"""Indexing: networks whose norm stays, with the exact reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rule_cases import BACKWARD, FORWARD, Case, Net, check, conv, no_shift, shift_alone
+
+
+def net_1():
+    everything = torch.arange(2)
+    return Net(
+        lambda m, x: m.u(torch.zeros_like(x).index_add(0, everything[: len(x)], m.n(F.silu(x)))),
+        u=conv(),
+        n=shift_alone(),
+    )
+
+
+def net_2():
+    everything = torch.arange(2)
+    return Net(
+        lambda m, x: m.n(m.u(x).scatter(0, everything[:1].view(1, 1, 1, 1), 2.0, reduce="add")), u=conv(), n=no_shift()
+    )
+
+
+def net_3():
+    everything = torch.arange(2)
+    return Net(
+        lambda m, x: m.n(m.u(x).scatter(0, everything[:1].view(1, 1, 1, 1), x, reduce="multiply")),
+        u=conv(),
+        n=no_shift(),
+    )
+
+
+CASES = [
+    Case(
+        net_1,
+        FORWARD,
+        ["n: forward: index_add in Net: it takes no shift: an element may be added any number of times"],
+    ),
+    Case(
+        net_2,
+        BACKWARD,
+        ["n: backward: scatter in Net: it adds a number"],
+    ),
+    Case(
+        net_3,
+        BACKWARD,
+        ["n: backward: scatter in Net: it multiplies"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_norm_stays(case: Case) -> None:
+    check(case)

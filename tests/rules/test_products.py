@@ -1,0 +1,130 @@
+"""Products: networks whose norm stays, with the exact reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, no_shift, parameter
+from torch import nn
+
+
+def net_1():
+    gain = parameter([[[2.0]], [[4.0]]])
+    return Net(lambda m, x: m.n(F.conv2d(x, m.u.weight) + m.gain.p) * m.gain.p, u=conv(), gain=gain, n=anything())
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def net_2():
+    layer = nn.utils.parametrizations.weight_norm(conv(), dim=1)
+    return Net(lambda m, x: m.n(m.u(x)), u=layer, n=anything())
+
+
+def net_3():
+    magnitude = parameter([[[[1.0]]]])
+    return Net(lambda m, x: m.n(torch._weight_norm(m.u(x), m.g.p)), u=conv(), g=magnitude, n=anything())
+
+
+def net_4():
+    magnitude = parameter([[[[1.0]]]])
+    return Net(lambda m, x: torch._weight_norm(m.n(F.silu(x)), m.g.p), g=magnitude, n=anything())
+
+
+def net_5():
+    gain = parameter([[[2.0]], [[4.0]]])
+    return Net(lambda m, x: m.n(m.u(x) * m.gain.p), u=conv(2, 1), gain=gain, n=anything())
+
+
+def written(m, x):
+    gain = torch.ones(2, 1, 1)
+    gain.mul_(3)
+    return m.u(m.n(F.silu(x)) * gain)
+
+
+def net_6():
+    return Net(written, u=conv(), n=anything())
+
+
+CASES = [
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x) * torch.sigmoid(m.v(x))), u=conv(), v=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: mul in Net: a gate passes no shift"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n((y := m.u(x)) * y), u=conv(), n=no_shift()),
+        BACKWARD,
+        ["n: backward: mul in Net: it multiplies a tensor by itself"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(torch.div(m.u(x), 2, rounding_mode="floor")), u=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: div in Net: it rounds"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.u(F.glu(m.n(F.silu(x)), 1)), u=conv(1), n=no_shift()),
+        FORWARD,
+        ["n: forward: glu in Net: its gating half cannot change units"],
+    ),
+    Case(
+        net_1,
+        BACKWARD,
+        ["n: backward: mul in Net: a factor passes no shift"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x)), u=Standardised(2, 2, 1), n=anything()),
+        BACKWARD,
+        ["n: backward: div in u (Standardised): the scales of its factors and its result do not fit"],
+    ),
+    Case(
+        net_2,
+        BACKWARD,
+        [
+            "n: backward: _weight_norm in u.parametrizations.weight.0 (_WeightNorm): its magnitude has no axis for the units"
+        ],
+    ),
+    Case(
+        net_3,
+        BACKWARD,
+        ["n: backward: _weight_norm in Net: it passes no shift"],
+    ),
+    Case(
+        net_4,
+        FORWARD,
+        ["n: forward: _weight_norm in Net: it normalises its direction, which must stay as it is"],
+    ),
+    Case(
+        net_5,
+        BACKWARD,
+        ["n: backward: mul in Net: a factor that is broadcast has no axis for the units"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x) * 0), u=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: mul in Net: it multiplies by 0"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x) * m.gain.p), u=conv(), gain=parameter([[[0.0]], [[4.0]]]), n=anything()),
+        BACKWARD,
+        ["n: backward: mul in Net: no shift of its input undoes one of its output where it multiplies by 0"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.u(m.n(F.silu(x)) / x.shape[-1]), u=conv(), n=anything()),
+        FORWARD,
+        ["n: forward: div in Net: its numbers depend on the size or the contents of the input"],
+    ),
+    Case(
+        net_6,
+        FORWARD,
+        ["n: forward: mul in Net: its contents are written in place"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_norm_stays(case: Case) -> None:
+    check(case)

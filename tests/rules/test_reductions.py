@@ -1,0 +1,58 @@
+"""Reductions: networks whose norm stays, with the exact reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch.nn.functional as F
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, no_shift, norm, shift_alone
+
+
+def net_1():
+    turn = norm([-1.0, 1.0], [0.0, 0.0])
+    return Net(lambda m, x: m.n(m.u(x).std(3, keepdim=True)), u=conv(), n=turn)
+
+
+CASES = [
+    Case(
+        lambda: Net(lambda m, x: m.n(F.max_pool2d(m.u(x), 2)), u=conv(), n=no_shift()),
+        BACKWARD,
+        ["n: backward: max_pool2d in Net: a maximum passes no negative scale"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(F.avg_pool2d(m.u(x), 3, padding=1)), u=conv(), n=anything()),
+        BACKWARD,
+        [
+            "n: backward: avg_pool2d in Net: it does not divide by the number of elements that it adds, so no shift passes"
+        ],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.u(m.n(F.silu(x)).mean(1, keepdim=True)), u=conv(1), n=anything()),
+        FORWARD,
+        ["n: forward: mean in Net: the units differ among the elements that it pools"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(F.avg_pool2d(m.u(x), 2).transpose(1, 2)), u=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: avg_pool2d in Net: the units differ among its outputs"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.u(m.n(F.silu(x)).sum(1, keepdim=True)), u=conv(1), n=anything()),
+        FORWARD,
+        ["n: forward: sum in Net: it adds elements with different scales"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x).std(3, keepdim=True)), u=conv(), n=shift_alone()),
+        BACKWARD,
+        ["n: backward: std in Net: a deviation takes no shift"],
+    ),
+    Case(
+        net_1,
+        BACKWARD,
+        ["n: backward: std in Net: a deviation takes no negative scale"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_norm_stays(case: Case) -> None:
+    check(case)

@@ -1,0 +1,29 @@
+"""Shapes: networks whose norm stays, with the exact reason."""
+
+from __future__ import annotations
+
+import pytest
+from rule_cases import BACKWARD, Case, Net, anything, check, conv
+
+CASES = [
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x).expand(-1, 2, -1, -1)), u=conv(2, 1), n=anything()),
+        BACKWARD,
+        ["n: backward: expand in Net: the units differ among the copies that it makes"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x).roll(1)), u=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: roll in Net: it rolls the flattened tensor"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x)[:, :, :0].reshape(0, 2, 4, 4)), u=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: reshape in Net: it holds no elements"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_norm_stays(case: Case) -> None:
+    check(case)
