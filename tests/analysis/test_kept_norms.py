@@ -9,13 +9,13 @@ from rule_cases import Case, Net, anything, check, conv
 from torch import nn
 
 
-def net_1():
+def hooked():
     net = Net(lambda m, x: m.n(m.u(x)), u=conv(), n=anything())
     net.n.register_forward_hook(lambda module, inputs, output: None)
     return net
 
 
-def net_2():
+def held_in_a_list():
     net = Net(lambda m, x: m.norms[0](m.u(x)), u=conv(), n=anything())
     net.norms = [net.n]
     return net
@@ -57,12 +57,12 @@ CASES = [
         ["batch_norm in Net: it uses the statistics of the batch"],
     ),
     Case(
-        net_1,
+        hooked,
         None,
         ["n: it has a forward hook, which would be lost"],
     ),
     Case(
-        net_2,
+        held_in_a_list,
         None,
         ["n: the model also refers to it from norms, where it cannot be replaced"],
     ),

@@ -14,7 +14,7 @@ def keeps_it(m, x):
     return m.n(m.features)
 
 
-def net_1():
+def read_by_a_hook():
     net = Net(lambda m, x: m.n(m.u(x)), u=conv(), n=anything())
     net.u.register_forward_hook(lambda module, inputs, output: None)
     return net
@@ -31,25 +31,25 @@ def counts(m, x):
     return m.n(m.u(x) + m.table.seen)
 
 
-def net_2():
+def counting():
     table = nn.Module()
     table.register_buffer("seen", torch.zeros(2, 1, 1))
     return Net(counts, u=conv(), table=table, n=anything())
 
 
-def net_3():
+def unsaved_mask():
     table = nn.Module()
     table.register_buffer("mask", torch.ones(2, 1, 1), persistent=False)
     return Net(lambda m, x: m.n(m.u(x) + m.table.mask), u=conv(), table=table, n=anything())
 
 
-def net_4():
+def unsaved_kernel():
     table = nn.Module()
     table.register_buffer("kernel", torch.ones(2, 2, 1, 1), persistent=False)
     return Net(lambda m, x: m.n(F.conv2d(x, m.table.kernel)), table=table, n=no_shift())
 
 
-def net_5():
+def offset_of_integers():
     table = nn.Module()
     table.register_buffer("offset", torch.ones(2, 1, 1, dtype=torch.int64))
     return Net(lambda m, x: m.n(m.u(x) + m.table.offset), u=conv(), table=table, n=anything())
@@ -59,19 +59,19 @@ class Special(nn.Parameter):
     pass
 
 
-def net_6():
+def of_a_subclass():
     layer = conv()
     layer.weight = Special(torch.ones(2, 2, 1, 1))
     return Net(lambda m, x: m.n(m.u(x)), u=layer, n=anything())
 
 
-def net_7():
+def expanded_weight():
     layer = conv()
     layer.weight = nn.Parameter(torch.ones(1, 2, 1, 1).expand(2, 2, 1, 1))
     return Net(lambda m, x: m.n(m.u(x)), u=layer, n=anything())
 
 
-def net_8():
+def overlapping_weights():
     u, v, memory = (conv(), conv(), torch.ones(6))
     u.weight.data, v.weight.data = (memory[:4].view(2, 2, 1, 1), memory[2:].view(2, 2, 1, 1))
     return Net(lambda m, x: m.n(m.u(x)) + m.v(x), u=u, v=v, n=anything())
@@ -113,7 +113,7 @@ CASES = [
         ["n: backward: conv2d in u (Conv2d): its output cannot change units: it is stored in Net.features"],
     ),
     Case(
-        net_1,
+        read_by_a_hook,
         BACKWARD,
         ["n: backward: conv2d in u (Conv2d): its output cannot change units: a hook on u (Conv2d) reads it"],
     ),
@@ -128,17 +128,17 @@ CASES = [
         ["n: backward: a tensor of shape 1x2x4x4 cannot change units: its memory is written through another view"],
     ),
     Case(
-        net_2,
+        counting,
         BACKWARD,
         ["n: backward: add in Net: its output cannot change units: it is written to during the run"],
     ),
     Case(
-        net_3,
+        unsaved_mask,
         BACKWARD,
         ["n: backward: table.mask cannot change units: it is a constant that no parameter or saved buffer holds"],
     ),
     Case(
-        net_4,
+        unsaved_kernel,
         BACKWARD,
         ["n: backward: table.kernel cannot change: it is a constant that no parameter or saved buffer holds"],
     ),
@@ -152,22 +152,22 @@ CASES = [
         ),
     ),
     Case(
-        net_5,
+        offset_of_integers,
         BACKWARD,
         ["n: backward: table.offset cannot change units: it holds torch.int64"],
     ),
     Case(
-        net_6,
+        of_a_subclass,
         BACKWARD,
         ["n: backward: u.weight cannot change: Special is a tensor subclass"],
     ),
     Case(
-        net_7,
+        expanded_weight,
         BACKWARD,
         ["n: backward: u.weight cannot change: several of its elements share memory"],
     ),
     Case(
-        net_8,
+        overlapping_weights,
         BACKWARD,
         ["n: backward: u.weight cannot change: it shares memory with v.weight"],
     ),

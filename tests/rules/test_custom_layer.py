@@ -23,11 +23,6 @@ def fold(layer, scale, shift):
     layer.offset.data = (scale.view(2, 1, 1) * layer.offset + shift.view(2, 1, 1)).float()
 
 
-def net_1():
-    four = norm([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0])
-    return Net(lambda m, x: m.n(m.o(x).transpose(1, 2)), o=Odd(), n=four)
-
-
 CASES = [
     Case(
         lambda: Net(lambda m, x: m.o(m.n(F.silu(x))), o=Odd(), n=anything()),
@@ -36,7 +31,9 @@ CASES = [
         options={"handlers": {Odd: fold}},
     ),
     Case(
-        net_1,
+        lambda: Net(
+            lambda m, x: m.n(m.o(x).transpose(1, 2)), o=Odd(), n=norm([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0])
+        ),
         BACKWARD,
         ["n: backward: handled in o (Odd): its handler takes units per channel, along axis 1"],
         options={"handlers": {Odd: fold}},

@@ -7,15 +7,11 @@ import torch
 from rule_cases import BACKWARD, Case, Net, check, norm
 from torch import nn
 
-
-def net_1():
-    three = norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d)
-    return Net(lambda m, x: m.n(m.e(x)), e=nn.Embedding(4, 2), n=three)
-
-
 CASES = [
     Case(
-        net_1,
+        lambda: Net(
+            lambda m, x: m.n(m.e(x)), e=nn.Embedding(4, 2), n=norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d)
+        ),
         BACKWARD,
         ["n: backward: embedding in e (Embedding): its table has one row for each token"],
         inputs=lambda: (torch.tensor([[0, 1, 1]]),),

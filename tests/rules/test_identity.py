@@ -7,12 +7,6 @@ import torch
 import torch.nn.functional as F
 from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv
 
-
-def net_1():
-    everything = torch.arange(2)
-    return Net(lambda m, x: m.n(torch.zeros_like(x).index_add(0, everything[: len(x)], m.u(x))), u=conv(), n=anything())
-
-
 CASES = [
     Case(
         lambda: Net(lambda m, x: m.n(F.dropout(m.u(x), training=True)), u=conv(), n=anything()),
@@ -25,7 +19,11 @@ CASES = [
         ["n: backward: zeros_like in Net: it makes a constant"],
     ),
     Case(
-        net_1,
+        lambda: Net(
+            lambda m, x: m.n(torch.zeros_like(x).index_add(0, torch.arange(2)[: len(x)], m.u(x))),
+            u=conv(),
+            n=anything(),
+        ),
         BACKWARD,
         ["n: backward: zeros_like in Net: it makes a constant"],
     ),

@@ -7,45 +7,31 @@ import torch
 import torch.nn.functional as F
 from rule_cases import BACKWARD, FORWARD, Case, Net, check, conv, no_shift, shift_alone
 
-
-def net_1():
-    everything = torch.arange(2)
-    return Net(
-        lambda m, x: m.u(torch.zeros_like(x).index_add(0, everything[: len(x)], m.n(F.silu(x)))),
-        u=conv(),
-        n=shift_alone(),
-    )
-
-
-def net_2():
-    everything = torch.arange(2)
-    return Net(
-        lambda m, x: m.n(m.u(x).scatter(0, everything[:1].view(1, 1, 1, 1), 2.0, reduce="add")), u=conv(), n=no_shift()
-    )
-
-
-def net_3():
-    everything = torch.arange(2)
-    return Net(
-        lambda m, x: m.n(m.u(x).scatter(0, everything[:1].view(1, 1, 1, 1), x, reduce="multiply")),
-        u=conv(),
-        n=no_shift(),
-    )
-
-
 CASES = [
     Case(
-        net_1,
+        lambda: Net(
+            lambda m, x: m.u(torch.zeros_like(x).index_add(0, torch.arange(2)[: len(x)], m.n(F.silu(x)))),
+            u=conv(),
+            n=shift_alone(),
+        ),
         FORWARD,
         ["n: forward: index_add in Net: it takes no shift: an element may be added any number of times"],
     ),
     Case(
-        net_2,
+        lambda: Net(
+            lambda m, x: m.n(m.u(x).scatter(0, torch.arange(2)[:1].view(1, 1, 1, 1), 2.0, reduce="add")),
+            u=conv(),
+            n=no_shift(),
+        ),
         BACKWARD,
         ["n: backward: scatter in Net: it adds a number"],
     ),
     Case(
-        net_3,
+        lambda: Net(
+            lambda m, x: m.n(m.u(x).scatter(0, torch.arange(2)[:1].view(1, 1, 1, 1), x, reduce="multiply")),
+            u=conv(),
+            n=no_shift(),
+        ),
         BACKWARD,
         ["n: backward: scatter in Net: it multiplies"],
     ),

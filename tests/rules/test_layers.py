@@ -22,12 +22,7 @@ from rule_cases import (
 from torch import nn
 
 
-def net_1():
-    three = norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d)
-    return Net(lambda m, x: m.n(m.l(x)), l=nn.Linear(4, 2), n=three)
-
-
-def net_2():
+def nearly_out_of_range():
     net = Net(lambda m, x: m.n(m.u(x)), u=conv(), n=norm([60000.0, 1.0], [0.0, 0.0])).half()
     net.u.weight.data *= 0
     net.u.weight.data += 2
@@ -60,7 +55,9 @@ CASES = [
         inputs=lambda: (torch.linspace(-1, 1, 8).reshape(1, 2, 2, 2),),
     ),
     Case(
-        net_1,
+        lambda: Net(
+            lambda m, x: m.n(m.l(x)), l=nn.Linear(4, 2), n=norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d)
+        ),
         BACKWARD,
         ["n: backward: linear in l (Linear): its weight has no axis for units that vary along axis 1 of its output"],
         inputs=lambda: (torch.linspace(-1, 1, 12).reshape(1, 3, 4),),
@@ -90,7 +87,7 @@ CASES = [
         ["n: forward: conv2d in u (Conv2d): it would have to undo a scale of (nearly) 0"],
     ),
     Case(
-        net_2,
+        nearly_out_of_range,
         BACKWARD,
         ["n: backward: conv2d in u (Conv2d): u.weight would leave the range of torch.float16"],
         inputs=lambda: (image().half(),),

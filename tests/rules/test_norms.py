@@ -8,26 +8,21 @@ import torch.nn.functional as F
 from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, no_shift, norm, shift_alone
 from torch import nn
 
-
-def net_1():
-    three = norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d)
-    return Net(lambda m, x: m.n(m.l(x)), l=nn.LayerNorm(4), n=three)
-
-
-def net_2():
-    four = norm([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0])
-    return Net(lambda m, x: m.n(m.k(F.silu(x)).transpose(1, 2)), k=no_shift(), n=four)
-
-
 CASES = [
     Case(
-        net_1,
+        lambda: Net(
+            lambda m, x: m.n(m.l(x)), l=nn.LayerNorm(4), n=norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d)
+        ),
         BACKWARD,
         ["n: backward: layer_norm in l (LayerNorm): its gain and bias have no axis for the units"],
         inputs=lambda: (torch.linspace(-1, 1, 12).reshape(1, 3, 4),),
     ),
     Case(
-        net_2,
+        lambda: Net(
+            lambda m, x: m.n(m.k(F.silu(x)).transpose(1, 2)),
+            k=no_shift(),
+            n=norm([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]),
+        ),
         BACKWARD,
         [
             "k: backward: silu in Net: it passes no change of units",

@@ -6,12 +6,6 @@ import pytest
 import torch.nn.functional as F
 from rule_cases import BACKWARD, Case, Net, anything, check, conv, dead_channel, norm
 
-
-def net_1():
-    four = norm([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0])
-    return Net(lambda m, x: m.n(F.pad(m.u(x)[None], (0, 0, 0, 0, 1, 1), mode="replicate")[0]), u=conv(), n=four)
-
-
 CASES = [
     Case(
         lambda: Net(lambda m, x: m.n(F.pad(m.u(x), (1, 1, 1, 1))), u=conv(), n=anything()),
@@ -33,7 +27,11 @@ CASES = [
         ["n: backward: pad in Net: minus infinity stays so under a positive scale only"],
     ),
     Case(
-        net_1,
+        lambda: Net(
+            lambda m, x: m.n(F.pad(m.u(x)[None], (0, 0, 0, 0, 1, 1), mode="replicate")[0]),
+            u=conv(),
+            n=norm([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 0.0]),
+        ),
         BACKWARD,
         ["n: backward: pad in Net: the units vary along the axis that it pads"],
     ),

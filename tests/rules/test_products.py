@@ -9,44 +9,15 @@ from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, no_s
 from torch import nn
 
 
-def net_1():
-    gain = parameter([[[2.0]], [[4.0]]])
-    return Net(lambda m, x: m.n(F.conv2d(x, m.u.weight) + m.gain.p) * m.gain.p, u=conv(), gain=gain, n=anything())
-
-
 class Standardised(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight / self.weight.std((1, 2, 3), keepdim=True), self.bias)
-
-
-def net_2():
-    layer = nn.utils.parametrizations.weight_norm(conv(), dim=1)
-    return Net(lambda m, x: m.n(m.u(x)), u=layer, n=anything())
-
-
-def net_3():
-    magnitude = parameter([[[[1.0]]]])
-    return Net(lambda m, x: m.n(torch._weight_norm(m.u(x), m.g.p)), u=conv(), g=magnitude, n=anything())
-
-
-def net_4():
-    magnitude = parameter([[[[1.0]]]])
-    return Net(lambda m, x: torch._weight_norm(m.n(F.silu(x)), m.g.p), g=magnitude, n=anything())
-
-
-def net_5():
-    gain = parameter([[[2.0]], [[4.0]]])
-    return Net(lambda m, x: m.n(m.u(x) * m.gain.p), u=conv(2, 1), gain=gain, n=anything())
 
 
 def written(m, x):
     gain = torch.ones(2, 1, 1)
     gain.mul_(3)
     return m.u(m.n(F.silu(x)) * gain)
-
-
-def net_6():
-    return Net(written, u=conv(), n=anything())
 
 
 CASES = [
@@ -71,7 +42,12 @@ CASES = [
         ["n: forward: glu in Net: its gating half cannot change units"],
     ),
     Case(
-        net_1,
+        lambda: Net(
+            lambda m, x: m.n(F.conv2d(x, m.u.weight) + m.gain.p) * m.gain.p,
+            u=conv(),
+            gain=parameter([[[2.0]], [[4.0]]]),
+            n=anything(),
+        ),
         BACKWARD,
         ["n: backward: mul in Net: a factor passes no shift"],
     ),
@@ -81,24 +57,28 @@ CASES = [
         ["n: backward: div in u (Standardised): the scales of its factors and its result do not fit"],
     ),
     Case(
-        net_2,
+        lambda: Net(lambda m, x: m.n(m.u(x)), u=nn.utils.parametrizations.weight_norm(conv(), dim=1), n=anything()),
         BACKWARD,
         [
             "n: backward: _weight_norm in u.parametrizations.weight.0 (_WeightNorm): its magnitude has no axis for the units"
         ],
     ),
     Case(
-        net_3,
+        lambda: Net(
+            lambda m, x: m.n(torch._weight_norm(m.u(x), m.g.p)), u=conv(), g=parameter([[[[1.0]]]]), n=anything()
+        ),
         BACKWARD,
         ["n: backward: _weight_norm in Net: it passes no shift"],
     ),
     Case(
-        net_4,
+        lambda: Net(lambda m, x: torch._weight_norm(m.n(F.silu(x)), m.g.p), g=parameter([[[[1.0]]]]), n=anything()),
         FORWARD,
         ["n: forward: _weight_norm in Net: it normalises its direction, which must stay as it is"],
     ),
     Case(
-        net_5,
+        lambda: Net(
+            lambda m, x: m.n(m.u(x) * m.gain.p), u=conv(2, 1), gain=parameter([[[2.0]], [[4.0]]]), n=anything()
+        ),
         BACKWARD,
         ["n: backward: mul in Net: a factor that is broadcast has no axis for the units"],
     ),
@@ -118,7 +98,7 @@ CASES = [
         ["n: forward: div in Net: its numbers depend on the size or the contents of the input"],
     ),
     Case(
-        net_6,
+        lambda: Net(written, u=conv(), n=anything()),
         FORWARD,
         ["n: forward: mul in Net: its contents are written in place"],
     ),

@@ -8,20 +8,13 @@ import torch.nn.functional as F
 from rule_cases import BACKWARD, FORWARD, Case, Net, check, norm
 from torch import nn
 
-
-def net_1():
-    three = norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d)
-    return Net(lambda m, x: m.r(m.n(F.silu(x)))[0], r=nn.LSTM(4, 2, batch_first=True), n=three)
-
-
-def net_2():
-    three = norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d)
-    return Net(lambda m, x: m.n(m.r(x)[0]), r=nn.LSTM(4, 2, batch_first=True), n=three)
-
-
 CASES = [
     Case(
-        net_1,
+        lambda: Net(
+            lambda m, x: m.r(m.n(F.silu(x)))[0],
+            r=nn.LSTM(4, 2, batch_first=True),
+            n=norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d),
+        ),
         FORWARD,
         ["n: forward: lstm in r (LSTM): its weight has one column for each feature"],
         inputs=lambda: (torch.linspace(-1, 1, 12).reshape(1, 3, 4),),
@@ -37,7 +30,11 @@ CASES = [
         inputs=lambda: (torch.linspace(-1, 1, 12).reshape(1, 3, 4),),
     ),
     Case(
-        net_2,
+        lambda: Net(
+            lambda m, x: m.n(m.r(x)[0]),
+            r=nn.LSTM(4, 2, batch_first=True),
+            n=norm([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], nn.BatchNorm1d),
+        ),
         BACKWARD,
         ["n: backward: lstm in r (LSTM): its state passes no change of units"],
         inputs=lambda: (torch.linspace(-1, 1, 12).reshape(1, 3, 4),),

@@ -6,12 +6,6 @@ import pytest
 import torch.nn.functional as F
 from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, no_shift, norm, shift_alone
 
-
-def net_1():
-    turn = norm([-1.0, 1.0], [0.0, 0.0])
-    return Net(lambda m, x: m.n(m.u(x).std(3, keepdim=True)), u=conv(), n=turn)
-
-
 CASES = [
     Case(
         lambda: Net(lambda m, x: m.n(F.max_pool2d(m.u(x), 2)), u=conv(), n=no_shift()),
@@ -46,7 +40,7 @@ CASES = [
         ["n: backward: std in Net: a deviation takes no shift"],
     ),
     Case(
-        net_1,
+        lambda: Net(lambda m, x: m.n(m.u(x).std(3, keepdim=True)), u=conv(), n=norm([-1.0, 1.0], [0.0, 0.0])),
         BACKWARD,
         ["n: backward: std in Net: a deviation takes no negative scale"],
     ),

@@ -12,10 +12,6 @@ def outer(m, x):
     return m.n((m.u(x).unsqueeze(2) + m.v(x).unsqueeze(1)).flatten(1))
 
 
-def net_1():
-    return Net(outer, u=nn.Linear(4, 2), v=nn.Linear(4, 2), n=norm([1.0] * 4, [1.0, 2.0, 3.0, 4.0], nn.BatchNorm1d))
-
-
 CASES = [
     Case(
         lambda: Net(lambda m, x: m.n((y := m.u(x)) - y), u=conv(), n=anything()),
@@ -28,7 +24,9 @@ CASES = [
         ["n: backward: add in Net: an operand that is broadcast has no axis for the units"],
     ),
     Case(
-        net_1,
+        lambda: Net(
+            outer, u=nn.Linear(4, 2), v=nn.Linear(4, 2), n=norm([1.0] * 4, [1.0, 2.0, 3.0, 4.0], nn.BatchNorm1d)
+        ),
         BACKWARD,
         ["n: backward: add in Net: none of its operands has an axis for the shift"],
         inputs=lambda: (torch.ones(1, 4),),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from rule_cases import BESIDE, Case, Net, anything, check, conv, image
 
 
-def net_1():
+def large_variance():
     large = anything()
     large.running_var *= 1000000000000.0
     return Net(lambda m, x: F.relu(m.u(y := F.relu(x)) + m.n(y)), u=conv(), n=large)
@@ -33,7 +33,7 @@ CASES = [
         ["n: beside: conv2d in Net: its weight is no parameter of its own, so single entries of it cannot change"],
     ),
     Case(
-        net_1,
+        large_variance,
         BESIDE,
         ["n: beside: conv2d in u (Conv2d): it would have to add much more than the norm gives, which costs precision"],
     ),

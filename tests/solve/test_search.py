@@ -9,14 +9,10 @@ from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, dead
 from torch import nn
 
 
-def net_1():
+def negative_variance():
     broken = anything()
     broken.running_var = torch.tensor([-1.0, 1.0])
     return Net(lambda m, x: m.n(m.u(x)), u=conv(), n=broken)
-
-
-def net_2():
-    return Net(lambda m, x: m.n(m.u(x)), u=conv(), n=norm([1.1, 0.3], [0.7, 0.2]))
 
 
 CASES = [
@@ -36,12 +32,12 @@ CASES = [
         ["n: forward: table.p cannot change units: a scale of (nearly) 0 would have to be undone"],
     ),
     Case(
-        net_1,
+        negative_variance,
         BACKWARD,
         ["n: backward: n: its statistics or parameters are not finite"],
     ),
     Case(
-        net_2,
+        lambda: Net(lambda m, x: m.n(m.u(x)), u=conv(), n=norm([1.1, 0.3], [0.7, 0.2])),
         None,
         ["n: folding it would cost more precision than the budget of 0"],
         options={"budget": 0},
@@ -68,3 +64,9 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+def test_a_wrong_reason_is_found() -> None:
+    case = Case(CASES[0].make, BACKWARD, ["n: backward: cumsum in Net: something else"])
+    with pytest.raises(AssertionError, match="something else"):
+        check(case)
