@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfuse
+from bnfuse.tools.zoo.randomise import randomise_
 
 BACKWARD, FORWARD, BESIDE = "backward", "forward", "beside"
 
@@ -91,3 +92,15 @@ def check(case: Case) -> None:
     ]
     assert found == case.reasons
     bnfuse.fuse(model, inputs, **case.options)
+
+
+def check_removed(function: Callable[..., Any], direction: str) -> None:
+    """The norm ``n`` between the convolutions ``u`` and ``v`` goes that way, and the outputs stay equal."""
+    torch.manual_seed(0)
+    model = Net(function, u=conv(), v=conv(), n=nn.BatchNorm2d(2)).double()
+    randomise_(model, 0, 0.0)
+    model.eval()
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    plan = bnfuse.plan(model, x)
+    assert [decision.direction for decision in plan.fused] == [direction]
+    torch.testing.assert_close(bnfuse.fuse(model, x)(x), model(x), rtol=1e-12, atol=1e-12)

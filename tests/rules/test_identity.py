@@ -1,11 +1,14 @@
-"""Identity: networks whose norm stays, with the exact reason."""
+"""Identity: networks whose norm stays, with the exact reason, and some whose norm goes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, check_removed, conv
 
 CASES = [
     Case(
@@ -38,3 +41,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.n(m.u(x).clone()), BACKWARD),
+    (lambda m, x: m.v(F.dropout(m.n(F.silu(m.u(x))), training=False)), FORWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)

@@ -1,11 +1,14 @@
-"""Indexing: networks whose norm stays, with the exact reason."""
+"""Indexing: networks whose norm stays, with the exact reason, and some whose norm goes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, check, conv, no_shift, shift_alone
+from rule_cases import BACKWARD, FORWARD, Case, Net, check, check_removed, conv, no_shift, shift_alone
 
 CASES = [
     Case(
@@ -41,3 +44,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.n(m.u(x)[:, [1, 0]]), BACKWARD),
+    (lambda m, x: m.v(m.n(F.silu(m.u(x)))[:, [1, 0]]), FORWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)

@@ -1,6 +1,9 @@
-"""Layers: networks whose norm stays, with the exact reason."""
+"""Layers: networks whose norm stays, with the exact reason, and some whose norm goes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from rule_cases import (
     Net,
     anything,
     check,
+    check_removed,
     conv,
     dead_channel,
     image,
@@ -98,3 +102,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.n(m.u(x)), BACKWARD),
+    (lambda m, x: m.v(m.n(F.silu(m.u(x)))), FORWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)

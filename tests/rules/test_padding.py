@@ -1,10 +1,13 @@
-"""Padding: networks whose norm stays, with the exact reason."""
+"""Padding: networks whose norm stays, with the exact reason, and some whose norm goes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch.nn.functional as F
-from rule_cases import BACKWARD, Case, Net, anything, check, conv, dead_channel, norm
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, check_removed, conv, dead_channel, norm
 
 CASES = [
     Case(
@@ -41,3 +44,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.n(F.pad(m.u(x), (1, 1, 1, 1), mode="reflect")), BACKWARD),
+    (lambda m, x: m.v(F.pad(m.n(F.silu(m.u(x))), (1, 1, 1, 1), mode="replicate")), FORWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)

@@ -1,11 +1,14 @@
-"""Products: networks whose norm stays, with the exact reason."""
+"""Products: networks whose norm stays, with the exact reason, and some whose norm goes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, no_shift, parameter
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, check_removed, conv, no_shift, parameter
 from torch import nn
 
 
@@ -108,3 +111,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.v(m.n(F.silu(m.u(x))) * 2), FORWARD),
+    (lambda m, x: m.n(-m.u(x)), BACKWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)

@@ -1,10 +1,13 @@
-"""Reductions: networks whose norm stays, with the exact reason."""
+"""Reductions: networks whose norm stays, with the exact reason, and some whose norm goes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, no_shift, norm, shift_alone
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, check_removed, conv, no_shift, norm, shift_alone
 
 CASES = [
     Case(
@@ -50,3 +53,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.n(F.avg_pool2d(m.u(x), 2)), BACKWARD),
+    (lambda m, x: m.v(m.n(F.silu(m.u(x))).mean((2, 3), keepdim=True)), FORWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)

@@ -1,9 +1,13 @@
-"""Shapes: networks whose norm stays, with the exact reason."""
+"""Shapes: networks whose norm stays, with the exact reason, and some whose norm goes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
-from rule_cases import BACKWARD, Case, Net, anything, check, conv
+import torch.nn.functional as F
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, check_removed, conv
 
 CASES = [
     Case(
@@ -27,3 +31,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.n(m.u(x).transpose(2, 3)), BACKWARD),
+    (lambda m, x: m.v(m.n(F.silu(m.u(x))).flatten(2).unsqueeze(3)), FORWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)

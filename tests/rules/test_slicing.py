@@ -1,11 +1,14 @@
-"""Slicing: networks whose norm stays, with the exact reason."""
+"""Slicing: networks whose norm stays, with the exact reason, and some whose norm goes."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, check_removed, conv
 
 CASES = [
     Case(
@@ -34,3 +37,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.n(torch.cat(m.u(x).chunk(2, 1)[::-1], 1)), BACKWARD),
+    (lambda m, x: m.v(m.n(F.silu(m.u(x)))[:, :, 1:]), FORWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)

@@ -1,10 +1,13 @@
-"""Sums: networks whose norm stays, with the exact reason."""
+"""Sums: networks whose norm stays, with the exact reason, and some whose norm goes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from rule_cases import BACKWARD, Case, Net, anything, check, conv, no_shift, norm
+from rule_cases import BACKWARD, Case, Net, anything, check, check_removed, conv, no_shift, norm
 from torch import nn
 
 
@@ -37,3 +40,14 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.n(m.u(x) + m.v(x)), BACKWARD),
+    (lambda m, x: m.n(m.u(x) - 3), BACKWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)
