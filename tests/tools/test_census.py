@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.analysis.norms import is_norm
-from bnfuse.reasons import CAUSES
 from bnfuse.errors import BnFuseError, InputError, VerificationError
+from bnfuse.reasons import CAUSES
 from bnfuse.tools import zoo
 from bnfuse.tools.census import page, rivals, run, worker
 from bnfuse.tools.census.ledger import FAILURES, FUSED, OUTCOMES, Kept, KeptReason, Ledger, Rival, Row, read
@@ -30,7 +30,7 @@ from bnfuse.tools.cli import main, parse_count
 from bnfuse.tools.zoo import inputs as zoo_inputs
 from bnfuse.verify.judge import NOISE_FACTOR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ROWS = sorted((DOCS / "census").glob("*.jsonl*"))
 
@@ -377,10 +377,13 @@ def test_torch_fx(model: nn.Module, shape: tuple[int, ...], verdict: str, remove
 # Reasons and the page -------------------------------------------------------------------------------------------------
 
 
+HEADING = {"census": "own", "bnfuse": "1", "max_parameters": 10**6, "seconds": 3, "memory": 2**30}
+
+
 def test_a_reason_that_nobody_knows(tmp_path: Path) -> None:
     (tmp_path / "census").mkdir()
     odd = Kept(1, (KeptReason("backward", None, "it-is-tuesday"),), "n", "it is Tuesday")
-    ledger = Ledger(tmp_path / "census" / "own.jsonl", HEADING_OF_A_PAGE)
+    ledger = Ledger(tmp_path / "census" / "own.jsonl", HEADING)
     ledger.add(Row("a", "f", FUSED, 3, norms=1, executed=1, removed=0, kept=(odd,)))
     with pytest.raises(BnFuseError, match="no cause has the code 'it-is-tuesday'"):
         page.page(tmp_path)
@@ -397,11 +400,9 @@ ROWS_OF_A_PAGE = (
 
 def test_a_page(tmp_path: Path) -> None:
     (tmp_path / "census").mkdir()
-    (tmp_path / "how-it-works.md").write_text((DOCS / "how-it-works.md").read_text())
     with pytest.raises(BnFuseError, match="run bnfuse census ZOO"):
         page.page(tmp_path)
-    heading = {"census": "own", "bnfuse": "1", "max_parameters": 10**6, "seconds": 3, "memory": 2**30}
-    ledger = Ledger(tmp_path / "census" / "own.jsonl", heading)
+    ledger = Ledger(tmp_path / "census" / "own.jsonl", HEADING)
     for row in ROWS_OF_A_PAGE:
         ledger.add(row)
     ledger.close()
