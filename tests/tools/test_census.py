@@ -385,6 +385,7 @@ def test_a_reason_that_nobody_knows(tmp_path: Path) -> None:
     odd = Kept(1, (KeptReason("backward", None, "it-is-tuesday"),), "n", "it is Tuesday")
     ledger = Ledger(tmp_path / "census" / "own.jsonl", HEADING)
     ledger.add(Row("a", "f", FUSED, 3, norms=1, executed=1, removed=0, kept=(odd,)))
+    ledger.close()
     with pytest.raises(BnFuseError, match="no cause has the code 'it-is-tuesday'"):
         page.page(tmp_path)
 
