@@ -860,7 +860,7 @@ def test_a_stream_that_goes_back_at_each_of_hundreds_of_sums() -> None:
 
 def test_what_a_shift_adds_behind_a_weight_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight behind the first norm has taken up the second one before."""
-    for module in ("units", "solve.propagation", "rewrite"):
+    for module in ("units", "solve.network", "rewrite"):
         monkeypatch.setattr(f"bnfuse.{module}.PIECE", 20)
     layers = [nn.Linear(5, 7), nn.ReLU(), nn.BatchNorm1d(7), nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU()]
     plan, _ = fused_and_checked(prepared(nn.Sequential(*layers)), torch.randn(4, 5, dtype=torch.float64))

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bnfuse import units
+from bnfuse import reasons, units
 from bnfuse.analysis import norms
 from bnfuse.capture import module_calls
 from bnfuse.graph import graph
@@ -106,13 +106,13 @@ def zero_padding_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def eps_forgotten(patch: pytest.MonkeyPatch) -> None:
-    original = norm_rules._parts
+    original = norm_rules.parts
 
     def parts(node: Any, trial: Any) -> Any:
         weight, _, mean, bias = original(node, trial)
         return weight, trial.content(node.bound["running_var"]).sqrt(), mean, bias
 
-    patch.setattr(norm_rules, "_parts", parts)
+    patch.setattr(norm_rules, "parts", parts)
 
 
 def transposed_weight_taken_for_a_plain_one(patch: pytest.MonkeyPatch) -> None:
@@ -127,17 +127,25 @@ def transposed_weight_taken_for_a_plain_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def shared_parameters_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(trial.Trial, "_check_edits", lambda self: None)
+    patch.setattr(trial, "check_edits", lambda network, edits: None)
+
+
+def forget_cause(patch: pytest.MonkeyPatch, forgotten: reasons.Cause) -> None:
+    original = graph.Value.pin
+
+    def pin(self: graph.Value, cause: reasons.Cause, **fields: Any) -> None:
+        if cause is not forgotten:
+            original(self, cause, **fields)
+
+    patch.setattr(graph.Value, "pin", pin)
 
 
 def outputs_not_pinned(patch: pytest.MonkeyPatch) -> None:
-    original = graph.Value.pin
-    patch.setattr(graph.Value, "pin", lambda self, text: None if "output of" in text else original(self, text))
+    forget_cause(patch, reasons.IS_OUTPUT)
 
 
 def views_not_pinned(patch: pytest.MonkeyPatch) -> None:
-    original = graph.Value.pin
-    patch.setattr(graph.Value, "pin", lambda self, text: None if "another view" in text else original(self, text))
+    forget_cause(patch, reasons.WRITTEN_THROUGH_VIEW)
 
 
 def hooks_ignored(patch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ along axis 1. What the layer does inside is not known, so the units of its input
 from __future__ import annotations
 
 from bnfuse.graph.graph import Node
-from bnfuse.reasons import HANDLER_PER_CHANNEL, HANDLER_TAKES_NO_INPUT_UNITS, UNDOES_ZERO_SCALE
+from bnfuse.reasons import HANDLER_PER_CHANNEL, HANDLER_TAKES_NO_INPUT_UNITS
 from bnfuse.rules.registry import Trial, absorber, forbid, rule
-from bnfuse.units import NotInvertibleError, Unit, channel_vector
+from bnfuse.units import Unit, channel_vector
 
 
 @rule("handled")
@@ -27,10 +27,7 @@ def handled_layer(node: Node, trial: Trial) -> None:
 @absorber("handled")
 def absorb_handled(node: Node, trial: Trial) -> None:
     layer = node.bound["layer"]
-    try:
-        scale, shift = trial.unit_or_identity(node.outputs[0]).direct()
-    except NotInvertibleError:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+    scale, shift = trial.unit_or_identity(node.outputs[0]).direct()
     (channels,) = layer.shape
     trial.edit(
         node,

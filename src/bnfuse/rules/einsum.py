@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import COUNTS_SHIFTS, EINSUM_PARAMETER_HAS_NO_AXIS, NO_BIAS, NOTHING_PASSES, UNDOES_ZERO_SCALE
+from bnfuse.reasons import COUNTS_SHIFTS, EINSUM_PARAMETER_HAS_NO_AXIS, NO_BIAS, NOTHING_PASSES
 from bnfuse.rules.registry import Trial, absorber, forbid, rule
-from bnfuse.units import NotInvertibleError, Unit, add, multiply, scaled
+from bnfuse.units import Unit, add, multiply, scaled
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,7 @@ def check(node: Node, trial: Trial) -> None:
 
 def _carried(node: Node, parts: Operands, trial: Trial, unit: Unit) -> Tensor | None:
     """``sum q*w`` for the shift q of x, as a tensor that broadcasts against y."""
-    try:
-        _, q = unit.inverted()
-    except NotInvertibleError:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+    _, q = unit.inverted()
     if q is None:
         return None
     if any(letter not in parts.of_y and letter not in parts.of_w for letter in parts.of_x):
@@ -141,11 +138,8 @@ def absorb(node: Node, trial: Trial) -> None:
     if parts is None:
         return
     of_input, of_output = trial.unit_or_identity(parts.x), trial.unit_or_identity(parts.y)
-    try:
-        p, _ = of_input.inverted()
-        s, t = of_output.direct()
-    except NotInvertibleError:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+    p, _ = of_input.inverted()
+    s, t = of_output.direct()
     rest = add(t, scaled(_carried(node, parts, trial, of_input), s))
     if rest is not None and bool((rest.abs() > 1e-12 * (1.0 if t is None else float(t.abs().max()))).any()):
         trial.refuse_shift(node, NO_BIAS)

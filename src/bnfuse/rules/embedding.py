@@ -7,9 +7,9 @@ looked up. Units that differ between places in the sequence have no place in the
 from __future__ import annotations
 
 from bnfuse.graph.graph import Node
-from bnfuse.reasons import ROW_PER_TOKEN, UNDOES_ZERO_SCALE
+from bnfuse.reasons import ROW_PER_TOKEN
 from bnfuse.rules.registry import Trial, absorber, rule
-from bnfuse.units import NotInvertibleError, Unit, channel_vector
+from bnfuse.units import Unit, channel_vector
 
 
 @rule("embedding")
@@ -23,10 +23,7 @@ def embedding(node: Node, trial: Trial) -> None:
 @absorber("embedding")
 def absorb_embedding(node: Node, trial: Trial) -> None:
     y = node.outputs[0]
-    try:
-        scale, shift = trial.unit_or_identity(y).direct()
-    except NotInvertibleError:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+    scale, shift = trial.unit_or_identity(y).direct()
     width = y.shape[-1]
     row_scale = None if scale is None else channel_vector(scale, len(y.shape) - 1, width, 1.0).reshape(1, -1)
     row_shift = None if shift is None else channel_vector(shift, len(y.shape) - 1, width, 0.0).reshape(1, -1)

@@ -33,13 +33,12 @@ from bnfuse.reasons import (
     NOTHING_PASSES,
     OFFSETS_ARE_FIXED,
     PADS_WITH_ZEROS,
-    UNDOES_ZERO_SCALE,
     WEIGHT_HAS_NO_AXIS,
 )
 from bnfuse.rules import einsum
 from bnfuse.rules.attention import is_softmax, mix_rows
 from bnfuse.rules.registry import Trial, absorber, forbid, rule
-from bnfuse.units import NotInvertibleError, Unit, add, channel_vector, multiply, per_channel
+from bnfuse.units import Unit, add, channel_vector, multiply, per_channel
 
 _CONVOLUTIONS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 _TRANSPOSED = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
@@ -182,10 +181,7 @@ def _same_use(node: Node, layer: Layer, other: Node) -> tuple[Node, Layer] | Non
 
 def _pass_on(node: Node, trial: Trial, layer: Layer, unit: Unit) -> None:
     """A shift of the input without a bias to take it up: the output is shifted."""
-    try:
-        _, q = unit.inverted()
-    except NotInvertibleError:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+    _, q = unit.inverted()
     if q is None or trial.unit(layer.y) is not None:
         return  # the absorber sees whether the two fit
     carried = _carried(layer, trial, channel_vector(q, layer.axis, layer.channels_in, 0.0))
@@ -231,10 +227,7 @@ def absorb(node: Node, trial: Trial) -> None:
             _edit_right_factor(node, trial)
         return
     x, y = trial.unit_or_identity(layer.x), trial.unit_or_identity(layer.y)
-    try:
-        (p, q), (s, t) = x.inverted(), y.direct()
-    except NotInvertibleError:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+    (p, q), (s, t) = x.inverted(), y.direct()
     channels_in, channels_out = layer.channels_in, layer.channels_out
     axis_in = None if p is None else channel_vector(p, layer.axis, channels_in, 1.0)
     axis_out = None if s is None else channel_vector(s, layer.axis, channels_out, 1.0)

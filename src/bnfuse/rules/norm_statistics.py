@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
-from bnfuse.rules.registry import Trial
+from bnfuse.rules.registry import Contents
 from bnfuse.units import Unit, channel_vector
 
-_CHANNELS = 1
+CHANNELS = 1
 
 
-def affine(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
+def affine(node: Node, contents: Contents) -> tuple[Tensor, Tensor]:
     """(a, c) of ``y = a*x + c`` in float64, which broadcast against x.
 
     The node is a batch norm, or one step of a norm that is written as arithmetic: x times, divided by, plus or minus
@@ -30,14 +30,14 @@ def affine(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
     """
     rank = len(node.outputs[0].shape)
     if node.operator == "batch_norm":
-        weight, sigma, mean, bias = _parts(node, trial)
+        weight, sigma, mean, bias = parts(node, contents)
         a = weight / sigma
         return _over_channels(rank, a), _over_channels(rank, bias - mean * a)
-    trial.assume(node)
+    contents.assume(node)
     left, right = node.bound["self"], node.bound["other"]
     swapped = not isinstance(left, Value) or left.independent
     other = left if swapped else right
-    k = trial.content(other).double() if isinstance(other, Value) else torch.tensor(float(other)).double()
+    k = contents.content(other).double() if isinstance(other, Value) else torch.tensor(float(other)).double()
     k = k.reshape([1] * (rank - k.dim()) + list(k.shape))
     one, zero = torch.ones_like(k), torch.zeros_like(k)
     alpha = node.argument("alpha", 1)
@@ -110,40 +110,40 @@ def _statistics_together(nodes: Sequence[Node], contents: Mapping[Value, Tensor]
     return mean, torch.sqrt(variance + eps.repeat_interleave(torch.tensor(sizes))), sizes
 
 
-def offset(node: Node, trial: Trial) -> float:
+def offset(node: Node, contents: Contents) -> float:
     """The largest distance of a mean from 0, in standard deviations; 0 for a norm that is written as arithmetic."""
     if node.operator != "batch_norm":
         return 0.0
-    return _distance(node, trial, torch.zeros((), dtype=torch.float64))
+    return distance(node, contents, torch.zeros((), dtype=torch.float64))
 
 
-def _distance(node: Node, trial: Trial, point: Tensor) -> float:
+def distance(node: Node, contents: Contents, point: Tensor) -> float:
     """The largest distance of a mean of the input, in its present units, from a point, in standard deviations."""
-    mean, sigma = _statistics(node, trial)
-    distance = (mean - point).abs() / sigma
-    return float(distance[sigma > 0].max()) if bool((sigma > 0).any()) else 0.0
+    mean, sigma = _statistics(node, contents)
+    far = (mean - point).abs() / sigma
+    return float(far[sigma > 0].max()) if bool((sigma > 0).any()) else 0.0
 
 
-def _statistics(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
+def _statistics(node: Node, contents: Contents) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the input, in its present units."""
-    _, sigma, mean, _ = _parts(node, trial)
+    _, sigma, mean, _ = parts(node, contents)
     x = node.bound["input"]
     scale, shift = (
-        None if part is None else channel_vector(part, _CHANNELS, x.shape[_CHANNELS], 0.0) for part in trial.placed(x)
+        None if part is None else channel_vector(part, CHANNELS, x.shape[CHANNELS], 0.0) for part in contents.placed(x)
     )
     if scale is not None:
         mean, sigma = mean * scale, sigma * scale.abs()
     return mean if shift is None else mean + shift, sigma
 
 
-def magnitudes(node: Node, trial: Trial) -> tuple[Tensor, Tensor]:
+def magnitudes(node: Node, contents: Contents) -> tuple[Tensor, Tensor]:
     """Root mean square and standard deviation of the input, in its present units, which broadcast against it.
 
     Both are 1 for a norm that is written as arithmetic.
     """
     if node.operator != "batch_norm":
         return torch.ones((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    mean, sigma = _statistics(node, trial)
+    mean, sigma = _statistics(node, contents)
     shape = [1, -1] + [1] * (len(node.outputs[0].shape) - 2)
     return torch.hypot(mean, sigma).reshape(shape), sigma.reshape(shape)
 
@@ -167,10 +167,11 @@ def is_step(node: Node) -> bool:
     return numbers and sum(depends) == 1 and not (node.operator == "div" and depends[1])
 
 
-def _parts(node: Node, trial: Trial) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean, variance = trial.content(node.bound["running_mean"]), trial.content(node.bound["running_var"])
+def parts(node: Node, contents: Contents) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight, standard deviation, mean and bias of a batch norm, each of shape (channels,)."""
+    mean, variance = contents.content(node.bound["running_mean"]), contents.content(node.bound["running_var"])
     sigma = torch.sqrt(variance + node.bound["eps"])
     w, b = node.argument("weight"), node.argument("bias")
-    weight = torch.ones_like(mean) if w is None else trial.content(w)
-    bias = torch.zeros_like(mean) if b is None else trial.content(b)
+    weight = torch.ones_like(mean) if w is None else contents.content(w)
+    bias = torch.zeros_like(mean) if b is None else contents.content(b)
     return weight, sigma, mean, bias

@@ -27,11 +27,10 @@ from bnfuse.reasons import (
     NO_BIAS,
     NO_WEIGHT,
     STATISTICS_OF_INPUT,
-    UNDOES_ZERO_SCALE,
 )
-from bnfuse.rules.norm_statistics import _CHANNELS, FARTHEST, _distance, _parts, offset
+from bnfuse.rules.norm_statistics import CHANNELS, FARTHEST, distance, offset, parts
 from bnfuse.rules.registry import Trial, absorber, forbid, rule
-from bnfuse.units import NotInvertibleError, Unit, add, channel_vector, multiply
+from bnfuse.units import Unit, add, channel_vector, multiply
 
 
 @rule("batch_norm")
@@ -45,7 +44,7 @@ def batch_norm(node: Node, trial: Trial) -> None:
         return
     for value in (node.bound["input"], node.outputs[0]):
         unit = trial.unit_or_identity(value)
-        if not unit.uniform_outside(_CHANNELS):
+        if not unit.uniform_outside(CHANNELS):
             trial.refuse_unit(node, unit, GAIN_PER_CHANNEL)
     # What it cannot undo is better known now than when it absorbs.
     trial.unit_or_identity(node.bound["input"]).inverted()
@@ -58,21 +57,18 @@ def absorb_batch_norm(node: Node, trial: Trial) -> None:
     if node.argument("training"):
         absorb_output(node, trial)
         return
-    try:
-        p, q = trial.unit_or_identity(x).inverted()
-        s, t = trial.unit_or_identity(y).direct()
-    except NotInvertibleError:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+    p, q = trial.unit_or_identity(x).inverted()
+    s, t = trial.unit_or_identity(y).direct()
     if p is None and q is None and s is None and t is None:
         _edit(node, trial, None, None, None)
         return
-    weight, sigma, mean, _ = _parts(node, trial)
+    weight, sigma, mean, _ = parts(node, trial)
 
     def vector(tensor: Tensor | None, default: float) -> Tensor | None:
-        return None if tensor is None else channel_vector(tensor, _CHANNELS, x.shape[_CHANNELS], default)
+        return None if tensor is None else channel_vector(tensor, CHANNELS, x.shape[CHANNELS], default)
 
     if q is not None:
-        far = _distance(node, trial, channel_vector(q, _CHANNELS, x.shape[_CHANNELS], 0.0))
+        far = distance(node, trial, channel_vector(q, CHANNELS, x.shape[CHANNELS], 0.0))
         if far > max(FARTHEST.get(x.dtype, 0.0), offset(node, trial)):
             trial.refuse_shift(node, MEAN_TOO_FAR, distance=far)
     gain, ratio, moved, shift = vector(s, 1.0), vector(p, 1.0), vector(q, 0.0), vector(t, 0.0)
@@ -123,10 +119,7 @@ def absorb_output(node: Node, trial: Trial) -> None:
         squeezed = tensor.reshape([tensor.shape[axis] for axis in axes])
         return squeezed.expand(shape)
 
-    try:
-        s, t = unit.direct()
-    except NotInvertibleError:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+    s, t = unit.direct()
     _edit(node, trial, on_parameter(s), on_parameter(s), on_parameter(t))
 
 
@@ -135,4 +128,4 @@ def _parameter_axes(node: Node) -> list[int]:
     if "normalized_shape" in node.bound:
         rank = len(node.outputs[0].shape)
         return list(range(rank - len(node.bound["normalized_shape"]), rank))
-    return [_CHANNELS]
+    return [CHANNELS]

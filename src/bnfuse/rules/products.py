@@ -195,10 +195,7 @@ class _Gain:
         return Unit(ratio if self.power > 0 else reciprocal(ratio))
 
     def _ratio_of(self, unit: Unit) -> Tensor | None:
-        try:
-            scale, _ = lift(unit, self.p, self.z).direct()
-        except NotInvertibleError:
-            self.trial.refuse(self.node, UNDOES_ZERO_SCALE)
+        scale, _ = lift(unit, self.p, self.z).direct()
         return scale if scale is None or self.power > 0 else reciprocal(scale)
 
     def _contents(self) -> Tensor:
@@ -228,11 +225,8 @@ class _Gain:
 
     def _missing(self, of_x: Unit, of_z: Unit) -> Unit:
         """What p needs so that given units of x and z fit."""
-        try:
-            s, _ = of_x.direct()
-            r, _ = of_z.direct()
-        except NotInvertibleError:
-            self.trial.refuse(self.node, UNDOES_ZERO_SCALE)
+        s, _ = of_x.direct()
+        r, _ = of_z.direct()
         ratio = r if s is None else multiply(reciprocal(s), r)
         if not self._forward(of_x.turned(False), ratio).same_as(of_z.turned(False)):
             self.trial.refuse_shift(self.node, SHIFTS_DO_NOT_FIT)

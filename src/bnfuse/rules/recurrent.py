@@ -8,9 +8,9 @@ neither a scale nor a shift passes.
 from __future__ import annotations
 
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import COLUMN_PER_FEATURE, NOTHING_PASSES, RECURRENT_WITHOUT_BIAS, STATE_IS_FIXED, UNDOES_ZERO_SCALE
+from bnfuse.reasons import COLUMN_PER_FEATURE, NOTHING_PASSES, RECURRENT_WITHOUT_BIAS, STATE_IS_FIXED
 from bnfuse.rules.registry import Trial, absorber, forbid, rule
-from bnfuse.units import IDENTITY, NotInvertibleError, Unit, channel_vector
+from bnfuse.units import IDENTITY, Unit, channel_vector
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -44,10 +44,7 @@ def absorb_recurrent(node: Node, trial: Trial) -> None:
     unit = trial.unit_or_identity(x)
     if "params" not in node.bound:
         return
-    try:
-        p, q = unit.inverted()
-    except NotInvertibleError:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+    p, q = unit.inverted()
     features = x.shape[-1]
     edits = dict.fromkeys(node.bound["params"], IDENTITY)
     for weight, bias in _first_layer(node):

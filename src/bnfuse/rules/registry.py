@@ -21,7 +21,23 @@ from bnfuse.reasons import Cause
 from bnfuse.units import Unit
 
 
-class Trial(Protocol):
+class Contents(Protocol):
+    """What is known of the numbers of a network: enough to read what a norm does."""
+
+    def content(self, value: Value) -> Tensor:
+        """The present float64 contents, with all edits so far, of what does not depend on the model's inputs."""
+
+    def pieces(self, value: Value) -> Iterator[Tensor]:
+        """The same in pieces of rows, each of which is gone when the next one is asked for."""
+
+    def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of all units that accepted removals have given to the input of a batch norm."""
+
+    def assume(self, node: Node) -> None:
+        """Rely on the numbers given to an operator being the same for inputs of any size; refuses if they are not."""
+
+
+class Trial(Contents, Protocol):
     """What a rule sees of an attempt to remove a norm."""
 
     def unit(self, value: Value) -> Unit | None:
@@ -45,9 +61,6 @@ class Trial(Protocol):
         ``scale`` says that they place a scale differently, not only a shift.
         """
 
-    def assume(self, node: Node) -> None:
-        """Rely on the numbers given to an operator being the same for inputs of any size; refuses if they are not."""
-
     def refuse(self, node: Node, cause: Cause, **values: Any) -> NoReturn:
         """Give up: nothing passes, or not this scale, so that moving shifts does not help.
 
@@ -68,20 +81,12 @@ class Trial(Protocol):
         which another operator asks for something else.
         """
 
-    def content(self, value: Value) -> Tensor:
-        """The present float64 contents, with all edits so far, of what does not depend on the model's inputs."""
-
-    def pieces(self, value: Value) -> Iterator[Tensor]:
-        """The same in pieces of rows, each of which is gone when the next one is asked for."""
-
-    def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
-        """Scale and shift of all units that accepted removals have given to the input of a batch norm."""
-
     def is_edited(self, value: Value) -> bool:
         """True if an accepted edit changed the parameter."""
 
 
 Rule = Callable[[Node, Trial], None]
+"""A rule or an absorber. Where it raises NotInvertibleError, the trial refuses to undo a scale of (nearly) 0."""
 
 
 class Family(Enum):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import INDEX_IS_TENSOR, START_IS_TENSOR, TAKEN_TWICE, UNDOES_ZERO_SCALE
+from bnfuse.reasons import INDEX_IS_TENSOR, START_IS_TENSOR, TAKEN_TWICE
 from bnfuse.rules import indexing as places
 from bnfuse.rules.registry import Family, Trial, rule
 from bnfuse.units import NotInvertibleError, Unit, shrink
@@ -197,18 +197,15 @@ def _settle(node: Node, trial: Trial, whole: Value, pieces: list[_Piece], axis: 
             units += [
                 (piece, unit) for piece in _siblings(node, trial, whole, axis) if (unit := trial.unit(piece.value))
             ]
-        try:
-            made = _joined(units, whole, axis)
-            if not chosen:
-                made_of = {piece.value: trial.unit(piece.value) for piece in pieces}
-                made = _JoinedUnit(made.scale, made.shift, made.inverse, node=node, parts=made_of)
-            joined = {whole: made}
-            spread = _spread(units, axis) if chosen else None
-            if chosen and spread is None:
-                trial.assume(node)
-            trial.choose(node, [joined] if spread is None else [{whole: spread}, joined])
-        except NotInvertibleError:
-            trial.refuse(node, UNDOES_ZERO_SCALE)
+        made = _joined(units, whole, axis)
+        if not chosen:
+            made_of = {piece.value: trial.unit(piece.value) for piece in pieces}
+            made = _JoinedUnit(made.scale, made.shift, made.inverse, node=node, parts=made_of)
+        joined = {whole: made}
+        spread = _spread(units, axis) if chosen else None
+        if chosen and spread is None:
+            trial.assume(node)
+        trial.choose(node, [joined] if spread is None else [{whole: spread}, joined])
 
 
 def _spread(units: list[tuple[_Piece, Unit]], axis: int) -> Unit | None:

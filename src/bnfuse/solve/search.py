@@ -28,8 +28,10 @@ from bnfuse.reasons import (
 )
 from bnfuse.rules import ABSORBERS
 from bnfuse.rules.norm_statistics import FARTHEST
-from bnfuse.solve import parallel_layer as beside
-from bnfuse.solve.propagation import Network, Refusal, TooFarError, Trial, agree
+from bnfuse.solve import parallel_layer
+from bnfuse.solve.checks import agree
+from bnfuse.solve.network import Network, Refusal
+from bnfuse.solve.propagation import TooFarError, Trial
 from bnfuse.units import IDENTITY, NotInvertibleError, Unit, reciprocal
 
 _BOTH = "both"
@@ -152,7 +154,7 @@ def _attempt(network: Network, norm: Norm) -> Decision:
                 if way.direction != _BOTH:
                     reasons.setdefault(way.direction, replace(refusal.reason, direction=way.direction))
                 continue
-            network.accept(trial)
+            trial.accept()
             into = dict.fromkeys(_layer_name(value) for value in trial.edits)
             return Decision(norm.label, norm.kind, norm.channels, True, way.direction, tuple(into))
         ways = too_far
@@ -197,10 +199,10 @@ def _ways(network: Network, norm: Norm) -> Iterator[_Way]:
     """What to try, in turn: a layer beside the norm takes it up, which changes no units; all of ``a*x + c`` goes back,
     or on; or the scale goes one way and the shift the other."""
     maps = _Maps(network, norm)
-    for layers in zip(*(beside.siblings(site, network.removed) for site in norm.sites), strict=False):
+    for layers in zip(*(parallel_layer.siblings(site, network.removed) for site in norm.sites), strict=False):
         if len({layer.node for layer in layers}) == len(layers):  # none twice
 
-            def run(trial: Trial, limit: int, layers: tuple[beside.Sibling, ...] = layers) -> None:
+            def run(trial: Trial, limit: int, layers: tuple[parallel_layer.Sibling, ...] = layers) -> None:
                 sites = zip(layers, maps.known, strict=True)
                 trial.run_beside([(layer, site, a, c) for layer, (site, a, c, _) in sites])
 

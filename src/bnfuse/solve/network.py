@@ -1,0 +1,246 @@
+"""The graph with the edits that were accepted so far, and the contents that parameters have with them.
+
+It is only read and added to; the tensors of the model are never written to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfuse.graph.graph import Graph, Kind, Node, Value
+from bnfuse.reasons import (
+    CONTENTS_ARE_WRITTEN,
+    CONTENTS_DEPEND_ON_RUN,
+    CONTENTS_DEPEND_ON_SIZE,
+    IS_RANDOM,
+    NUMBERS_DEPEND_ON_INPUT,
+    Reason,
+)
+from bnfuse.rules.norm_statistics import affine, affine_together, offset, offsets_together
+from bnfuse.solve.aliasing import Memory
+from bnfuse.solve.fixed_units import Limits
+from bnfuse.solve.layout import Layouts
+from bnfuse.units import (
+    PIECE,
+    NotInvertibleError,
+    Unit,
+    add,
+    multiply,
+    row_ranges,
+    scaled,
+)
+
+
+class Refusal(Exception):
+    """A trial has failed; ``scale`` says that no other place for a shift would help."""
+
+    def __init__(self, reason: Reason, scale: bool) -> None:
+        super().__init__(reason, scale)
+        self.reason = reason
+        self.scale = scale
+
+    def __str__(self) -> str:
+        return str(self.reason)
+
+
+class Network:
+    """The graph with everything that was accepted so far.
+
+    Attributes:
+        varying: operators whose numbers depend on the size of the input.
+        removed: the operators of norms that go.
+        edits: the new contents of each parameter, one after the other.
+        assumed: operators whose numbers must be the same for inputs of every size.
+    """
+
+    def __init__(self, graph: Graph, varying: Collection[Node] = (), forbidden: Collection[nn.Module] = ()) -> None:
+        self.nodes = graph.nodes
+        self.varying = varying
+        self.memory = Memory(forbidden)
+        nodes = [*graph.paths, *graph.nodes]
+        self.layouts = Layouts(nodes)
+        self.limits = Limits(nodes)
+        self.assumed: set[Node] = set()
+        self.removed: set[Node] = set()
+        self.edits: dict[Value, list[Unit]] = {}
+        self._placed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
+        self._contents = _statistics(graph.nodes)
+        self._affine = affine_together(graph.nodes, self._contents)
+        self._offsets: dict[Node, float] = {}
+
+    def affine(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor, Unit | None]:
+        """(a, c) of ``y = a*x + c``, of the steps of a norm, as it is at present; and the unit that they are, None if
+        they are not finite."""
+        first, *rest = nodes
+        if not rest and first in self._affine:
+            return self._affine[first]
+        a, c = affine(first, self)
+        for node in rest:
+            factor, term = affine(node, self)
+            a, c = a * factor, c * factor + term
+        if a.shape != c.shape:
+            a, c = a.expand_as(c + a), c.expand_as(c + a)
+        return a, c, Unit.of(a, c) if math.isfinite(a.sum() + c.sum()) else None
+
+    def offset(self, node: Node) -> float:
+        """How far a mean of a step of a norm lies from 0 at present, in standard deviations."""
+        if not self._offsets:
+            self._offsets = offsets_together(self.nodes, self._contents)
+        known = None if node.argument("input") in self._placed else self._offsets.get(node)
+        return offset(node, self) if known is None else known
+
+    def content(self, value: Value) -> Tensor:
+        """Present float64 contents of a parameter. Vectors are kept, since norms are read again and again."""
+        if value in self._contents:
+            return self._contents[value]
+        if value.kind is Kind.COMPUTED:
+            return self._replayed(value)
+        if value.kind is Kind.CONSTANT and not value.names:
+            self._assume(value.consumers)
+        tensor = _initial(value)
+        for unit in self.edits.get(value, ()):
+            tensor = edited(tensor, unit)
+        if tensor.dim() <= 1:
+            self._contents[value] = tensor
+        return tensor
+
+    def pieces(self, value: Value) -> Iterator[Tensor]:
+        """The same in pieces of rows, each of which is gone when the next one is asked for."""
+        source = value.tensor
+        if value.kind is not Kind.PARAMETER or source is None or source.numel() <= PIECE or source.device.type != "cpu":
+            yield self.content(value)
+            return
+        scratch = torch.empty(0, dtype=torch.float64)
+        for start, size in row_ranges(source):
+            rows = source.detach().narrow(0, start, size)
+            scratch = scratch if scratch.numel() >= rows.numel() else scratch.new_empty(rows.numel())
+            piece = scratch[: rows.numel()].view(rows.shape).copy_(rows)
+            for unit in self.edits.get(value, ()):
+                piece = edited(piece, unit.rows(start, size))
+            yield piece
+
+    def _replayed(self, value: Value) -> Tensor:
+        """What the recorded operators make, in float64, of the present parameters."""
+        node = value.producer
+        if node is None or not value.independent or value.pinned is not None:
+            raise Refusal(CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
+
+        self._assume([node])
+
+        def contents(argument: Any) -> Any:
+            if isinstance(argument, Value):
+                return self.content(argument)
+            return type(argument)(map(contents, argument)) if isinstance(argument, (tuple, list)) else argument
+
+        if node.operator in ("to", "_to_copy", "type_as") and node.outputs[0].dtype.is_floating_point:
+            return self.content(node.inputs[0])
+        if torch.Tag.nondeterministic_seeded in node.overload.tags:
+            raise Refusal(IS_RANDOM.reason(node.operator, node.call.label), scale=False)
+        if node.overload._schema.is_mutable and node.operator != "detach":
+            raise Refusal(CONTENTS_ARE_WRITTEN.reason(node.operator, node.call.label), scale=False)
+        result = node.overload(**{name: contents(argument) for name, argument in node.bound.items()})
+        results = [result] if isinstance(result, Tensor) else list(result)
+        return results[node.outputs.index(value)]
+
+    def _assume(self, nodes: Collection[Node]) -> None:
+        """A table that the code makes itself may depend on the size of the input."""
+        for node in nodes:
+            if node in self.varying:
+                raise Refusal(CONTENTS_DEPEND_ON_SIZE.reason(*node.place), scale=False)
+        self.assumed.update(nodes)
+
+    def assume(self, node: Node) -> None:
+        """Refuse where the numbers of a norm are others at another size.
+
+        That they are the same is not noted: a norm's numbers are a part of the changes, which are compared as a whole.
+        """
+        if node in self.varying:
+            raise Refusal(NUMBERS_DEPEND_ON_INPUT.reason(*node.place), True)
+
+    def accept(
+        self,
+        targets: Collection[Node],
+        edits: Mapping[Value, Unit],
+        composed: Mapping[Value, tuple[Tensor | None, Tensor | None]],
+        assumed: Collection[Node],
+    ) -> None:
+        """Take what a trial has found.
+
+        Args:
+            targets: the operators of the norm that goes.
+            edits: the new contents of parameters.
+            composed: scale and shift of all units that values have been given so far.
+            assumed: operators whose numbers must be the same for inputs of every size.
+        """
+        self.removed.update(targets)
+        for node in targets:
+            if node.data is not None:
+                self.limits.unite(node.data, node.outputs[0])
+        self.assumed.update(assumed)
+        self._placed.update(composed)
+        for value, unit in edits.items():
+            self.edits.setdefault(value, []).append(unit)
+            self._contents.pop(value, None)
+            for node in value.consumers:
+                self._affine.pop(node, None)
+
+    def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of all units that accepted removals have given to a value."""
+        return self._placed.get(value, _NOTHING)
+
+    def composed(self, value: Value, unit: Unit) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of all units that a value has been given, with another one."""
+        before = self.placed(value)
+        try:
+            s, t = unit.direct()
+        except NotInvertibleError:
+            return before  # a dead channel, which nothing that stays can read
+        return multiply(before[0], s), add(scaled(before[1], s), t)
+
+
+_NOTHING = (None, None)
+
+
+def _initial(value: Value) -> Tensor:
+    if value.kind is Kind.ABSENT:
+        fill = 1.0 if value.names[0].endswith("weight") else 0.0
+        return torch.full(value.shape, fill, dtype=torch.float64)
+    if value.tensor is None:
+        raise Refusal(CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
+    tensor = value.tensor.detach()
+    return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
+
+
+def _statistics(nodes: Collection[Node]) -> dict[Value, Tensor]:
+    """Contents of the vectors of all batch norms, which are converted together: they are many and small."""
+    alike: dict[tuple[torch.dtype, torch.device], dict[Value, Tensor]] = {}
+    for node in nodes:
+        if node.operator == "batch_norm":
+            for value in node.inputs:
+                tensor = value.tensor
+                plain = value.kind is Kind.PARAMETER and type(tensor) in (Tensor, nn.Parameter)
+                if plain and tensor is not None and tensor.dim() == 1 and tensor.is_floating_point():
+                    alike.setdefault((tensor.dtype, tensor.device), {})[value] = tensor.detach()
+    return {
+        value: contents
+        for vectors in alike.values()
+        for value, contents in zip(
+            vectors,
+            torch.cat(list(vectors.values())).to("cpu", torch.float64).split([len(v) for v in vectors.values()]),
+            strict=True,
+        )
+    }
+
+
+def edited(tensor: Tensor, unit: Unit) -> Tensor:
+    """The contents after an edit."""
+    if unit.scale is not None:
+        tensor = tensor * unit.scale
+    if unit.shift is not None:
+        tensor = tensor + unit.shift
+    return tensor if unit.entries is None else unit.entries.add_to(tensor.clone())
