@@ -126,7 +126,7 @@ def test_wrong_handler_is_caught(inplace: bool) -> None:
 
     model = own_layers()
     before = snapshot(model)
-    with pytest.raises(bnfuse.VerificationError):
+    with pytest.raises(bnfuse.VerificationError, match=r"your handlers for Periodic at '2'.*scale\*y \+ shift"):
         bnfuse.fuse(model, X, handlers={Periodic: half}, inplace=inplace)
     assert_untouched(model, before)
 
