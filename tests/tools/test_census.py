@@ -29,7 +29,7 @@ from bnfuse.tools.cli import main, parse_count
 from bnfuse.tools.zoo import inputs as zoo_inputs
 from bnfuse.verify.judge import NOISE_FACTOR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ROWS = sorted((DOCS / "census").glob("*.jsonl*"))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import bnfuse
 from bench import command, compiling, fusing, growth, latency, memory, rivals

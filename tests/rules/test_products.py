@@ -1,0 +1,124 @@
+"""Products: networks whose norm stays, with the exact reason, and some whose norm goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, check_removed, conv, no_shift, parameter
+from torch import nn
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def written(m, x):
+    gain = torch.ones(2, 1, 1)
+    gain.mul_(3)
+    return m.u(m.n(F.silu(x)) * gain)
+
+
+CASES = [
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x) * torch.sigmoid(m.v(x))), u=conv(), v=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: mul in Net: a gate passes no shift"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n((y := m.u(x)) * y), u=conv(), n=no_shift()),
+        BACKWARD,
+        ["n: backward: mul in Net: it multiplies a tensor by itself"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(torch.div(m.u(x), 2, rounding_mode="floor")), u=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: div in Net: it rounds"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.u(F.glu(m.n(F.silu(x)), 1)), u=conv(1), n=no_shift()),
+        FORWARD,
+        ["n: forward: glu in Net: its gating half cannot change units"],
+    ),
+    Case(
+        lambda: Net(
+            lambda m, x: m.n(F.conv2d(x, m.u.weight) + m.gain.p) * m.gain.p,
+            u=conv(),
+            gain=parameter([[[2.0]], [[4.0]]]),
+            n=anything(),
+        ),
+        BACKWARD,
+        ["n: backward: mul in Net: a factor passes no shift"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x)), u=Standardised(2, 2, 1), n=anything()),
+        BACKWARD,
+        ["n: backward: div in u (Standardised): the scales of its factors and its result do not fit"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x)), u=nn.utils.parametrizations.weight_norm(conv(), dim=1), n=anything()),
+        BACKWARD,
+        [
+            "n: backward: _weight_norm in u.parametrizations.weight.0 (_WeightNorm): its magnitude has no axis for the units"
+        ],
+    ),
+    Case(
+        lambda: Net(
+            lambda m, x: m.n(torch._weight_norm(m.u(x), m.g.p)), u=conv(), g=parameter([[[[1.0]]]]), n=anything()
+        ),
+        BACKWARD,
+        ["n: backward: _weight_norm in Net: it passes no shift"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: torch._weight_norm(m.n(F.silu(x)), m.g.p), g=parameter([[[[1.0]]]]), n=anything()),
+        FORWARD,
+        ["n: forward: _weight_norm in Net: it normalises its direction, which must stay as it is"],
+    ),
+    Case(
+        lambda: Net(
+            lambda m, x: m.n(m.u(x) * m.gain.p), u=conv(2, 1), gain=parameter([[[2.0]], [[4.0]]]), n=anything()
+        ),
+        BACKWARD,
+        ["n: backward: mul in Net: a factor that is broadcast has no axis for the units"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x) * 0), u=conv(), n=anything()),
+        BACKWARD,
+        ["n: backward: mul in Net: it multiplies by 0"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x) * m.gain.p), u=conv(), gain=parameter([[[0.0]], [[4.0]]]), n=anything()),
+        BACKWARD,
+        ["n: backward: mul in Net: no shift of its input undoes one of its output where it multiplies by 0"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.u(m.n(F.silu(x)) / x.shape[-1]), u=conv(), n=anything()),
+        FORWARD,
+        ["n: forward: div in Net: its numbers depend on the size or the contents of the input"],
+    ),
+    Case(
+        lambda: Net(written, u=conv(), n=anything()),
+        FORWARD,
+        ["n: forward: mul in Net: its contents are written in place"],
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_norm_stays(case: Case) -> None:
+    check(case)
+
+
+REMOVED = [
+    (lambda m, x: m.v(m.n(F.silu(m.u(x))) * 2), FORWARD),
+    (lambda m, x: m.n(-m.u(x)), BACKWARD),
+]
+
+
+@pytest.mark.parametrize(("function", "direction"), REMOVED)
+def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
+    check_removed(function, direction)
