@@ -209,8 +209,20 @@ def _verify(plan: Plan, original: nn.Module, fused: nn.Module, draft: Draft, und
         separate=None if undo is None else separate,
     )
     if not verdict.equal:
-        raise VerificationError(verdict.message) from verdict.error
+        raise VerificationError(verdict.message + _suspects(plan, original)) from verdict.error
     if not verdict.comparison.within_tolerance():
         log.info("%s", verdict.message)
     if separated:
         rewrite(plan, fused)
+
+
+def _suspects(plan: Plan, model: nn.Module) -> str:
+    """What an error adds where the plan used the caller's handlers: they are looked at first."""
+    layers = [edit.names[0] for edit in plan.edits if edit.handler is not None]
+    if not layers:
+        return ""
+    used = ", ".join(f"{type(model.get_submodule(name)).__name__} at {name!r}" for name in layers)
+    return (
+        f"\nThe plan used your handlers for {used}. Check first that each makes its layer give scale*y + shift "
+        f"instead of y."
+    )

@@ -126,7 +126,7 @@ def test_wrong_handler_is_caught(inplace: bool) -> None:
 
     model = own_layers()
     before = snapshot(model)
-    with pytest.raises(bnfuse.VerificationError):
+    with pytest.raises(bnfuse.VerificationError, match=r"your handlers for Periodic at '2'.*scale\*y \+ shift"):
         bnfuse.fuse(model, X, handlers={Periodic: half}, inplace=inplace)
     assert_untouched(model, before)
 
@@ -208,3 +208,20 @@ def test_layers_are_classes_of_modules(layers: list[object]) -> None:
     for call in (bnfuse.plan, bnfuse.fuse):
         with pytest.raises(bnfuse.InputError, match=r"layers= takes classes of modules.*\n  got: .*\n  expected:"):
             call(net, layers=layers)
+
+
+@pytest.mark.parametrize("argument", ["keep", "also"])
+@pytest.mark.parametrize("given", [3, [nn.Linear], None])
+def test_names_that_are_no_strings_are_refused(argument, given):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    for call in (bnfuse.fuse, bnfuse.plan):
+        with pytest.raises(bnfuse.InputError, match=rf"{argument}= takes a name.*\n  got: .*\n  expected:"):
+            call(net, **{argument: given})
+
+
+@pytest.mark.parametrize("handlers", [{"Linear": print}, {int: print}, {nn.Linear: 3}])
+def test_handlers_that_are_none_are_refused(handlers):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    for call in (bnfuse.fuse, bnfuse.plan):
+        with pytest.raises(bnfuse.InputError, match=r"handlers= takes a dict.*\n  got: .*\n  expected:"):
+            call(net, handlers=handlers)

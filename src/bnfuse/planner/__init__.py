@@ -1,4 +1,6 @@
-"""From a model to a plan: run it, solve, try the plan where the code may depend on its inputs, and solve again.
+"""From a model and its inputs to a ``Plan``: which norms go, and which parameters change for it.
 
-The rooms below each do one step; this one knows their order. A ``Plan`` is made nowhere else.
+Here live the order of the steps (run, solve, try the plan on other inputs, solve again) and the choice of the norms
+that must stay. What an operator does belongs in ``rules``, how a norm is solved in ``solve``, whether two outputs are
+equal in ``verify``. Nothing here changes the caller's model: plans are tried on copies.
 """

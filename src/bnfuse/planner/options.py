@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -33,8 +33,28 @@ class Options:
                     f"layers= takes classes of modules, such as (nn.Conv2d, nn.Linear).\n"
                     f"  got:      {kind!r}\n  expected: a subclass of torch.nn.Module"
                 )
-        return Options(_strings(keep), _strings(also), None if layers is None else tuple(layers), dict(handlers or {}))
+        for kind, handler in (handlers or {}).items():
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module) and callable(handler)):
+                raise InputError(
+                    f"handlers= takes a dict from classes of modules to functions handler(layer, scale, shift).\n"
+                    f"  got:      {kind!r}: {handler!r}\n  expected: a subclass of torch.nn.Module: a function"
+                )
+        return Options(
+            _patterns("keep", keep),
+            _patterns("also", also),
+            None if layers is None else tuple(layers),
+            dict(handlers or {}),
+        )
 
 
-def _strings(given: str | Sequence[str]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
+def _patterns(argument: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    """The names or glob patterns as a tuple; raise InputError if they are something else."""
+    if isinstance(given, str):
+        return (given,)
+    patterns = tuple(given) if isinstance(given, Iterable) else None
+    if patterns is None or not all(isinstance(pattern, str) for pattern in patterns):
+        raise InputError(
+            f"{argument}= takes a name or a sequence of names.\n"
+            f"  got:      {given!r}\n  expected: a string, or a list or tuple of strings"
+        )
+    return patterns

@@ -204,7 +204,11 @@ class Draft:
         return self._solved({**self.kept, **bad}).plan if bad else None
 
     def _fits(self, plan: Plan) -> bool:
-        """True if the fused model runs the operators of the original but those of the norms that are gone."""
+        """True if the fused model runs the same operators as the original, apart from those of the removed norms.
+
+        This compares operators, not outputs: it tells which norm is to blame after ``same_outputs`` found that the
+        outputs differ. Whether outputs are equal is decided by ``same_outputs`` alone.
+        """
         fused = copy_model(self.model)
         rewrite(plan, fused)  # as in place, where an object of the model's may still hold the norm
         gone = {id(self.model.get_submodule(replacement.names[0])) for replacement in plan.replacements}
