@@ -12,6 +12,7 @@ from bnfuse.errors import (
 )
 from bnfuse.fusion_plan import Plan
 from bnfuse.pair import fuse_pair
+from bnfuse.planner.options import Options
 from bnfuse.reasons import Reason
 from bnfuse.verify.compare import compare
 from bnfuse.verify.comparison import Comparison
@@ -23,6 +24,7 @@ __all__ = [
     "FusionError",
     "InputError",
     "NoNormError",
+    "Options",
     "Plan",
     "Reason",
     "SpecError",

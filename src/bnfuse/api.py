@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from bnfuse.changes import Handler
 from bnfuse.errors import VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
 from bnfuse.model.wrappers import checked, unwrap
-from bnfuse.planner.options import Options
+from bnfuse.planner.options import Options, checked_options, patterns
 from bnfuse.planner.planner import Draft, report
 from bnfuse.planner.refine import within_budget
 from bnfuse.rewrite import fused_copy, rewrite
@@ -34,10 +33,7 @@ def fuse(
     inplace: bool = False,
     keep: str | Sequence[str] = (),
     verify: bool = True,
-    also: str | Sequence[str] = (),
-    layers: Sequence[type[nn.Module]] | None = None,
-    handlers: Mapping[type[nn.Module], Handler] | None = None,
-    budget: float | None = None,
+    options: Options | None = None,
 ) -> nn.Module:
     """Remove every batch norm whose work other parameters can take up, without changing the outputs.
 
@@ -48,21 +44,16 @@ def fuse(
         inplace: change ``model`` itself instead of a copy; its parameters keep their identity.
         keep: module names or glob patterns (``"backbone.*"``) of norms to leave alone.
         verify: compare the outputs before and after on the inputs, and raise if they differ.
-        also: class names or glob patterns, whatever their case (``"layerscale*"``), of other modules to fold: those
-            that do nothing but multiply and add per channel.
-        layers: the only classes of layers whose parameters may change, such as ``(nn.Conv2d, nn.Linear)``.
-        handlers: for a layer class of your own, a function ``handler(layer, scale, shift)`` that changes the layer so
-            that it gives ``scale*y + shift`` instead of y; both are float64 of shape (channels,), for axis 1 of y.
-        budget: the relative L2 error of the outputs that folding may cost in the model's own precision. Where it
-            costs more, norms are kept, those whose folding costs most first, as few as suffice.
+        options: what few need: further modules to fold, the only layers that may change, handlers for layers of your
+            own, a budget of precision; see :class:`bnfuse.Options`.
 
     Returns:
         A module of the same class with the same submodule names, in evaluation mode. Every removed norm is
         ``nn.Identity``, or its activation if it has one built in.
 
     Raises:
-        InputError: no inputs could be inferred, or the model does not run on them, or ``keep`` or ``also`` matches
-            nothing, or ``layers`` holds something else than classes of modules.
+        InputError: no inputs could be inferred, or the model does not run on them, or ``keep`` or
+            ``options.also`` matches nothing.
         NoNormError: the model holds no batch norm.
         FusionError: a handler failed.
         VerificationError: the outputs differ; the model is as it was.
@@ -76,16 +67,29 @@ def fuse(
       (2): ReLU()
     )
     """
+    return fuse_with_plan(model, example_inputs, inplace=inplace, keep=keep, verify=verify, options=options)[0]
+
+
+def fuse_with_plan(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    inplace: bool = False,
+    keep: str | Sequence[str] = (),
+    verify: bool = True,
+    options: Options | None = None,
+) -> tuple[nn.Module, Plan]:
+    """What :func:`fuse` does, with the plan that was carried out, which has no witness."""
+    options, keep = checked_options(options), patterns("keep", keep)
     inner, wrap = unwrap(checked(model))
     if inner.training:
         log.info("%s is in training mode; its evaluation behaviour is fused", type(inner).__name__)
     flags = [(module, module.training) for module in tree.modules(inner)]
     try:
         source = inner.eval() if inplace else _in_evaluation(inner)
-        options = Options.of(keep, also, layers, handlers)
         with _uncollected(), contextlib.nullcontext() if inplace else tree.unchanging(source):
-            draft = Draft.of(source, example_inputs, options, contents=verify or budget is not None)
-            made = draft.plan() if budget is None else within_budget(draft, budget)
+            draft = Draft.of(source, example_inputs, options, keep, contents=verify or options.budget is not None)
+            made = _made(draft, options)
             made, target = carry_out(made, source, draft, verify, inplace)
             draft.release()
             del draft
@@ -96,7 +100,11 @@ def fuse(
         raise
     if any(module.training for module in tree.modules(target)):
         target.eval()
-    return model if inplace else wrap(target)
+    return (model if inplace else wrap(target)), made
+
+
+def _made(draft: Draft, options: Options) -> Plan:
+    return draft.plan() if options.budget is None else within_budget(draft, options.budget)
 
 
 def carry_out(
@@ -136,15 +144,12 @@ def plan(
     example_inputs: Any = None,
     *,
     keep: str | Sequence[str] = (),
-    also: str | Sequence[str] = (),
-    layers: Sequence[type[nn.Module]] | None = None,
-    handlers: Mapping[type[nn.Module], Handler] | None = None,
-    budget: float | None = None,
+    options: Options | None = None,
 ) -> Plan:
     """Decide what :func:`fuse` would do, and change nothing.
 
     Args:
-        model, example_inputs, keep, also, layers, handlers, budget: as for :func:`fuse`.
+        model, example_inputs, keep, options: as for :func:`fuse`.
 
     Returns:
         The plan. ``print(plan)`` shows one line for each norm; ``plan.apply(model)`` carries it out.
@@ -152,12 +157,12 @@ def plan(
     Raises:
         InputError, NoNormError, FusionError: as for :func:`fuse`.
     """
+    options, keep = checked_options(options), patterns("keep", keep)
     inner, _ = unwrap(checked(model))
-    options = Options.of(keep, also, layers, handlers)
     source = _in_evaluation(inner)
     with _uncollected(), tree.unchanging(source):
-        draft = Draft.of(source, example_inputs, options, contents=budget is not None)
-        made = draft.plan() if budget is None else within_budget(draft, budget)
+        draft = Draft.of(source, example_inputs, options, keep, contents=options.budget is not None)
+        made = _made(draft, options)
         made = replace(made, witness=draft.witness(made))
         draft.release()
     report(made)

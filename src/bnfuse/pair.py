@@ -10,8 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bnfuse.analysis.norms import is_norm
+from bnfuse.api import fuse_with_plan
 from bnfuse.errors import BnFuseError, FusionError
-from bnfuse.model.copying import copy_model
+from bnfuse.rewrite import rewrite
 
 
 def fuse_pair(layer: nn.Module, norm: nn.Module, inplace: bool = False) -> nn.Module:
@@ -33,13 +34,11 @@ def fuse_pair(layer: nn.Module, norm: nn.Module, inplace: bool = False) -> nn.Mo
     >>> fuse_pair(nn.Linear(3, 4).eval(), nn.BatchNorm1d(4).eval())
     Linear(in_features=3, out_features=4, bias=True)
     """
-    from bnfuse.api import fuse, plan
-
     inputs = _example(layer)
     _check(layer, norm)
-    pair = nn.Sequential(layer if inplace else copy_model(layer), norm)
+    pair = nn.Sequential(layer, norm)
     try:
-        made = plan(pair, inputs)
+        fused, made = fuse_with_plan(pair, inputs)
         decision = made.decisions[0]
         if not decision.fused:
             raise FusionError(f"{_names(layer, norm)} cannot be fused: {'; '.join(map(str, decision.reasons))}")
@@ -50,12 +49,14 @@ def fuse_pair(layer: nn.Module, norm: nn.Module, inplace: bool = False) -> nn.Mo
                 f"{type(norm).__name__} has an activation built in, which a layer cannot take up. Call bnfuse.fuse on "
                 f"the module that holds both: the activation stays in the place of the norm."
             )
-        fuse(pair, inputs, inplace=True)
     except FusionError:
         raise
     except BnFuseError as error:
         raise FusionError(f"{_names(layer, norm)} cannot be fused: {error}") from error
-    return pair[0]
+    if not inplace:
+        return fused.get_submodule("0")
+    rewrite(made, pair)
+    return layer
 
 
 def _names(layer: nn.Module, norm: nn.Module) -> str:

@@ -270,24 +270,47 @@ def _handle(layer: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[
     for unit in edit.factors:
         scale = torch.ones(edit.shape, dtype=torch.float64) if unit.scale is None else unit.scale
         shift = torch.zeros(edit.shape, dtype=torch.float64) if unit.shift is None else unit.shift
+        shapes = _shapes(layer)
         try:
             with torch.no_grad():
                 handler(layer, scale.clone(), shift.clone())
         except Exception as error:
-            raise FusionError(f"The handler of {edit.names[0]} failed: {one_line(error)}") from error
+            raise _handler_error(layer, edit, f"failed: {one_line(error)}") from error
+        after = _shapes(layer)
+        other = [name for name, shape in shapes.items() if after.get(name) != shape]
+        if other:
+            raise _handler_error(
+                layer, edit, f"left {other[0]} with shape {after.get(other[0])}, not {shapes[other[0]]}"
+            )
+
+
+def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(tensor.shape) for name, tensor in itertools.chain(layer.named_parameters(), layer.named_buffers())
+    }
+
+
+def _handler_error(layer: nn.Module, edit: Edit, what: str) -> FusionError:
+    return FusionError(
+        f"The handler of {type(layer).__name__} at {edit.names[0]!r} {what}.\n"
+        f"A handler(layer, scale, shift) changes its layer in place so that it gives scale*y + shift instead of y, and "
+        f"keeps its shapes; scale and shift are float64 of shape {edit.shape}."
+    )
 
 
 def _restorer_of_module(module: nn.Module) -> Callable[[], None]:
     """A function that puts back the module's attributes, registries and the contents of its tensors."""
     state = {name: dict(value) if isinstance(value, dict) else value for name, value in module.__dict__.items()}
     held = [*module._parameters.values(), *module._buffers.values()]
-    contents = [(tensor, tensor.detach().clone()) for tensor in held if tensor is not None]
+    contents = [(tensor, tensor.data, tensor.detach().clone()) for tensor in held if tensor is not None]
 
     def restore() -> None:
         module.__dict__.clear()
         module.__dict__.update(state)
-        for tensor, before in contents:
-            tensor.data.copy_(before)
+        for tensor, memory, before in contents:
+            if tensor.shape != memory.shape or tensor.data_ptr() != memory.data_ptr():
+                tensor.data = memory  # a handler assigned other contents to ``data``
+            memory.copy_(before)
 
     return restore
 

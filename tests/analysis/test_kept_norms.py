@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from rule_cases import Case, Net, anything, check, conv
 from torch import nn
 
+import bnfuse
+
 
 def hooked():
     net = Net(lambda m, x: m.n(m.u(x)), u=conv(), n=anything())
@@ -92,7 +94,7 @@ CASES = [
         None,
         ["s: Clipped.forward does more than multiply and add per channel"],
         inputs=lambda: (torch.ones(3, 4),),
-        options={"also": "clipped"},
+        options={"options": bnfuse.Options(also="clipped")},
     ),
 ]
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, image, no_shift
 from torch import nn
 
+import bnfuse
+
 
 def keeps_it(m, x):
     m.features = m.u(x)
@@ -175,13 +177,13 @@ CASES = [
         lambda: Net(lambda m, x: m.n(m.u(x)), u=conv(), n=anything()),
         BACKWARD,
         ["n: backward: u.weight cannot change: layers= does not name Conv2d"],
-        options={"layers": [nn.Linear]},
+        options={"options": bnfuse.Options(layers=[nn.Linear])},
     ),
     Case(
         lambda: Net(lambda m, x: m.n(m.u(x) + m.o.offset) + m.o(x), u=conv(), o=Odd(), n=anything()),
         BACKWARD,
         ["n: backward: o.offset cannot change units: a handler looks after the layer that reads it"],
-        options={"handlers": {Odd: fold}},
+        options={"options": bnfuse.Options(handlers={Odd: fold})},
     ),
 ]
 

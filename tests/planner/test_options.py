@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -42,14 +43,14 @@ def test_layer_scale_goes_when_asked() -> None:
     model = prepared(Mlp())
     plan, fused = fused_and_checked(model, X)
     assert [decision.norm for decision in plan.decisions] == ["norm"]
-    plan, fused = fused_and_checked(model, X, also="layerscale")
+    plan, fused = fused_and_checked(model, X, options=bnfuse.Options(also="layerscale"))
     assert [decision.norm for decision in plan.fused] == ["norm", "scale"]
     assert type(fused.scale) is nn.Identity
 
 
 def test_also_with_a_typo() -> None:
     with pytest.raises(bnfuse.InputError, match=r"matches the class of no module.*layerscale"):
-        bnfuse.fuse(Mlp(), X.float(), also="layerscal")
+        bnfuse.fuse(Mlp(), X.float(), options=bnfuse.Options(also="layerscal"))
 
 
 def test_layers_may_be_restricted() -> None:
@@ -68,10 +69,10 @@ def test_layers_may_be_restricted() -> None:
 
     model = prepared(Two())
     x = torch.randn(2, 3, 6, dtype=torch.float64)
-    plan, _ = fused_and_checked(model, x, layers=(nn.Conv1d,))
+    plan, _ = fused_and_checked(model, x, options=bnfuse.Options(layers=(nn.Conv1d,)))
     assert [decision.norm for decision in plan.fused] == ["n1"]
     assert "layers= does not name Linear" in reason(plan, "n2")
-    plan, _ = fused_and_checked(model, x, layers=(nn.Linear, nn.Conv1d))
+    plan, _ = fused_and_checked(model, x, options=bnfuse.Options(layers=(nn.Linear, nn.Conv1d)))
     assert not plan.kept
 
 
@@ -104,7 +105,7 @@ def own_layers(gamma: float = 2.0) -> nn.Module:
 
 def test_handler() -> None:
     model = own_layers()
-    plan, fused = fused_and_checked(model, X, handlers={Periodic: fold})
+    plan, fused = fused_and_checked(model, X, options=bnfuse.Options(handlers={Periodic: fold}))
     assert plan.fused[0].into == ("2",)
     assert type(fused[3]) is nn.Identity
 
@@ -113,8 +114,27 @@ def test_handler() -> None:
 def test_failing_handler_changes_nothing(inplace: bool) -> None:
     model = own_layers(-1.0)
     before = snapshot(model)
-    with pytest.raises(bnfuse.FusionError, match="handler of 2 failed: ValueError: only a positive gain"):
-        bnfuse.fuse(model, X, handlers={Periodic: fold}, inplace=inplace)
+    with pytest.raises(bnfuse.FusionError, match=r"handler of Periodic at '2' failed: ValueError: only a .*\n.*scale"):
+        bnfuse.fuse(model, X, options=bnfuse.Options(handlers={Periodic: fold}), inplace=inplace)
+    assert_untouched(model, before)
+
+
+def reshapes(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    layer.gain.data = (layer.gain + scale.log())[:, None]
+
+
+def replaces(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    layer.offset = nn.Parameter(shift[None])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(("handler", "place", "shape"), [(reshapes, "gain", "6, 1"), (replaces, "offset", "1, 6")])
+def test_a_handler_that_changes_a_shape_changes_nothing(handler: Any, place: str, shape: str, inplace: bool) -> None:
+    model = own_layers()
+    before = snapshot(model)
+    message = rf"handler of Periodic at '2' left {place} with shape \({shape}\), not \(6,\)"
+    with pytest.raises(bnfuse.FusionError, match=message):
+        bnfuse.fuse(model, X, options=bnfuse.Options(handlers={Periodic: handler}), inplace=inplace)
     assert_untouched(model, before)
 
 
@@ -127,7 +147,7 @@ def test_wrong_handler_is_caught(inplace: bool) -> None:
     model = own_layers()
     before = snapshot(model)
     with pytest.raises(bnfuse.VerificationError, match=r"your handlers for Periodic at '2'.*scale\*y \+ shift"):
-        bnfuse.fuse(model, X, handlers={Periodic: half}, inplace=inplace)
+        bnfuse.fuse(model, X, options=bnfuse.Options(handlers={Periodic: half}), inplace=inplace)
     assert_untouched(model, before)
 
 
@@ -186,20 +206,20 @@ def test_budget_keeps_what_costs_most() -> None:
     model, x = imprecise(), torch.randn(64, 6).half()
     full = bnfuse.plan(model, x)
     assert not full.kept
-    plan = bnfuse.plan(model, x, budget=1e-2)
+    plan = bnfuse.plan(model, x, options=bnfuse.Options(budget=1e-2))
     assert [decision.norm for decision in plan.kept] == ["4"]
     assert "more precision than the budget of 0.01" in reason(plan, "4")
-    fused = bnfuse.fuse(model, x, budget=1e-2)
+    fused = bnfuse.fuse(model, x, options=bnfuse.Options(budget=1e-2))
     assert bnfuse.compare(model, fused, x).outputs[0].relative_l2 <= 1e-2
     assert bnfuse.compare(model, full.apply(model), x).outputs[0].relative_l2 > 1e-2
 
 
 def test_budget_of_zero_and_nonsense() -> None:
     model, x = imprecise(), torch.randn(64, 6).half()
-    fused = bnfuse.fuse(model, x, budget=0.0)
+    fused = bnfuse.fuse(model, x, options=bnfuse.Options(budget=0.0))
     assert torch.equal(model(x), fused(x))
     with pytest.raises(bnfuse.InputError, match="at least 0"):
-        bnfuse.fuse(model, x, budget=float("nan"))
+        bnfuse.fuse(model, x, options=bnfuse.Options(budget=float("nan")))
 
 
 @pytest.mark.parametrize("layers", [["Conv2d"], [nn.Conv2d(1, 1, 1)], [int]])
@@ -207,21 +227,33 @@ def test_layers_are_classes_of_modules(layers: list[object]) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
     for call in (bnfuse.plan, bnfuse.fuse):
         with pytest.raises(bnfuse.InputError, match=r"layers= takes classes of modules.*\n  got: .*\n  expected:"):
-            call(net, layers=layers)
+            call(net, options=bnfuse.Options(layers=layers))
 
 
 @pytest.mark.parametrize("argument", ["keep", "also"])
 @pytest.mark.parametrize("given", [3, [nn.Linear], None])
-def test_names_that_are_no_strings_are_refused(argument, given):
+def test_names_that_are_no_strings_are_refused(argument: str, given: Any) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     for call in (bnfuse.fuse, bnfuse.plan):
         with pytest.raises(bnfuse.InputError, match=rf"{argument}= takes a name.*\n  got: .*\n  expected:"):
-            call(net, **{argument: given})
+            call(net, **({"keep": given} if argument == "keep" else {"options": bnfuse.Options(also=given)}))
 
 
-@pytest.mark.parametrize("handlers", [{"Linear": print}, {int: print}, {nn.Linear: 3}])
-def test_handlers_that_are_none_are_refused(handlers):
+@pytest.mark.parametrize("handlers", [{"Linear": print}, {int: print}, {nn.Linear: 3}, print])
+def test_handlers_of_the_wrong_form_are_refused(handlers: Any) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     for call in (bnfuse.fuse, bnfuse.plan):
         with pytest.raises(bnfuse.InputError, match=r"handlers= takes a dict.*\n  got: .*\n  expected:"):
-            call(net, handlers=handlers)
+            call(net, options=bnfuse.Options(handlers=handlers))
+
+
+@pytest.mark.parametrize("budget", ["small", -1.0, True])
+def test_a_budget_is_a_number(budget: Any) -> None:
+    with pytest.raises(bnfuse.InputError, match=r"budget= is a relative error.*\n  got: .*\n  expected: a number"):
+        bnfuse.Options(budget=budget)
+
+
+def test_options_are_options() -> None:
+    for call in (bnfuse.fuse, bnfuse.plan):
+        with pytest.raises(bnfuse.InputError, match=r"options= takes bnfuse.Options"):
+            call(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), options={"also": "LayerScale"})

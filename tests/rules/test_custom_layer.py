@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, norm
 from torch import nn
 
+import bnfuse
+
 
 class Odd(nn.Module):
     def __init__(self):
@@ -28,7 +30,7 @@ CASES = [
         lambda: Net(lambda m, x: m.o(m.n(F.silu(x))), o=Odd(), n=anything()),
         FORWARD,
         ["n: forward: handled in o (Odd): its handler takes no units of its input"],
-        options={"handlers": {Odd: fold}},
+        options={"options": bnfuse.Options(handlers={Odd: fold})},
     ),
     Case(
         lambda: Net(
@@ -36,7 +38,7 @@ CASES = [
         ),
         BACKWARD,
         ["n: backward: handled in o (Odd): its handler takes units per channel, along axis 1"],
-        options={"handlers": {Odd: fold}},
+        options={"options": bnfuse.Options(handlers={Odd: fold})},
     ),
 ]
 

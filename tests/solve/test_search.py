@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, dead_channel, norm, parameter
 from torch import nn
 
+import bnfuse
+
 
 def negative_variance():
     broken = anything()
@@ -40,7 +42,7 @@ CASES = [
         lambda: Net(lambda m, x: m.n(m.u(x)), u=conv(), n=norm([1.1, 0.3], [0.7, 0.2])),
         None,
         ["n: folding it would cost more precision than the budget of 0"],
-        options={"budget": 0},
+        options={"options": bnfuse.Options(budget=0)},
     ),
     Case(
         lambda: Net(

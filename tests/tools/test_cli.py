@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import bnfuse
 from bnfuse.errors import InputError, VerificationError
+from bnfuse.tools import cli
 from bnfuse.tools.cli import main, parse_shape
 from bnfuse.tools.zoo.specs import build
 
@@ -191,7 +192,7 @@ def test_a_fused_model_that_is_not_equivalent_has_status_1(
     def fuse(*_: object, **__: object) -> None:
         raise VerificationError("the outputs differ")
 
-    monkeypatch.setattr(bnfuse, "fuse", fuse)
+    monkeypatch.setattr(cli, "fuse_with_plan", fuse)
     assert main(["fuse", "networks.py:net", "-o", "out.pt"]) == 1
     captured = capsys.readouterr()
     assert captured.err == "bnfuse: the outputs differ\n"

@@ -10,7 +10,7 @@ from bnfuse.graph.graph import Graph, Value
 from bnfuse.reasons import LAYER_NOT_NAMED, MODULE_DID_NOT_RUN
 
 
-def _pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
+def pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
     """A parameter that also belongs to a module that did not run may be read there another time."""
     ran = {id(call.module) for call in graph.calls}
     for value in dict.fromkeys(graph.leaves.values()):
@@ -23,7 +23,8 @@ def _pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
                 value.pin(MODULE_DID_NOT_RUN, name=idle[0])
 
 
-def _pin_others(model: nn.Module, values: Iterable[Value], layers: tuple[type[nn.Module], ...]) -> None:
+def pin_others(model: nn.Module, values: Iterable[Value], layers: tuple[type[nn.Module], ...]) -> None:
+    """Keep the parameters of all classes of layers but the named ones as they are."""
     for value in values:
         for name in value.names:
             owner = model.get_submodule(name.rpartition(".")[0])

@@ -16,7 +16,7 @@ from torch import nn
 from bnfuse.analysis.custom_layers import add_custom_layers
 from bnfuse.analysis.missing_parameters import add_missing_parameters
 from bnfuse.analysis.norms import find_norms
-from bnfuse.analysis.pins import _pin_others, _pin_shared_with_idle
+from bnfuse.analysis.pins import pin_others, pin_shared_with_idle
 from bnfuse.capture.run import Capture, capture, capture_shapes
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.errors import InputError, NoNormError
@@ -78,7 +78,13 @@ class Draft:
     """
 
     def __init__(
-        self, model: nn.Module, options: Options, record: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: nn.Module,
+        options: Options,
+        record: Capture,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        keep: Sequence[str] = (),
     ) -> None:
         self.model, self.options = model, options
         self.inputs = (args, kwargs)
@@ -89,17 +95,19 @@ class Draft:
         if not self.norms:
             raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
         _check_also(model, options.also)
-        self.kept = _kept(self.norms, options.keep)
+        self.kept = _kept(self.norms, keep)
         created, looks = add_missing_parameters(model, self.graph)
         self.looks = record.looks or looks
-        _pin_shared_with_idle(model, self.graph)
+        pin_shared_with_idle(model, self.graph)
         if options.layers is not None:
-            _pin_others(model, [*self.graph.leaves.values(), *created], options.layers)
+            pin_others(model, [*self.graph.leaves.values(), *created], tuple(options.layers))
 
     @staticmethod
-    def of(model: nn.Module, example_inputs: Any, options: Options, contents: bool = True) -> Draft:
+    def of(
+        model: nn.Module, example_inputs: Any, options: Options, keep: Sequence[str] = (), contents: bool = True
+    ) -> Draft:
         """Run the model; ``contents=False`` is for a run without arithmetic, where the model allows it."""
-        return Draft(model, options, *captured(model, example_inputs, contents))
+        return Draft(model, options, *captured(model, example_inputs, contents), keep)
 
     def plan(self, kept: Mapping[Norm, Reason] | None = None, rehearsed: bool = True) -> Plan:
         """Solve, look at what the plan takes for granted, and solve again without what does not hold.
@@ -311,8 +319,7 @@ def captured(
     )
 
 
-def _kept(norms: list[Norm], keep: str | Sequence[str]) -> dict[Norm, Reason]:
-    patterns = [keep] if isinstance(keep, str) else list(keep)
+def _kept(norms: list[Norm], patterns: Sequence[str]) -> dict[Norm, Reason]:
     kept: dict[Norm, Reason] = {}
     names = [name for norm in norms for name in norm.names]
     for pattern in patterns:

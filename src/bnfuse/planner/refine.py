@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-from bnfuse.errors import InputError
 from bnfuse.fusion_plan import Plan
 from bnfuse.graph.norms import Norm
 from bnfuse.model.sandbox import run
@@ -24,12 +23,7 @@ def within_budget(draft: Draft, budget: float) -> Plan:
 
     Args:
         budget: relative L2 error of the outputs, against the original's in its own precision.
-
-    Raises:
-        InputError: the budget is negative or not a number.
     """
-    if not budget >= 0:
-        raise InputError(f"The budget must be a relative error of at least 0; got {budget}.")
     plan = draft.plan()
     if _error(draft, plan) <= budget:
         return plan

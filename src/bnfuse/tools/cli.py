@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import bnfuse
+from bnfuse.api import fuse_with_plan
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.model.inputs import random_inputs, token_bound
 from bnfuse.planner.planner import captured
@@ -214,8 +215,7 @@ def _fuse(options: argparse.Namespace) -> None:
         raise BnFuseError(f"there is no folder {output.parent} to write {output.name} into")
     model = _model(options)
     inputs = _inputs(options, model)
-    plan = bnfuse.plan(model, inputs, keep=options.keep)
-    fused = bnfuse.fuse(model, inputs, keep=options.keep)
+    fused, plan = fuse_with_plan(model, inputs, keep=options.keep)
     comparison = bnfuse.compare(model, fused, inputs)
     if output is not None:
         _save(fused, output)
