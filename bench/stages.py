@@ -17,11 +17,11 @@ from bnfuse.tools.timing import Measure
 
 STEPS = {
     "bnfuse.api.fused_copy": "copy",
-    "bnfuse.planner.planner.captured": "capture",
+    "bnfuse.planner.problem.captured": "capture",
     "bnfuse.planner.planner.solve": "solve",
     "bnfuse.planner.planner.varying": "rehearse",
     "bnfuse.planner.planner.needed_in_place": "rehearse",
-    "bnfuse.planner.planner.Draft._holds": "rehearse",
+    "bnfuse.planner.planner.Planner._holds": "rehearse",
     "bnfuse.api.rewrite": "rewrite",
     "bnfuse.api._verify": "verify",
 }

@@ -139,12 +139,12 @@ def _reported(what: str) -> Iterator[None]:
 @contextmanager
 def bare_algebra() -> Iterator[None]:
     """Plans are not tried on other inputs inside, so that this cannot hide a mistake of the rules."""
-    holds = planning.Draft._holds
-    planning.Draft._holds = lambda draft, plan: True  # type: ignore[method-assign]
+    holds = planning.Planner._holds
+    planning.Planner._holds = lambda planner, solution: True  # type: ignore[method-assign]
     try:
         yield
     finally:
-        planning.Draft._holds = holds  # type: ignore[method-assign]
+        planning.Planner._holds = holds  # type: ignore[method-assign]
 
 
 # What must not change -----------------------------------------------------------------------------------------------

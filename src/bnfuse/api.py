@@ -17,8 +17,9 @@ from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
 from bnfuse.model.wrappers import checked, unwrap
 from bnfuse.planner.options import Options, checked_options, patterns
-from bnfuse.planner.planner import Draft, report
-from bnfuse.planner.refine import within_budget
+from bnfuse.planner.planner import Planner, report
+from bnfuse.planner.problem import Problem
+from bnfuse.planner.refine import within_budget, without_misfits
 from bnfuse.rewrite import fused_copy, rewrite
 from bnfuse.verify.judge import same_outputs
 from bnfuse.verify.reference import Reference
@@ -88,11 +89,11 @@ def fuse_with_plan(
     try:
         source = inner.eval() if inplace else _in_evaluation(inner)
         with _uncollected(), contextlib.nullcontext() if inplace else tree.unchanging(source):
-            draft = Draft.of(source, example_inputs, options, keep, contents=verify or options.budget is not None)
-            made = _made(draft, options)
-            made, target = carry_out(made, source, draft, verify, inplace)
-            draft.release()
-            del draft
+            planner = Planner(Problem.of(source, example_inputs, options, keep, verify or options.budget is not None))
+            made = _made(planner, options)
+            made, target = carry_out(made, source, planner, verify, inplace)
+            planner.release()
+            del planner
         report(made)
     except BaseException:
         for module, flag in flags:
@@ -103,12 +104,12 @@ def fuse_with_plan(
     return (model if inplace else wrap(target)), made
 
 
-def _made(draft: Draft, options: Options) -> Plan:
-    return draft.plan() if options.budget is None else within_budget(draft, options.budget)
+def _made(planner: Planner, options: Options) -> Plan:
+    return planner.plan() if options.budget is None else within_budget(planner, options.budget)
 
 
 def carry_out(
-    made: Plan, source: nn.Module, draft: Draft, verify: bool = True, inplace: bool = False
+    made: Plan, source: nn.Module, planner: Planner, verify: bool = True, inplace: bool = False
 ) -> tuple[Plan, nn.Module]:
     """Carry a plan out on a copy of ``source``, or on ``source`` itself, and verify the result.
 
@@ -124,12 +125,12 @@ def carry_out(
         if not verify or not made.fused:
             return made, target
         try:
-            _verify(made, source, target, draft, undo)
+            _verify(made, source, target, planner.problem, undo)
             return made, target
         except VerificationError:
             if undo is not None:
                 undo()
-            better = draft.without_misfits(made)
+            better = without_misfits(planner, made)
             if better is None:
                 raise
             made = better
@@ -161,10 +162,10 @@ def plan(
     inner, _ = unwrap(checked(model))
     source = _in_evaluation(inner)
     with _uncollected(), tree.unchanging(source):
-        draft = Draft.of(source, example_inputs, options, keep, contents=options.budget is not None)
-        made = _made(draft, options)
-        made = replace(made, witness=draft.witness(made))
-        draft.release()
+        planner = Planner(Problem.of(source, example_inputs, options, keep, options.budget is not None))
+        made = _made(planner, options)
+        made = replace(made, witness=planner.problem.witness(made))
+        planner.release()
     report(made)
     return made
 
@@ -188,7 +189,9 @@ def _in_evaluation(model: nn.Module) -> nn.Module:
     return model
 
 
-def _verify(plan: Plan, original: nn.Module, fused: nn.Module, draft: Draft, undo: Callable[[], None] | None) -> None:
+def _verify(
+    plan: Plan, original: nn.Module, fused: nn.Module, problem: Problem, undo: Callable[[], None] | None
+) -> None:
     """Raise VerificationError unless the fused model does what the original did; ``undo`` is given when in place."""
     separated = False
 
@@ -206,11 +209,11 @@ def _verify(plan: Plan, original: nn.Module, fused: nn.Module, draft: Draft, und
         return model64
 
     verdict = same_outputs(
-        Reference(original, *draft.inputs, output=draft.output),
+        Reference(original, *problem.inputs, output=problem.output),
         fused,
         fuse_in_float64,
-        traces=draft.record.traces or undo is not None,
-        writes=draft.record.stateful,
+        traces=problem.record.traces or undo is not None,
+        writes=problem.record.stateful,
         separate=None if undo is None else separate,
     )
     if not verdict.equal:

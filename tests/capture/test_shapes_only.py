@@ -20,7 +20,8 @@ from bnfuse.capture.run import capture, capture_shapes
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.graph.graph import Graph
 from bnfuse.planner.options import Options
-from bnfuse.planner.planner import Draft
+from bnfuse.planner.planner import Planner
+from bnfuse.planner.problem import Problem
 from bnfuse.rules import RULES
 from bnfuse.tools.zoo.specs import build
 
@@ -170,7 +171,7 @@ def test_an_error_of_unwritten_numbers_is_no_size_that_the_model_refuses(monkeyp
     model, x = prepared(Padding()), torch.randn(2, 3, 6, 6, dtype=torch.float64)
     with pytest.raises(IndexError):
         capture_shapes(model, (x,), {})
-    for plan in (bnfuse.plan(model, x), Draft.of(model, x, Options()).plan()):
+    for plan in (bnfuse.plan(model, x), Planner(Problem.of(model, x, Options())).plan()):
         assert not plan.fused
 
 

@@ -25,7 +25,7 @@ import bnfuse
 from bnfuse.api import fuse_with_plan
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.model.inputs import random_inputs, token_bound
-from bnfuse.planner.planner import captured
+from bnfuse.planner.problem import captured
 from bnfuse.report.tables import decisions_table
 from bnfuse.report.terminal import show
 from bnfuse.tools import zoo

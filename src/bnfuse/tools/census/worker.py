@@ -29,7 +29,8 @@ from bnfuse.model.copying import copy_model
 from bnfuse.model.describe import one_line
 from bnfuse.model.sandbox import run
 from bnfuse.planner.options import Options
-from bnfuse.planner.planner import Draft
+from bnfuse.planner.planner import Planner
+from bnfuse.planner.problem import Problem
 from bnfuse.reasons import DID_NOT_RUN
 from bnfuse.rewrite import rewrite
 from bnfuse.tools import zoo
@@ -184,18 +185,19 @@ def _visit(here: Visit, known: Callable[[str], str | None]) -> None:
         zoo.wake_(zoo.randomise_(model, here.seed, dead=0.0), here.seed)
         sample = _running(here, model, form)
     with here.measure("fuse"):
-        draft = Draft.of(model, sample.args, Options())
-        here.note(fingerprint=fingerprint(model, draft.graph))
+        problem = Problem.of(model, sample.args, Options())
+        planner = Planner(problem)
+        here.note(fingerprint=fingerprint(model, problem.graph))
         assert here.row.fingerprint is not None
         same_as = known(here.row.fingerprint)
         if same_as is not None:
             here.note(outcome=SAME, same_as=same_as)
             raise Stop
-        plan = draft.plan()
+        plan = planner.plan()
     with here.measure("verify"):
-        plan, fused = carry_out(plan, model, draft)
+        plan, fused = carry_out(plan, model, planner)
         fused.eval()
-    del draft
+    del planner, problem
     _decided(here, plan)
     with here.measure("check"):
         wide, others, exact = _checked(here, model, fused, plan, sample)

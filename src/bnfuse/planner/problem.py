@@ -1,0 +1,136 @@
+"""One run of a model, made ready to solve: its graph, its norms, and what must stay as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from bnfuse.analysis.custom_layers import add_custom_layers
+from bnfuse.analysis.missing_parameters import add_missing_parameters
+from bnfuse.analysis.norms import find_norms
+from bnfuse.analysis.pins import pin_others, pin_shared_with_idle
+from bnfuse.capture.run import Capture, capture, capture_shapes
+from bnfuse.capture.shapes_only import NeedsContentsError
+from bnfuse.errors import InputError, NoNormError
+from bnfuse.fusion_plan import Plan, total
+from bnfuse.graph.norms import Norm
+from bnfuse.model.describe import first_line
+from bnfuse.model.inputs import candidates, normalise
+from bnfuse.planner.options import Options
+from bnfuse.reasons import (
+    CALLER_KEEPS,
+    Reason,
+)
+from bnfuse.rules import RULES
+
+
+class Problem:
+    """One run of a model, ready to solve.
+
+    Attributes:
+        inputs: (args, kwargs) that the model ran on.
+        output: what it returned, None for a run without arithmetic.
+        norms: the norms of the model.
+        kept: those that the caller wants to keep, with the reason.
+        looks: whether code of the model looks at sizes or contents, and may go by them.
+        stateful: whether a second call may differ from the first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        record: Capture,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        keep: Sequence[str] = (),
+    ) -> None:
+        self.model, self.options = model, options
+        self.inputs = (args, kwargs)
+        self.record, self.output, self.graph = record, record.output, record.graph
+        add_custom_layers(model, self.graph, options.handlers)
+        self.norms = find_norms(model, self.graph, options.also)
+        if not self.norms:
+            raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
+        _check_also(model, options.also)
+        self.kept = _kept(self.norms, keep)
+        created, looks = add_missing_parameters(model, self.graph)
+        self.looks = record.looks or looks
+        pin_shared_with_idle(model, self.graph)
+        if options.layers is not None:
+            pin_others(model, [*self.graph.leaves.values(), *created], tuple(options.layers))
+        self.stateful = record.stateful
+
+    @staticmethod
+    def of(
+        model: nn.Module, example_inputs: Any, options: Options, keep: Sequence[str] = (), contents: bool = True
+    ) -> Problem:
+        """Run the model; ``contents=False`` is for a run without arithmetic, where the model allows it."""
+        return Problem(model, options, *captured(model, example_inputs, contents), keep)
+
+    def witness(self, plan: Plan) -> dict[str, float]:
+        """A number for every tensor that the plan was made from, by name."""
+        nodes = [node for norm in self.norms for site in norm.sites for node in site.nodes]
+        read = {name for node in nodes for value in node.inputs for name in value.names[:1]}
+        read |= {edit.names[0] for edit in plan.edits if not edit.created and edit.handler is None}
+        tensors = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
+        }
+        return {name: total(tensors[name]) for name in sorted(read)}
+
+
+def captured(
+    model: nn.Module, example_inputs: Any, contents: bool = True
+) -> tuple[Capture, tuple[Any, ...], dict[str, Any]]:
+    """Run the model on the inputs, or on the first of the inferred ones that it takes."""
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+        if not contents:
+            with contextlib.suppress(NeedsContentsError, Exception):  # then it runs for real, and fails if it must
+                return capture_shapes(model, args, kwargs, known=RULES)
+        return capture(model, args, kwargs, known=RULES)
+
+    if example_inputs is not None:
+        args, kwargs = normalise(example_inputs)
+        return run(args, kwargs), args, kwargs
+    tried = []
+    for candidate in candidates(model):
+        try:
+            return run(candidate.args, candidate.kwargs), candidate.args, candidate.kwargs
+        except InputError as error:
+            tried.append(f"  {candidate.description}: {first_line(error.__cause__ or error)}")
+    name = type(model).__name__
+    listing = "\n".join(["Tried:", *tried]) if tried else "Nothing in the model tells what it takes."
+    raise InputError(
+        f"No inputs for {name} could be inferred. {listing}\n"
+        f"Pass inputs that it accepts: bnfuse.fuse(model, torch.randn(1, 3, 224, 224)), "
+        f"a tuple for several arguments, a dict for keyword arguments."
+    )
+
+
+def _kept(norms: list[Norm], patterns: Sequence[str]) -> dict[Norm, Reason]:
+    kept: dict[Norm, Reason] = {}
+    names = [name for norm in norms for name in norm.names]
+    for pattern in patterns:
+        matching = [norm for norm in norms if any(fnmatch.fnmatchcase(name, pattern) for name in norm.names)]
+        if not matching:
+            near = difflib.get_close_matches(pattern, names, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" They are named like {names[0]!r}." if names else ""
+            raise InputError(f"keep={pattern!r} matches no batch norm of the model.{hint}")
+        kept.update(dict.fromkeys(matching, CALLER_KEEPS.reason(pattern=pattern)))
+    return kept
+
+
+def _check_also(model: nn.Module, patterns: Sequence[str]) -> None:
+    kinds = {type(module).__name__ for module in model.modules()}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(kind.lower(), pattern.lower()) for kind in kinds):
+            near = difflib.get_close_matches(pattern.lower(), {kind.lower(): kind for kind in kinds}, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"also={pattern!r} matches the class of no module of the model.{hint}")
