@@ -49,6 +49,14 @@ def names_of(page: Path) -> dict[str, Any]:
     return {"__name__": "__main__"}
 
 
+def text_of(page: Path) -> str:
+    """The text of a page; what its examples share with those of another page stands before it."""
+    text = page.read_text()
+    if page.name == "removals.md":
+        return DERIVATION.read_text().split("\n## One convolution and one norm\n")[0] + text
+    return text
+
+
 def examples(text: str, name: str, names: dict[str, Any]) -> doctest.DocTest:
     """The fenced blocks of a page, the rest blank, so that line numbers hold and no fence counts as output."""
     inside = False
@@ -79,7 +87,7 @@ def test_examples(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return plan(model, inputs, **options)
 
     monkeypatch.setattr(bnfuse, "plan", remembered)
-    text = page.read_text()
+    text = text_of(page)
     torch.manual_seed(0)
     found = failures(text, page.name, names_of(page))
     assert not found, found
@@ -130,10 +138,26 @@ def test_no_reason_is_written_twice() -> None:
     assert {(name, text) for name, source in code.items() for text in texts if f'"{text}"' in source} == set()
 
 
-def test_links_within_the_page() -> None:
-    text = re.sub("^```.*?^```", "", DERIVATION.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = {
+def _without_blocks(page: Path) -> str:
+    return re.sub("^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def _without_code(page: Path) -> str:
+    return re.sub("`[^`]*`", "", _without_blocks(page))
+
+
+def headings(page: Path) -> set[str]:
+    return {
         re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-        for title in re.findall("^#+ (.*)$", text, re.MULTILINE)
+        for title in re.findall("^#+ (.*)$", _without_blocks(page), re.MULTILINE)
     }
-    assert set(re.findall(r"\]\(#([^)]*)\)", text)) <= headings
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)]*)\)", _without_code(page)):
+        other = (page.parent / target).resolve() if target else page
+        assert other.exists(), f"{page.name} links to {target}"
+        assert not anchor or other.suffix != ".md" or anchor in headings(other), (
+            f"{page.name} links to {target}#{anchor}"
+        )
