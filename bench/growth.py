@@ -17,7 +17,7 @@ from bench.section import Section, Settings, Target, progress
 from bench.stages import STAGES, median_stages, stages, with_stages
 from bench.timing import Clock, Rounds, Spread, tidied
 from bnfuse.report.tables import Column, Table
-from bnfuse.tools.timing import Measure, by_turns, threads
+from bnfuse.tools.timing import Measure, interleaved, threads
 
 SECONDS_LIMIT = 15.0
 GROWTH_LIMIT = 1.5
@@ -138,7 +138,7 @@ def examine(family: Family, rounds: int, clock: Clock, patience: float = PATIENC
             measures[f"{size} forward"] = _on_a_new(network, forward, clock)
             taken.append((size, measures[str(size)]()))
         progress(f"growth: {family.name}, {rounds} rounds of all sizes")
-        found = Rounds(by_turns(measures, rounds))
+        found = Rounds(interleaved(measures, rounds))
     medians = {size: median_stages(stages[-rounds:]) for size, stages in history.items()}
     return Finding(family, norms, left, found, medians)
 

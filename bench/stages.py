@@ -19,9 +19,9 @@ STEPS = {
     "bnfuse.api.fused_copy": "copy",
     "bnfuse.planner.problem.captured": "capture",
     "bnfuse.planner.planner.solve": "solve",
-    "bnfuse.planner.planner.varying": "rehearse",
-    "bnfuse.planner.planner.needed_in_place": "rehearse",
-    "bnfuse.planner.planner.Planner._holds": "rehearse",
+    "bnfuse.planner.planner.varying": "assumptions",
+    "bnfuse.planner.planner.needed_in_place": "assumptions",
+    "bnfuse.planner.planner.Planner._holds": "assumptions",
     "bnfuse.api.rewrite": "rewrite",
     "bnfuse.api._verify": "verify",
 }

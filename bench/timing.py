@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from bnfuse.tools.timing import Measure, by_turns, timed
+from bnfuse.tools.timing import Measure, interleaved, timed
 
 Clock = Callable[[], float]
 
@@ -109,10 +109,10 @@ class Effort:
 
 
 def measured(measures: Mapping[str, Measure], effort: Effort, warm_up: int = 2) -> Rounds:
-    """Measure by turns; the last of the rounds that warm up tells how many there are time for."""
-    first = by_turns(measures, rounds=1, warm_up=warm_up - 1)
+    """Measure interleaved; the last of the rounds that warm up tells how many there are time for."""
+    first = interleaved(measures, rounds=1, warm_up=warm_up - 1)
     rounds = effort.rounds(sum(seconds[0] for seconds in first.values()))
-    return Rounds(by_turns(measures, rounds))
+    return Rounds(interleaved(measures, rounds))
 
 
 def tidied(work: Callable[[], object], clock: Clock) -> Measure:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnfuse
-from bnfuse.planner.other_inputs import Rehearsal
+from bnfuse.planner.other_inputs import OtherInputs
 
 IMAGE = (2, 3, 8, 8)
 
@@ -797,13 +797,13 @@ class Rows(nn.Module):
 
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
-    holds = Rehearsal.holds
+    holds = OtherInputs.holds
 
-    def counted(self: Rehearsal, plan: bnfuse.Plan) -> bool:
+    def counted(self: OtherInputs, plan: bnfuse.Plan) -> bool:
         found.append(holds(self, plan))
         return found[-1]
 
-    monkeypatch.setattr(Rehearsal, "holds", counted)
+    monkeypatch.setattr(OtherInputs, "holds", counted)
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bnfuse
 from bnfuse.capture.run import capture
-from bnfuse.planner.other_sizes import Elsewhere
+from bnfuse.planner.other_sizes import OtherSizes
 
 
 class Counting(nn.Module):
@@ -34,7 +34,7 @@ SHAPES: list[tuple[int, ...]] = []
 
 def shapes(model: nn.Module, *size: int) -> list[tuple[int, ...]]:
     SHAPES.clear()
-    found = Elsewhere(model, (torch.randn(size),), {})
+    found = OtherSizes(model, (torch.randn(size),), {})
     taken = [tuple(args[0].shape) for (args, _), _ in found]
     ran = len(SHAPES)
     assert [tuple(args[0].shape) for args, _ in found.inputs()] == taken

@@ -24,7 +24,7 @@ from bench.growth import Family
 from bench.networks import NETWORKS, QUICK, DenseBlock, Network, chain, forward, residual_stream, selected
 from bench.section import Section, Settings, Target, at_most
 from bench.timing import Effort, Rounds, Spread, geometric_mean, measured
-from bnfuse.tools.timing import by_turns, threads, timed
+from bnfuse.tools.timing import interleaved, threads, timed
 
 ONCE = Effort.exactly(1)
 ONE_THREAD = Settings().clock
@@ -78,7 +78,7 @@ BRANCHING = Network("own:branching", Branching, (3, 8, 8))
 def orders(names: str, rounds: int) -> list[str]:
     seen: list[str] = []
     measures = {name: lambda name=name: float(seen.append(name) or 1) for name in names}
-    by_turns(measures, rounds)
+    interleaved(measures, rounds)
     return ["".join(seen[start : start + len(names)]) for start in range(0, len(seen), len(names))]
 
 
@@ -95,7 +95,7 @@ def test_every_round_has_everything_once_and_everything_comes_first_and_after_ev
 
 def test_rounds_that_warm_up_are_forgotten() -> None:
     times = iter([9.0, 8.0, 1.0, 2.0])
-    assert by_turns({"a": lambda: next(times)}, rounds=2, warm_up=2) == {"a": [1.0, 2.0]}
+    assert interleaved({"a": lambda: next(times)}, rounds=2, warm_up=2) == {"a": [1.0, 2.0]}
 
 
 def test_the_clock_stops_before_the_result_is_freed() -> None:

@@ -22,17 +22,17 @@ from torch import nn
 from bnfuse.capture.run import capture, capture_shapes
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.graph.graph import Graph, Kind, Node, Value
-from bnfuse.planner.other_sizes import Elsewhere
+from bnfuse.planner.other_sizes import OtherSizes
 from bnfuse.rules import RULES
 
 _RUNS = 3
 """Other sizes that are looked at, of those that the model takes."""
 
 
-def varying(graph: Graph, nodes: Collection[Node], elsewhere: Elsewhere) -> set[Node]:
+def varying(graph: Graph, nodes: Collection[Node], sizes: OtherSizes) -> set[Node]:
     """Those of the nodes whose numbers are others at another size; all of them if the runs cannot be compared."""
     different: set[Node] = set()
-    for other in itertools.islice(elsewhere.graphs(), _RUNS):
+    for other in itertools.islice(sizes.graphs(), _RUNS):
         there = dict(zip(_places(other), other.nodes, strict=True))
         for place, node in zip(_places(graph), graph.nodes, strict=True):
             if node in nodes and (place not in there or not _same_numbers(node, there[place])):

@@ -19,13 +19,13 @@ from bnfuse.fusion_plan import Plan
 from bnfuse.model import pytree
 from bnfuse.model.copying import copy_model
 from bnfuse.model.sandbox import forked_random_state
-from bnfuse.planner.other_sizes import Elsewhere
+from bnfuse.planner.other_sizes import OtherSizes
 from bnfuse.rewrite import fused_copy, rewrite
 from bnfuse.verify.judge import same_outputs
 from bnfuse.verify.reference import Reference
 
 
-class Rehearsal:
+class OtherInputs:
     """Tries plans for one model; what the model itself gives is found out once for all of them.
 
     What is asked is whether a plan computes the same, not how precisely: differences that rounding makes, which flips
@@ -33,16 +33,16 @@ class Rehearsal:
     """
 
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], elsewhere: Elsewhere, stateful: bool
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sizes: OtherSizes, stateful: bool
     ) -> None:
         """
         Args:
             model: the original.
             args, kwargs: inputs that it takes.
-            elsewhere: what it does with others.
+            sizes: what it does with inputs of other sizes.
             stateful: whether a second call may differ from the first.
         """
-        self.model, self.inputs, self.elsewhere, self.stateful = model, (args, kwargs), elsewhere, stateful
+        self.model, self.inputs, self.sizes, self.stateful = model, (args, kwargs), sizes, stateful
 
     def holds(self, plan: Plan) -> bool:
         """True if the plan also holds for inputs with other values and of another size, and for a second call."""
@@ -61,7 +61,7 @@ class Rehearsal:
             rewrite(plan, wide)
             return wide
 
-        return self._elsewhere is None or _agrees(self._elsewhere, fused, fuse)
+        return self._other_call is None or _agrees(self._other_call, fused, fuse)
 
     @functools.cached_property
     def _second_call(self) -> Reference | None:
@@ -69,9 +69,9 @@ class Rehearsal:
         return _reference(_Twice(copy_model(self.model)), *self.inputs) if self.stateful else None
 
     @functools.cached_property
-    def _elsewhere(self) -> Reference | None:
+    def _other_call(self) -> Reference | None:
         """A call with other inputs, the first of those that the model takes."""
-        return next(filter(None, (_reference(self.model, *inputs) for inputs in self.elsewhere.inputs())), None)
+        return next(filter(None, (_reference(self.model, *inputs) for inputs in self.sizes.inputs())), None)
 
 
 class _Twice(nn.Module):

@@ -29,7 +29,7 @@ _ALIGNMENT = 32
 """Networks halve images up to five times, so a size that divides by 32 is enlarged by 32."""
 
 
-class Elsewhere:
+class OtherSizes:
     """What a model does with larger inputs; each of them is run when it is asked for, and once."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from bnfuse.graph.graph import Node
 from bnfuse.graph.norms import Norm
 from bnfuse.planner.assumptions import needed_in_place, varying
 from bnfuse.planner.culprits import culprits
-from bnfuse.planner.other_inputs import Rehearsal
-from bnfuse.planner.other_sizes import Elsewhere
+from bnfuse.planner.other_inputs import OtherInputs
+from bnfuse.planner.other_sizes import OtherSizes
 from bnfuse.planner.problem import Problem
 from bnfuse.reasons import (
     FAILS_ON_OTHER_INPUTS,
@@ -58,17 +58,17 @@ class Planner:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    def plan(self, kept: Mapping[Norm, Reason] | None = None, rehearsed: bool = True) -> Plan:
+    def plan(self, kept: Mapping[Norm, Reason] | None = None, tried: bool = True) -> Plan:
         """Solve, look at what the plan takes for granted, and solve again without what does not hold.
 
         Args:
             kept: further norms to keep, with the reason.
-            rehearsed: try the plan on other inputs too, where the code of the model gives reason to.
+            tried: try the plan on other inputs too, where the code of the model gives reason to.
         """
         kept = {**self.problem.kept, **(kept or {})}
         solution = self._solved(kept)
         plan = solution.plan
-        if not rehearsed or not (self.problem.looks or self.problem.stateful) or self._holds(solution):
+        if not tried or not (self.problem.looks or self.problem.stateful) or self._holds(solution):
             return plan
         fused = [norm for norm, decision in zip(self.problem.norms, plan.decisions, strict=True) if decision.fused]
         bad = self._refused(fused, kept)
@@ -94,14 +94,14 @@ class Planner:
         if not solution.plan.fused:
             return True
         if not self.problem.stateful and not solution.different:
-            return self._made_elsewhere(solution)
-        return self._rehearsal.holds(solution.plan)
+            return self._same_at_other_sizes(solution)
+        return self._other_inputs.holds(solution.plan)
 
-    def _made_elsewhere(self, solution: _Solution) -> bool:
+    def _same_at_other_sizes(self, solution: _Solution) -> bool:
         """True if the model runs at no other size, or the plan made from what runs there is the same."""
-        for call, record in self._elsewhere:
+        for call, record in self._other_sizes:
             if record is None:  # the code looks at contents, so that other contents must be tried
-                return self._rehearsal.holds(solution.plan)
+                return self._other_inputs.holds(solution.plan)
             other = Problem(self.problem.model, self.problem.options, record, *call)
             if [norm.label for norm in other.norms] != [norm.label for norm in self.problem.norms]:
                 return False
@@ -112,16 +112,16 @@ class Planner:
             }
             made = solve(other.graph, other.norms, kept, (), solution.forbidden)
             same = solution.solution.same_as(made)
-            return same or self._rehearsal.holds(solution.plan)
-        return self._elsewhere.runs_without_arithmetic or self._rehearsal.holds(solution.plan)
+            return same or self._other_inputs.holds(solution.plan)
+        return self._other_sizes.runs_without_arithmetic or self._other_inputs.holds(solution.plan)
 
     @functools.cached_property
-    def _elsewhere(self) -> Elsewhere:
-        return Elsewhere(self.problem.model, *self.problem.inputs)
+    def _other_sizes(self) -> OtherSizes:
+        return OtherSizes(self.problem.model, *self.problem.inputs)
 
     @functools.cached_property
-    def _rehearsal(self) -> Rehearsal:
-        return Rehearsal(self.problem.model, *self.problem.inputs, self._elsewhere, self.problem.stateful)
+    def _other_inputs(self) -> OtherInputs:
+        return OtherInputs(self.problem.model, *self.problem.inputs, self._other_sizes, self.problem.stateful)
 
     def _solved(self, kept: Mapping[Norm, Reason]) -> _Solution:
         problem = self.problem
@@ -134,7 +134,7 @@ class Planner:
             assumed = made.assumptions
             # A sum counts for itself; any other number can follow the size only if the code looks at it.
             new = {node for node in assumed.numbers - checked if problem.looks or node.operator == "sum"}
-            varied = varying(graph, new, self._elsewhere) if new else set()
+            varied = varying(graph, new, self._other_sizes) if new else set()
             needed = needed_in_place(problem.model, graph, assumed.out_of_place, *problem.inputs)
             if not varied and not needed:
                 break
@@ -154,8 +154,8 @@ class Planner:
     def release(self) -> None:
         """Free what was recorded; no plan can be made afterwards."""
         self.problem.graph.release()
-        if "_elsewhere" in self.__dict__:
-            self._elsewhere.release()
+        if "_other_sizes" in self.__dict__:
+            self._other_sizes.release()
 
 
 def report(plan: Plan) -> None:

@@ -40,7 +40,7 @@ def within_budget(planner: Planner, budget: float) -> Plan:
     reason = OVER_BUDGET.reason(budget=budget)
 
     def keeping(norms: list[Norm]) -> Plan:
-        return planner.plan(dict.fromkeys(norms, reason), rehearsed=False)
+        return planner.plan(dict.fromkeys(norms, reason), tried=False)
 
     def fits(norms: list[Norm]) -> bool:
         return _error(planner, keeping(norms)) <= budget
@@ -82,10 +82,10 @@ def without_misfits(planner: Planner, plan: Plan) -> Plan | None:
 
     def fits(group: Sequence[Norm]) -> bool:
         staying = dict.fromkeys((norm for norm in fused if norm not in group), reason)
-        return _fits(problem, planner.plan(staying, rehearsed=False))
+        return _fits(problem, planner.plan(staying, tried=False))
 
     bad = [norm for group in culprits(fused, fits, limited=False) for norm in group]
-    return planner.plan(dict.fromkeys(bad, reason), rehearsed=False)
+    return planner.plan(dict.fromkeys(bad, reason), tried=False)
 
 
 def _fits(problem: Problem, plan: Plan) -> bool:

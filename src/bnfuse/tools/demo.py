@@ -24,7 +24,7 @@ from bnfuse.errors import BnFuseError
 from bnfuse.model.describe import shape_text
 from bnfuse.report.tables import Column, Table
 from bnfuse.report.terminal import show
-from bnfuse.tools.timing import by_turns, threads, timed
+from bnfuse.tools.timing import interleaved, threads, timed
 
 IMAGE_SIZE = 224
 ROUNDS = 60
@@ -162,13 +162,13 @@ def _without_norms(model: nn.Module) -> nn.Module:
 
 
 def _latencies(networks: Mapping[str, nn.Module], inputs: Tensor) -> Table:
-    """Time the networks by turns, on one thread."""
+    """Time the networks interleaved, on one thread."""
     measures = {name: timed(partial(network, inputs)) for name, network in networks.items()}
     with torch.inference_mode(), threads(1):
-        seconds = by_turns(measures, ROUNDS, _WARM_UP_ROUNDS)
+        seconds = interleaved(measures, ROUNDS, _WARM_UP_ROUNDS)
     medians = {name: 1000 * statistics.median(times) for name, times in seconds.items()}
     rows = tuple((name, f"{median:.2f}", f"{median / medians['original']:.3f}") for name, median in medians.items())
-    title = f"Latency: median of {ROUNDS} runs each, by turns; input {shape_text(inputs.shape)}, one thread"
+    title = f"Latency: median of {ROUNDS} runs each, interleaved; input {shape_text(inputs.shape)}, one thread"
     return Table(title, (Column("network"), Column("ms", True), Column("ratio", True)), rows)
 
 

@@ -1,4 +1,4 @@
-"""Times that can be compared: measured by turns, so that other work of the machine disturbs all of them alike."""
+"""Times that can be compared: measured interleaved, so that other work of the machine disturbs all of them alike."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def timed(work: Callable[[], object], clock: Callable[[], float] = time.perf_cou
     return measure
 
 
-def by_turns(measures: Mapping[str, Measure], rounds: int, warm_up: int = 0) -> dict[str, list[float]]:
+def interleaved(measures: Mapping[str, Measure], rounds: int, warm_up: int = 0) -> dict[str, list[float]]:
     """Take every measure once in each round, and no two rounds in the same order.
 
     The first place goes round, and after each cycle the direction changes, so that none always follows the same other.
@@ -38,7 +38,7 @@ def by_turns(measures: Mapping[str, Measure], rounds: int, warm_up: int = 0) -> 
     Returns:
         The seconds of each measure, one for each round that counts.
 
-    >>> by_turns({"a": lambda: 1.0, "b": lambda: 2.0}, rounds=2)
+    >>> interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, rounds=2)
     {'a': [1.0, 1.0], 'b': [2.0, 2.0]}
     """
     names = list(measures)

@@ -63,7 +63,7 @@ def census(
             due = [model for model in chosen if model not in ledger.rows or ledger.rows[model].outcome in again]
         todo = [Job(f"{name}:{model}", zoo.family(f"{name}:{model}")) for model in due]
         with progress(name, len(chosen), len(chosen) - len(todo)) as report, _interruptible() as interrupted:
-            Sweep(name, ledger, settings, jobs, report, interrupted.is_set).run(by_turns(todo))
+            Sweep(name, ledger, settings, jobs, report, interrupted.is_set).run(interleaved(todo))
         if interrupted.is_set():
             print("interrupted: the same command continues", file=sys.stderr)
     finally:
@@ -95,10 +95,10 @@ def _interruptible() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def by_turns(jobs: Iterable[Job]) -> list[Job]:
+def interleaved(jobs: Iterable[Job]) -> list[Job]:
     """The first model of each family, then the second, and so on: a census that is interrupted has seen every family.
 
-    >>> [job.spec for job in by_turns([Job("a1", "a"), Job("a2", "a"), Job("b1", "b")])]
+    >>> [job.spec for job in interleaved([Job("a1", "a"), Job("a2", "a"), Job("b1", "b")])]
     ['a1', 'b1', 'a2']
     """
     families: dict[str, list[Job]] = {}
