@@ -11,23 +11,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from bnfuse import reasons
 from bnfuse.capture.module_calls import has_hooks
 from bnfuse.graph.graph import Graph, ModuleCall, Node
 from bnfuse.graph.norms import Norm, Site
 from bnfuse.model import tree
-from bnfuse.reasons import (
-    DID_NOT_RUN,
-    FORWARD_DOES_MORE,
-    HAS_HOOK,
-    IS_FUNCTION_CALL,
-    IS_SCRIPTED,
-    IS_THE_MODEL,
-    PARAMETERS_READ_ELSEWHERE,
-    REFERENCED_ELSEWHERE,
-    TRACKS_NO_STATISTICS,
-    USES_BATCH_STATISTICS,
-    Reason,
-)
+from bnfuse.reasons import Reason
 from bnfuse.rules.norm_statistics import is_step
 
 _DEPTH = 3
@@ -88,7 +77,7 @@ def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], r
         found = _sites(calls)
         if found is None:
             work = "normalise" if is_norm(module) else "multiply and add per channel"
-            obstacle = FORWARD_DOES_MORE.reason(kind=kind, work=work)
+            obstacle = reasons.FORWARD_DOES_MORE.reason(kind=kind, work=work)
         else:
             sites, keep = found
     return Norm(tuple(names), names[0] or kind, kind, channels, sites, keep, obstacle)
@@ -101,20 +90,20 @@ def _obstacle(module: nn.Module, names: list[str], calls: list[ModuleCall], refe
         referenced: an attribute of the model that also refers to the module, None if there is none.
     """
     if not calls:
-        return DID_NOT_RUN.reason()
+        return reasons.DID_NOT_RUN.reason()
     if any(_uses_batch_statistics(node) for call in calls for node in call.nodes):
-        return TRACKS_NO_STATISTICS.reason()
+        return reasons.TRACKS_NO_STATISTICS.reason()
     if isinstance(module, torch.jit.ScriptModule):
-        return IS_SCRIPTED.reason()
+        return reasons.IS_SCRIPTED.reason()
     if has_hooks(module):
-        return HAS_HOOK.reason()
+        return reasons.HAS_HOOK.reason()
     if referenced is not None:
-        return REFERENCED_ELSEWHERE.reason(place=referenced)
+        return reasons.REFERENCED_ELSEWHERE.reason(place=referenced)
     reader = _other_reader(calls)
     if reader is not None:
-        return PARAMETERS_READ_ELSEWHERE.reason(reader=reader)
+        return reasons.PARAMETERS_READ_ELSEWHERE.reason(reader=reader)
     if "" in names:
-        return IS_THE_MODEL.reason()
+        return reasons.IS_THE_MODEL.reason()
     return None
 
 
@@ -141,9 +130,9 @@ def _other_reader(calls: list[ModuleCall]) -> Node | None:
 
 def _functional_norm(node: Node) -> Norm:
     """A batch norm that is called as a function: it is listed, and always stays."""
-    obstacle = IS_FUNCTION_CALL.reason()
+    obstacle = reasons.IS_FUNCTION_CALL.reason()
     if _uses_batch_statistics(node):
-        obstacle = USES_BATCH_STATISTICS.reason()
+        obstacle = reasons.USES_BATCH_STATISTICS.reason()
     label = f"batch_norm in {node.call.label}"
     shape = node.inputs[0].shape
     return Norm((), label, "function", shape[1] if len(shape) > 1 else 0, (), obstacle=obstacle)

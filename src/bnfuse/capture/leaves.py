@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Storage, Value, may_overlap
 from bnfuse.operators import memory_of
-from bnfuse.reasons import ELEMENTS_SHARE_MEMORY, IS_CONSTANT, IS_SUBCLASS, SHARES_MEMORY
 
 _PLAIN_CLASSES = (Tensor, nn.Parameter, nn.Buffer)
 
@@ -58,16 +58,16 @@ class Leaves:
         value = new_value(next(self._indices), tensor, kind, neighbours[0].storage if neighbours else Storage())
         value.independent, value.tensor, value.names = True, tensor, names
         if kind is Kind.CONSTANT:
-            value.pin(IS_CONSTANT)
+            value.pin(reasons.IS_CONSTANT)
         if type(tensor) not in _PLAIN_CLASSES:
-            value.pin(IS_SUBCLASS, kind=type(tensor).__name__)
+            value.pin(reasons.IS_SUBCLASS, kind=type(tensor).__name__)
         if _overlaps_itself(tensor):
-            value.pin(ELEMENTS_SHARE_MEMORY)
+            value.pin(reasons.ELEMENTS_SHARE_MEMORY)
         for other in neighbours:
             assert other.tensor is not None
             if _overlap(tensor, other.tensor):
-                other.pin(SHARES_MEMORY, other=names[0] if names else "another tensor")
-                value.pin(SHARES_MEMORY, other=other.names[0] if other.names else "another tensor")
+                other.pin(reasons.SHARES_MEMORY, other=names[0] if names else "another tensor")
+                value.pin(reasons.SHARES_MEMORY, other=other.names[0] if other.names else "another tensor")
         neighbours.append(value)
         self.by_identity[id(tensor)] = value
         for name in names:

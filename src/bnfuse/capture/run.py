@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from bnfuse import reasons
 from bnfuse.capture.escapes import EscapeWatch
 from bnfuse.capture.module_calls import ModuleCalls
 from bnfuse.capture.recorder import Recorder
@@ -21,7 +22,6 @@ from bnfuse.errors import InputError
 from bnfuse.graph.graph import Graph
 from bnfuse.model import pytree, tree
 from bnfuse.model.sandbox import SavedState, leave_no_trace
-from bnfuse.reasons import IS_OUTPUT, IS_REPLACED, IS_STORED
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _capture(
             if shapes_only:
                 raise
             raise InputError(_does_not_run(model, args, kwargs, error)) from error
-        values.expose(output, IS_OUTPUT)
+        values.expose(output, reasons.IS_OUTPUT)
         stateful, traces = _expose_stored(values, state)
         values.remove_tags()
     looks = escapes.looks or recorder.squeezes
@@ -117,13 +117,13 @@ def _expose_stored(values: Values, state: SavedState) -> tuple[bool, bool]:
         for _, tensor in found:
             value = values.known(tensor)
             if value is not None and not value.independent:
-                value.pin(IS_STORED, place=where)
+                value.pin(reasons.IS_STORED, place=where)
                 values.exposed.append(value.index)
                 stateful = True
     for leaf in state.replaced():
         value = values.known(leaf)
         if value is not None:
-            value.pin(IS_REPLACED)
+            value.pin(reasons.IS_REPLACED)
             stateful = True
     return stateful, traces or stateful
 

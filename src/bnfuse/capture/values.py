@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfuse import reasons
 from bnfuse.capture.leaves import Leaves, new_value
 from bnfuse.graph.graph import Kind, Node, Storage, Value
 from bnfuse.model import pytree
 from bnfuse.operators import memory_of
-from bnfuse.reasons import IS_INPUT, IS_WRITTEN, MEMORY_READ_ANOTHER_WAY, WRITTEN_THROUGH_VIEW, Cause
+from bnfuse.reasons import Cause
 
 _TAG = "_bnfuse_value"
 
@@ -76,7 +77,7 @@ class Values:
             same_memory = self.known(other)
             assert same_memory is not None
             value = self._in_memory_of(tensor, same_memory)
-            _pin_all(same_memory.storage, MEMORY_READ_ANOTHER_WAY)
+            _pin_all(same_memory.storage, reasons.MEMORY_READ_ANOTHER_WAY)
             return value
         value = self._leaves.add(tensor, Kind.CONSTANT)
         if tensor.is_inference() and tensor.is_floating_point() and not self.in_literal:
@@ -87,7 +88,7 @@ class Values:
     def _rewritten(self, tensor: Tensor, value: Value) -> Value:
         """The value of a tensor whose memory was written to through another tensor."""
         fresh = self._in_memory_of(tensor, value)
-        _pin_all(value.storage, WRITTEN_THROUGH_VIEW)
+        _pin_all(value.storage, reasons.WRITTEN_THROUGH_VIEW)
         return fresh
 
     def _in_memory_of(self, tensor: Tensor, value: Value) -> Value:
@@ -102,7 +103,7 @@ class Values:
     def add_input(self, tensor: Tensor) -> None:
         """An input of the model."""
         value = new_value(next(self._indices), tensor, Kind.INPUT, Storage())
-        value.pin(IS_INPUT)
+        value.pin(reasons.IS_INPUT)
         self.tag(tensor, value)
 
     def add_result(self, tensor: Tensor, storage: Storage, producer: Node, independent: bool) -> Value:
@@ -119,7 +120,7 @@ class Values:
         fresh = new_value(next(self._indices), tensor, Kind.COMPUTED, value.storage)
         fresh.producer, fresh.independent = producer, independent
         if value.tensor is not None:
-            fresh.pin(IS_WRITTEN)
+            fresh.pin(reasons.IS_WRITTEN)
         self._replace(tensor, fresh)
         return fresh
 

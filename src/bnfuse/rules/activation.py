@@ -6,8 +6,8 @@ prelu, abs, a clamp from below at 0. None of them passes a shift. A scale of 0 m
 
 from __future__ import annotations
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import BENDS_ELSEWHERE, NO_NEGATIVE_SCALE, NO_SHIFT, SLOPE_IS_FIXED
 from bnfuse.rules.registry import Family, Trial, link, rule
 from bnfuse.units import Unit
 
@@ -15,9 +15,9 @@ from bnfuse.units import Unit
 def pass_positive_scale(node: Node, trial: Trial, x: Value, y: Value) -> None:
     def checked(unit: Unit) -> Unit:
         if unit.has_negative_scale:
-            trial.refuse(node, NO_NEGATIVE_SCALE)
+            trial.refuse(node, reasons.NO_NEGATIVE_SCALE)
         if unit.shift is not None:
-            trial.refuse_shift(node, NO_SHIFT)
+            trial.refuse_shift(node, reasons.NO_SHIFT)
         return unit
 
     link(trial, x, y, checked, checked)
@@ -28,7 +28,7 @@ def piecewise_linear(node: Node, trial: Trial) -> None:
     """A scale that is not negative; no shift: linear on each side of 0."""
     for slope in node.inputs[1:]:
         if trial.unit(slope) is not None:
-            trial.refuse(node, SLOPE_IS_FIXED)
+            trial.refuse(node, reasons.SLOPE_IS_FIXED)
     pass_positive_scale(node, trial, node.inputs[0], node.outputs[0])
 
 
@@ -43,5 +43,5 @@ def one_sided(node: Node, trial: Trial) -> None:
         "rrelu": not bound.get("training"),
     }[node.operator]
     if not at_zero or len(node.inputs) != 1:
-        trial.refuse(node, BENDS_ELSEWHERE)
+        trial.refuse(node, reasons.BENDS_ELSEWHERE)
     pass_positive_scale(node, trial, node.inputs[0], node.outputs[0])

@@ -9,15 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import (
-    DIFFERENT_RANKS,
-    MIXES_ELEMENTS,
-    NOTHING_PASSES,
-    QUERY_KEY_OR_MASK,
-    VALUES_ARE_KEYS,
-    WEIGHTS_DO_NOT_SUM_TO_ONE,
-)
 from bnfuse.rules.registry import Trial, forbid, link, rule
 from bnfuse.units import Unit
 
@@ -52,9 +45,9 @@ def attention(node: Node, trial: Trial) -> None:
         averages = averages and bool(torch.isfinite(trial.content(mask)).all())
     for value in node.inputs:
         if value is not v and not trial.unit_or_identity(value).is_identity:
-            trial.refuse(node, QUERY_KEY_OR_MASK)
+            trial.refuse(node, reasons.QUERY_KEY_OR_MASK)
     if node.inputs.count(v) > 1 and trial.unit(v) is not None:
-        trial.refuse(node, VALUES_ARE_KEYS)
+        trial.refuse(node, reasons.VALUES_ARE_KEYS)
     repeated = bool(node.argument("enable_gqa")) and v.shape[-3] != y.shape[-3]
     mix_rows(node, trial, v, y, averages, {len(v.shape) - 2, *([len(v.shape) - 3] if repeated else [])})
 
@@ -62,21 +55,21 @@ def attention(node: Node, trial: Trial) -> None:
 @rule("softmax")
 def fixed(node: Node, trial: Trial) -> None:
     """Nothing passes, but what a softmax makes is known to sum to one."""
-    forbid(node, trial, (*node.inputs, *node.outputs), NOTHING_PASSES)
+    forbid(node, trial, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)
 
 
 def mix_rows(node: Node, trial: Trial, v: Value, y: Value, averages: bool, mixed: set[int]) -> None:
     """Tie v and ``y = A @ v``: the units must be uniform along the mixed axes."""
     if len(v.shape) != len(y.shape):
-        forbid(node, trial, (v, y), DIFFERENT_RANKS)
+        forbid(node, trial, (v, y), reasons.DIFFERENT_RANKS)
         return
 
     def checked(unit: Unit) -> Unit:
         broadcast = {axis for axis in unit.axes() if v.shape[axis] != y.shape[axis]}
         if unit.axes() & mixed or broadcast:
-            trial.refuse_unit(node, unit, MIXES_ELEMENTS)
+            trial.refuse_unit(node, unit, reasons.MIXES_ELEMENTS)
         if unit.shift is not None and not averages:
-            trial.refuse_shift(node, WEIGHTS_DO_NOT_SUM_TO_ONE)
+            trial.refuse_shift(node, reasons.WEIGHTS_DO_NOT_SUM_TO_ONE)
         return unit
 
     link(trial, v, y, checked, checked)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import COUNTS_SHIFTS, EINSUM_PARAMETER_HAS_NO_AXIS, NO_BIAS, NOTHING_PASSES
 from bnfuse.rules.registry import Trial, absorber, forbid, rule
 from bnfuse.units import Unit, add, multiply, scaled
 
@@ -106,10 +106,10 @@ def check(node: Node, trial: Trial) -> None:
     """
     parts = operands(node)
     if parts is None:
-        forbid(node, trial, (*node.inputs, *node.outputs), NOTHING_PASSES)
+        forbid(node, trial, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)
         return
     if not parts.absorbs(trial):
-        trial.refuse(node, EINSUM_PARAMETER_HAS_NO_AXIS)
+        trial.refuse(node, reasons.EINSUM_PARAMETER_HAS_NO_AXIS)
     of_input = trial.unit(parts.x)
     if of_input is not None and of_input.shift is not None and trial.unit(parts.y) is None:
         trial.demand(parts.y, Unit.of(None, _carried(node, parts, trial, of_input), inverse=True))
@@ -121,7 +121,7 @@ def _carried(node: Node, parts: Operands, trial: Trial, unit: Unit) -> Tensor | 
     if q is None:
         return None
     if any(letter not in parts.of_y and letter not in parts.of_w for letter in parts.of_x):
-        trial.refuse_shift(node, COUNTS_SHIFTS)
+        trial.refuse_shift(node, reasons.COUNTS_SHIFTS)
     # Letters that x alone has are uniform, so one element stands for all.
     kept = [axis for axis, letter in enumerate(parts.of_x) if letter in parts.of_w]
     full = q.reshape([q.shape[axis] for axis in kept]).expand([parts.x.shape[axis] for axis in kept])
@@ -142,7 +142,7 @@ def absorb(node: Node, trial: Trial) -> None:
     s, t = of_output.direct()
     rest = add(t, scaled(_carried(node, parts, trial, of_input), s))
     if rest is not None and bool((rest.abs() > 1e-12 * (1.0 if t is None else float(t.abs().max()))).any()):
-        trial.refuse_shift(node, NO_BIAS)
+        trial.refuse_shift(node, reasons.NO_BIAS)
     scale = multiply(_on(p, parts.of_x, parts.of_w), _on(s, parts.of_y, parts.of_w))
     trial.edit(node, parts.w, Unit(scale))
 

@@ -13,14 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import (
-    ADDED_ANY_NUMBER_OF_TIMES,
-    ADDS_A_NUMBER,
-    INDEXED_BY_TENSOR,
-    MAXIMUM_NEGATIVE_SCALE,
-    SCATTERS_PRODUCTS,
-)
 from bnfuse.rules.registry import Trial, link, rule
 from bnfuse.rules.selection import share
 from bnfuse.units import Unit
@@ -92,7 +86,7 @@ def _moved(node: Node, trial: Trial, unit: Unit, source: tuple[int, ...], target
 
 def _check_uniform(node: Node, trial: Trial, unit: Unit, axes: Iterable[int]) -> None:
     if unit.axes() & set(axes):
-        trial.refuse_unit(node, unit, INDEXED_BY_TENSOR)
+        trial.refuse_unit(node, unit, reasons.INDEXED_BY_TENSOR)
 
 
 @rule("gather")
@@ -131,21 +125,21 @@ def put(node: Node, trial: Trial) -> None:
         return
     _along_others(node, trial, changed[0], *values)
     if how in ("prod", "multiply"):
-        trial.refuse(node, SCATTERS_PRODUCTS)
+        trial.refuse(node, reasons.SCATTERS_PRODUCTS)
     if how in ("sum", "add"):
         _add(node, trial, x, y, source)
         return
     shared = share(node, trial, [x, source])
     if how in ("amax", "amin") and shared is not None and shared.has_negative_scale:
-        trial.refuse(node, MAXIMUM_NEGATIVE_SCALE)
+        trial.refuse(node, reasons.MAXIMUM_NEGATIVE_SCALE)
 
 
 def _add(node: Node, trial: Trial, x: Value, y: Value, source: Value | float) -> None:
     if not isinstance(source, Value):
-        trial.refuse(node, ADDS_A_NUMBER)
+        trial.refuse(node, reasons.ADDS_A_NUMBER)
     of_source = trial.unit(source)
     if of_source is not None and of_source.shift is not None:
-        trial.refuse_shift(node, ADDED_ANY_NUMBER_OF_TIMES)
+        trial.refuse_shift(node, reasons.ADDED_ANY_NUMBER_OF_TIMES)
     whole = next(unit for value in (y, x, source) if (unit := trial.unit(value)) is not None)
     for value in (y, x):
         trial.demand(value, whole)

@@ -24,17 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Node, Value
-from bnfuse.reasons import (
-    DIFFERENT_TAPS,
-    LEFT_FACTOR,
-    NO_BIAS,
-    NO_SHIFT_OF_INPUT,
-    NOTHING_PASSES,
-    OFFSETS_ARE_FIXED,
-    PADS_WITH_ZEROS,
-    WEIGHT_HAS_NO_AXIS,
-)
 from bnfuse.rules import einsum
 from bnfuse.rules.attention import is_softmax, mix_rows
 from bnfuse.rules.registry import Trial, absorber, forbid, rule
@@ -138,18 +129,18 @@ def check(node: Node, trial: Trial) -> None:
         unit = trial.unit_or_identity(value)
         if not unit.uniform_outside(layer.axis):
             axis = min(unit.axes() - {layer.axis})
-            trial.refuse_unit(node, unit, WEIGHT_HAS_NO_AXIS, axis=axis, side=side)
+            trial.refuse_unit(node, unit, reasons.WEIGHT_HAS_NO_AXIS, axis=axis, side=side)
     for value in node.inputs:
         others = (layer.x, layer.w, layer.b)
         if all(value is not other for other in others) and not trial.unit_or_identity(value).is_identity:
-            trial.refuse(node, OFFSETS_ARE_FIXED)
+            trial.refuse(node, reasons.OFFSETS_ARE_FIXED)
     if len(layer.w.consumers) > 1:
         _share(node, trial, layer)
     of_x = trial.unit(layer.x)
     if of_x is not None and of_x.shift is not None:
         if not layer.uniform:
-            why = DIFFERENT_TAPS if layer.transposed else PADS_WITH_ZEROS
-            trial.refuse_shift(node, NO_SHIFT_OF_INPUT, why=why.reason())
+            why = reasons.DIFFERENT_TAPS if layer.transposed else reasons.PADS_WITH_ZEROS
+            trial.refuse_shift(node, reasons.NO_SHIFT_OF_INPUT, why=why.reason())
         if not node.call.is_standard:
             trial.assume(node)  # that its own code pads nothing at another size either
         if layer.b is None:
@@ -195,9 +186,9 @@ def _product(node: Node, trial: Trial) -> None:
         einsum.check(node, trial)
         return
     if node.operator == "addmm" or a is v or len(v.shape) < 2 or len(a.shape) < 2:
-        forbid(node, trial, (*node.inputs, *node.outputs), NOTHING_PASSES)
+        forbid(node, trial, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)
         return
-    forbid(node, trial, [a], LEFT_FACTOR)
+    forbid(node, trial, [a], reasons.LEFT_FACTOR)
     mix_rows(node, trial, v, node.outputs[0], is_softmax(a), {len(v.shape) - 2})
 
 
@@ -243,7 +234,7 @@ def absorb(node: Node, trial: Trial) -> None:
     trial.edit(node, layer.w, Unit(scale))
     if layer.b is None:
         if shift is not None and bool((shift.abs() > 1e-12 * _size(t, q)).any()):
-            trial.refuse_shift(node, NO_BIAS)
+            trial.refuse_shift(node, reasons.NO_BIAS)
     else:
         trial.edit(node, layer.b, Unit(axis_out if shift is not None or _has_content(layer.b, trial) else None, shift))
 

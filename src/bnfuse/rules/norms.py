@@ -19,15 +19,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node
-from bnfuse.reasons import (
-    GAIN_HAS_NO_AXIS,
-    GAIN_PER_CHANNEL,
-    MEAN_TOO_FAR,
-    NO_BIAS,
-    NO_WEIGHT,
-    STATISTICS_OF_INPUT,
-)
 from bnfuse.rules.norm_statistics import CHANNELS, FARTHEST, distance, offset, parts
 from bnfuse.rules.registry import Trial, absorber, forbid, rule
 from bnfuse.units import Unit, add, channel_vector, multiply
@@ -45,7 +38,7 @@ def batch_norm(node: Node, trial: Trial) -> None:
     for value in (node.bound["input"], node.outputs[0]):
         unit = trial.unit_or_identity(value)
         if not unit.uniform_outside(CHANNELS):
-            trial.refuse_unit(node, unit, GAIN_PER_CHANNEL)
+            trial.refuse_unit(node, unit, reasons.GAIN_PER_CHANNEL)
     # What it cannot undo is better known now than when it absorbs.
     trial.unit_or_identity(node.bound["input"]).inverted()
     trial.unit_or_identity(node.outputs[0]).direct()
@@ -70,7 +63,7 @@ def absorb_batch_norm(node: Node, trial: Trial) -> None:
     if q is not None:
         far = distance(node, trial, channel_vector(q, CHANNELS, x.shape[CHANNELS], 0.0))
         if far > max(FARTHEST.get(x.dtype, 0.0), offset(node, trial)):
-            trial.refuse_shift(node, MEAN_TOO_FAR, distance=far)
+            trial.refuse_shift(node, reasons.MEAN_TOO_FAR, distance=far)
     gain, ratio, moved, shift = vector(s, 1.0), vector(p, 1.0), vector(q, 0.0), vector(t, 0.0)
     if ratio is not None:
         moved = add(moved, (ratio - 1) * mean)
@@ -85,9 +78,9 @@ def _edit(node: Node, trial: Trial, gain: Tensor | None, bias_gain: Tensor | Non
         if value is not None:
             trial.edit(node, value, unit)
         elif name == "weight" and gain is not None:
-            trial.refuse(node, NO_WEIGHT)
+            trial.refuse(node, reasons.NO_WEIGHT)
         elif shift is not None:
-            trial.refuse_shift(node, NO_BIAS)
+            trial.refuse_shift(node, reasons.NO_BIAS)
 
 
 @rule("layer_norm", "group_norm", "instance_norm", "rms_norm")
@@ -97,10 +90,10 @@ def norm_of_input(node: Node, trial: Trial) -> None:
     Its statistics come from its input, which stays as it is.
     """
     x, y = node.inputs[0], node.outputs[0]
-    forbid(node, trial, [x], STATISTICS_OF_INPUT)
+    forbid(node, trial, [x], reasons.STATISTICS_OF_INPUT)
     unit = trial.unit_or_identity(y)
     if not unit.axes() <= set(_parameter_axes(node)):
-        trial.refuse_unit(node, unit, GAIN_HAS_NO_AXIS)
+        trial.refuse_unit(node, unit, reasons.GAIN_HAS_NO_AXIS)
 
 
 @absorber("layer_norm", "group_norm", "instance_norm", "rms_norm")

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node
-from bnfuse.reasons import PADDED_AXIS_VARIES, PADDING_DOES_NOT_FIT, PADS_MINUS_INFINITY, PADS_WITH, PADS_WITH_A_NUMBER
 from bnfuse.rules.registry import Trial, rule
 from bnfuse.units import Unit
 
@@ -50,10 +50,10 @@ def pad(node: Node, trial: Trial) -> None:
         if unit is not None:
             _check(node, trial, unit, margins, constant)
     if of_y is not None and of_y.shift is not None and constant and not _same_shift(forward(backward(of_y)), of_y):
-        trial.refuse_shift(node, PADS_WITH_A_NUMBER)
+        trial.refuse_shift(node, reasons.PADS_WITH_A_NUMBER)
     if of_x is not None and of_y is not None:
         if not backward(forward(of_x)).same_as(backward(of_y)):
-            trial.refuse(node, PADDING_DOES_NOT_FIT)
+            trial.refuse(node, reasons.PADDING_DOES_NOT_FIT)
     elif of_x is not None and not of_x.is_identity:
         trial.demand(y, forward(of_x))
     elif of_y is not None and not of_y.is_identity:
@@ -77,14 +77,14 @@ def _check(node: Node, trial: Trial, unit: Unit, margins: _Margins, constant: bo
     padded = {axis for axis, margin in margins.items() if max(margin) > 0}
     if not constant:
         if unit.axes() & padded:
-            trial.refuse_unit(node, unit, PADDED_AXIS_VARIES)
+            trial.refuse_unit(node, unit, reasons.PADDED_AXIS_VARIES)
     elif number == -math.inf:
         if unit.scale is not None and bool((unit.scale <= 0).any()):
-            trial.refuse(node, PADS_MINUS_INFINITY)
+            trial.refuse(node, reasons.PADS_MINUS_INFINITY)
     elif number != 0 and unit.scale is not None and padded:
-        trial.refuse(node, PADS_WITH, number=number)
+        trial.refuse(node, reasons.PADS_WITH, number=number)
     elif unit.shift is not None and padded - _axes(unit.shift):
-        trial.refuse_shift(node, PADS_WITH_A_NUMBER)
+        trial.refuse_shift(node, reasons.PADS_WITH_A_NUMBER)
     elif unit.shift is not None:
         trial.assume(node)  # that it pads no other axis at another size
 

@@ -15,26 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import (
-    DIRECTION_IS_FIXED,
-    DIVIDES_A_NUMBER,
-    DIVIDES_BY_ZERO,
-    FACTOR_IS_BROADCAST,
-    FACTOR_SHIFT,
-    GAIN_IS_ZERO,
-    GATE_SHIFT,
-    GATING_HALF,
-    IS_COMPLEX,
-    MAGNITUDE_HAS_NO_AXIS,
-    MULTIPLIES_BY_ITSELF,
-    MULTIPLIES_BY_ZERO,
-    NO_SHIFT,
-    ROUNDS,
-    SCALES_DO_NOT_FIT,
-    SHIFTS_DO_NOT_FIT,
-    UNDOES_ZERO_SCALE,
-)
 from bnfuse.rules.registry import Trial, cost, forbid, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, multiply, reciprocal
 
@@ -49,20 +31,20 @@ def product(node: Node, trial: Trial) -> None:
     """
     x, y, z = node.bound["self"], node.bound["other"], node.outputs[0]
     if isinstance(x, complex) or isinstance(y, complex):
-        trial.refuse(node, IS_COMPLEX)
+        trial.refuse(node, reasons.IS_COMPLEX)
     power = 1 if node.operator.startswith("mul") else -1
     if node.argument("rounding_mode") is not None:
-        trial.refuse(node, ROUNDS)
+        trial.refuse(node, reasons.ROUNDS)
     if not isinstance(x, Value):
         if power < 0:
-            trial.refuse(node, DIVIDES_A_NUMBER)
+            trial.refuse(node, reasons.DIVIDES_A_NUMBER)
         x, y = y, x
     if not isinstance(y, Value):
         if power < 0 and y == 0:
-            trial.refuse(node, DIVIDES_BY_ZERO)
+            trial.refuse(node, reasons.DIVIDES_BY_ZERO)
         _times_number(node, trial, x, float(y) ** power, z)
     elif x is y:
-        trial.refuse(node, MULTIPLIES_BY_ITSELF)
+        trial.refuse(node, reasons.MULTIPLIES_BY_ITSELF)
     elif y.independent and not x.independent:
         _Gain(node, trial, x, y, z, power).settle()
     elif x.independent and not y.independent and power > 0:
@@ -84,14 +66,14 @@ def weight_norm(node: Node, trial: Trial) -> None:
     ``w = g * v/norm(v)`` (Salimans and Kingma, 2016), so a scale of w along the axis of g is a scale of g.
     """
     v, g, w = node.inputs[0], node.inputs[1], node.outputs[0]
-    forbid(node, trial, [v], DIRECTION_IS_FIXED)
+    forbid(node, trial, [v], reasons.DIRECTION_IS_FIXED)
 
     def checked(unit: Unit) -> Unit:
         if unit.shift is not None:
-            trial.refuse_shift(node, NO_SHIFT)
+            trial.refuse_shift(node, reasons.NO_SHIFT)
         lowered = lower(unit, g, w)
         if lowered is None:
-            trial.refuse(node, MAGNITUDE_HAS_NO_AXIS)
+            trial.refuse(node, reasons.MAGNITUDE_HAS_NO_AXIS)
         return lowered
 
     link(trial, g, w, checked, checked)
@@ -105,7 +87,7 @@ def gated_half(node: Node, trial: Trial) -> None:
 
     def checked(unit: Unit) -> Unit:
         if unit.shift is not None:
-            trial.refuse_shift(node, GATE_SHIFT)
+            trial.refuse_shift(node, reasons.GATE_SHIFT)
         return unit
 
     def forward(unit: Unit) -> Unit:
@@ -113,7 +95,7 @@ def gated_half(node: Node, trial: Trial) -> None:
         if scale is None:
             return unit
         if scale.shape[axis] == 1 or not bool((scale.narrow(axis, y.shape[axis], y.shape[axis]) == 1).all()):
-            trial.refuse(node, GATING_HALF)
+            trial.refuse(node, reasons.GATING_HALF)
         return Unit.of(scale.narrow(axis, 0, y.shape[axis]), None, unit.inverse)
 
     def backward(unit: Unit) -> Unit:
@@ -134,7 +116,7 @@ def _times_number(node: Node, trial: Trial, x: Value, number: float, z: Value) -
         if unit.shift is None:
             return unit
         if number == 0:
-            trial.refuse_shift(node, MULTIPLIES_BY_ZERO)
+            trial.refuse_shift(node, reasons.MULTIPLIES_BY_ZERO)
         if number != -1:
             trial.assume(node)
         return Unit(unit.scale, unit.shift * factor, unit.inverse)
@@ -153,7 +135,7 @@ class _Gain:
         of_x, of_p, of_z = trial.unit(x), trial.unit(p), trial.unit(z)
         if of_p is not None:
             if of_p.shift is not None:
-                trial.refuse_shift(self.node, FACTOR_SHIFT)
+                trial.refuse_shift(self.node, reasons.FACTOR_SHIFT)
             ratio = self._ratio_of(of_p)
             if of_x is not None:
                 self._demand(z, self._forward(lift(of_x, x, z), ratio))
@@ -216,7 +198,7 @@ class _Gain:
             contents = self._contents()
             shift = unit.shift / contents
             if bool((contents.abs() < 1e-8).any()):
-                self.trial.refuse_shift(self.node, GAIN_IS_ZERO)
+                self.trial.refuse_shift(self.node, reasons.GAIN_IS_ZERO)
         if unit.inverse:
             return Unit(multiply(unit.scale, ratio), shift, True)
         inverse = None if ratio is None else reciprocal(ratio)
@@ -229,13 +211,13 @@ class _Gain:
         r, _ = of_z.direct()
         ratio = r if s is None else multiply(reciprocal(s), r)
         if not self._forward(of_x.turned(False), ratio).same_as(of_z.turned(False)):
-            self.trial.refuse_shift(self.node, SHIFTS_DO_NOT_FIT)
+            self.trial.refuse_shift(self.node, reasons.SHIFTS_DO_NOT_FIT)
         return Unit() if ratio is None else self._factor(ratio)
 
     def _demand(self, value: Value, unit: Unit) -> None:
         lowered = lower(Unit.of(unit.scale, unit.shift, unit.inverse), value, self.z)
         if lowered is None:
-            self.trial.refuse_unit(self.node, unit, FACTOR_IS_BROADCAST)
+            self.trial.refuse_unit(self.node, unit, reasons.FACTOR_IS_BROADCAST)
         if not (lowered.is_identity and self.trial.unit(value) is None):
             self.trial.demand(value, lowered)
 
@@ -247,7 +229,7 @@ class _Gain:
             if len(kept) == len(lowered):
                 fitting.append(kept)
         if not fitting:
-            self.trial.refuse(self.node, FACTOR_IS_BROADCAST)
+            self.trial.refuse(self.node, reasons.FACTOR_IS_BROADCAST)
         self.trial.choose(self.node, fitting, scale=True)
 
 
@@ -261,13 +243,13 @@ def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> Non
                 unit = trial.unit(value)
                 if unit is not None:
                     if unit.shift is not None:
-                        trial.refuse_shift(node, GATE_SHIFT)
+                        trial.refuse_shift(node, reasons.GATE_SHIFT)
                     known[value] = lift(unit, value, z).turned(inverse).scale
             break
         except NotInvertibleError:
             known = {}
     else:
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+        trial.refuse(node, reasons.UNDOES_ZERO_SCALE)
     if all(scale is None for scale in known.values()):
         return
     rest: Tensor | None = None
@@ -276,21 +258,21 @@ def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> Non
         if scale is not None:
             rest = multiply(rest, scale if power > 0 else reciprocal(scale))
     if rest is not None and not bool(torch.isfinite(rest).all()):
-        trial.refuse(node, UNDOES_ZERO_SCALE)
+        trial.refuse(node, reasons.UNDOES_ZERO_SCALE)
     if rest is not None and bool(((rest - 1).abs() < 1e-10).all()):
         rest = None
     open_terms = [(value, power) for value, power in terms if value not in known]
     if rest is None:
         return
     if not open_terms:
-        trial.refuse(node, SCALES_DO_NOT_FIT)
+        trial.refuse(node, reasons.SCALES_DO_NOT_FIT)
     alternatives = []
     for value, power in sorted(open_terms, key=lambda term: 3 if term[0] is z else cost(term[0])):
         unit = lower(Unit.of(reciprocal(rest) if power > 0 else rest, None, inverse), value, z)
         if unit is not None:
             alternatives.append({value: unit})
     if not alternatives:
-        trial.refuse(node, FACTOR_IS_BROADCAST)
+        trial.refuse(node, reasons.FACTOR_IS_BROADCAST)
     if len(open_terms) == 1:
         for value, unit in alternatives[0].items():
             trial.demand(value, unit)

@@ -7,8 +7,8 @@ neither a scale nor a shift passes.
 
 from __future__ import annotations
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import COLUMN_PER_FEATURE, NOTHING_PASSES, RECURRENT_WITHOUT_BIAS, STATE_IS_FIXED
 from bnfuse.rules.registry import Trial, absorber, forbid, rule
 from bnfuse.units import IDENTITY, Unit, channel_vector
 
@@ -27,15 +27,15 @@ def recurrent(node: Node, trial: Trial) -> None:
     x = node.inputs[0]
     unit = trial.unit_or_identity(x)
     if not unit.uniform_outside(len(x.shape) - 1):
-        trial.refuse_unit(node, unit, COLUMN_PER_FEATURE)
+        trial.refuse_unit(node, unit, reasons.COLUMN_PER_FEATURE)
     parameters = set(node.bound["params"])
     for value in (*node.inputs[1:], *node.outputs):
         if value not in parameters and not trial.unit_or_identity(value).is_identity:
-            trial.refuse(node, STATE_IS_FIXED)
+            trial.refuse(node, reasons.STATE_IS_FIXED)
 
 
 def refuse_all(node: Node, trial: Trial) -> None:
-    forbid(node, trial, (*node.inputs, *node.outputs), NOTHING_PASSES)
+    forbid(node, trial, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)
 
 
 @absorber(*_RECURRENT)
@@ -52,7 +52,7 @@ def absorb_recurrent(node: Node, trial: Trial) -> None:
             edits[weight] = Unit(channel_vector(p, -1, features, 1.0).reshape(1, -1))  # (gates, features)
         if q is not None:
             if bias is None:
-                trial.refuse_shift(node, RECURRENT_WITHOUT_BIAS)
+                trial.refuse_shift(node, reasons.RECURRENT_WITHOUT_BIAS)
             edits[bias] = Unit(None, trial.content(weight) @ channel_vector(q, -1, features, 0.0))
     for value, edit in edits.items():
         trial.edit(node, value, edit)

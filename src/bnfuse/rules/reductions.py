@@ -13,17 +13,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import (
-    ADDS_DIFFERENT_SCALES,
-    DEVIATION_NEGATIVE_SCALE,
-    DEVIATION_SHIFT,
-    DOES_NOT_DIVIDE,
-    MAXIMUM_NEGATIVE_SCALE,
-    OUTPUTS_DIFFER,
-    POOLED_DIFFER,
-    POSITIONS_OF_MAXIMA,
-)
 from bnfuse.rules.registry import Family, Trial, link, rule
 from bnfuse.units import Unit
 
@@ -42,14 +33,14 @@ def _pool(
 
     def forward(unit: Unit) -> Unit:
         if unit.axes() & axes:
-            trial.refuse_unit(node, unit, POOLED_DIFFER)
+            trial.refuse_unit(node, unit, reasons.POOLED_DIFFER)
         unit = there(unit)
         kept = [axis for axis in range(len(x.shape)) if axis not in axes]
         return unit if keep else unit.map(lambda tensor: tensor.reshape([tensor.shape[axis] for axis in kept]))
 
     def backward(unit: Unit) -> Unit:
         if keep and unit.axes() & axes:
-            trial.refuse_unit(node, unit, OUTPUTS_DIFFER)
+            trial.refuse_unit(node, unit, reasons.OUTPUTS_DIFFER)
         unit = (back or there)(unit)
         if keep:
             return unit
@@ -69,9 +60,9 @@ def _passed(node: Node, trial: Trial, maximum: bool, shift: bool = True) -> _Cha
 
     def checked(unit: Unit) -> Unit:
         if maximum and unit.has_negative_scale:
-            trial.refuse(node, MAXIMUM_NEGATIVE_SCALE)
+            trial.refuse(node, reasons.MAXIMUM_NEGATIVE_SCALE)
         if not shift and unit.shift is not None:
-            trial.refuse_shift(node, DOES_NOT_DIVIDE)
+            trial.refuse_shift(node, reasons.DOES_NOT_DIVIDE)
         return unit
 
     return checked
@@ -98,7 +89,7 @@ def pool(node: Node, trial: Trial) -> None:
     if len(node.outputs) > 1 and (node.outputs[1].consumers or node.outputs[1].pinned):
         unit = trial.unit(node.outputs[0]) or trial.unit(node.inputs[0])
         if unit is not None and unit.scale is not None and bool((unit.scale <= 0).any()):
-            trial.refuse(node, POSITIONS_OF_MAXIMA)
+            trial.refuse(node, reasons.POSITIONS_OF_MAXIMA)
     _pool(node, trial, axes, node.outputs[0], True, _passed(node, trial, "max" in name, divides))
 
 
@@ -133,9 +124,9 @@ def deviation(node: Node, trial: Trial) -> None:
 
     def back(unit: Unit) -> Unit:
         if unit.shift is not None:
-            trial.refuse_shift(node, DEVIATION_SHIFT)
+            trial.refuse_shift(node, reasons.DEVIATION_SHIFT)
         if unit.has_negative_scale:
-            trial.refuse(node, DEVIATION_NEGATIVE_SCALE)
+            trial.refuse(node, reasons.DEVIATION_NEGATIVE_SCALE)
         return Unit(unit.scale.sqrt() if variance and unit.scale is not None else unit.scale, None, unit.inverse)
 
     _pool(node, trial, axes, node.outputs[0], keep, there, back)
@@ -171,7 +162,7 @@ def total(node: Node, trial: Trial) -> None:
 
     def forward(unit: Unit) -> Unit:
         if unit.scale is not None and any(unit.scale.shape[axis] != 1 for axis in axes):
-            trial.refuse(node, ADDS_DIFFERENT_SCALES)
+            trial.refuse(node, reasons.ADDS_DIFFERENT_SCALES)
         if unit.shift is not None:
             trial.assume(node)
             for axis in axes:

@@ -12,17 +12,8 @@ from math import prod
 
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import (
-    AVERAGED_DIFFER,
-    GRID_IS_FIXED,
-    NO_SHIFT_SINCE,
-    PADS_WITH_ZEROS,
-    PATCHES_OVERLAP,
-    POSITIONS_DIFFER,
-    SAMPLES_ZEROS,
-    TAPS_DIFFER,
-)
 from bnfuse.rules.registry import Trial, forbid, link, rule
 from bnfuse.units import Unit
 
@@ -57,11 +48,11 @@ def _patches(node: Node, trial: Trial, image: Value, columns: Value, exact: bool
 
     def checked(unit: Unit, spatial: set[int]) -> Unit:
         if unit.axes() & spatial:
-            trial.refuse_unit(node, unit, POSITIONS_DIFFER)
+            trial.refuse_unit(node, unit, reasons.POSITIONS_DIFFER)
         if unit.shift is not None:
             if not exact:
-                why = PATCHES_OVERLAP if adds else PADS_WITH_ZEROS
-                trial.refuse_shift(node, NO_SHIFT_SINCE, why=why.reason())
+                why = reasons.PATCHES_OVERLAP if adds else reasons.PADS_WITH_ZEROS
+                trial.refuse_shift(node, reasons.NO_SHIFT_SINCE, why=why.reason())
             trial.assume(node)  # that its patches tile the image at every size
         return unit
 
@@ -81,7 +72,7 @@ def _patches(node: Node, trial: Trial, image: Value, columns: Value, exact: bool
 
     of_columns = trial.unit(columns)
     if of_columns is not None and not to_columns(to_image(of_columns)).same_as(of_columns):
-        trial.refuse(node, TAPS_DIFFER)
+        trial.refuse(node, reasons.TAPS_DIFFER)
     link(trial, image, columns, to_columns, to_image)
 
 
@@ -92,13 +83,13 @@ def sample(node: Node, trial: Trial) -> None:
     No shift if it samples zeros outside of the image. The grid stays as it is.
     """
     x, grid = node.inputs
-    forbid(node, trial, [grid], GRID_IS_FIXED)
+    forbid(node, trial, [grid], reasons.GRID_IS_FIXED)
 
     def checked(unit: Unit) -> Unit:
         if unit.axes() - {0, 1}:
-            trial.refuse_unit(node, unit, AVERAGED_DIFFER)
+            trial.refuse_unit(node, unit, reasons.AVERAGED_DIFFER)
         if unit.shift is not None and node.bound["padding_mode"] == 0:
-            trial.refuse_shift(node, SAMPLES_ZEROS)
+            trial.refuse_shift(node, reasons.SAMPLES_ZEROS)
         return unit
 
     link(trial, x, node.outputs[0], checked, checked)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Node, Value
-from bnfuse.reasons import MAXIMUM_NEGATIVE_SCALE, NOTHING_PASSES, OPERAND_IS_BROADCAST, PUTS_IN_A_NUMBER
 from bnfuse.rules.registry import Trial, forbid, lift, lower, rule
 from bnfuse.units import Unit
 
@@ -28,11 +28,11 @@ def extremum(node: Node, trial: Trial) -> None:
     if "other" not in node.bound:
         for value in (*node.inputs, *node.outputs):
             if trial.unit(value) is not None:
-                trial.refuse(node, NOTHING_PASSES)
+                trial.refuse(node, reasons.NOTHING_PASSES)
         return
     unit = share(node, trial, [node.bound["self"], node.bound["other"]])
     if unit is not None and unit.has_negative_scale:
-        trial.refuse(node, MAXIMUM_NEGATIVE_SCALE)
+        trial.refuse(node, reasons.MAXIMUM_NEGATIVE_SCALE)
 
 
 @rule("where")
@@ -41,7 +41,7 @@ def choose(node: Node, trial: Trial) -> None:
 
     A number or a constant among them must stay as it is: 0 under a scale, infinities under a positive one.
     """
-    forbid(node, trial, [node.bound["condition"]], NOTHING_PASSES)
+    forbid(node, trial, [node.bound["condition"]], reasons.NOTHING_PASSES)
     if "self" in node.bound:
         share(node, trial, [node.bound["self"], node.bound["other"]])
 
@@ -76,7 +76,7 @@ def share(node: Node, trial: Trial, operands: Sequence[Value | float]) -> Unit |
         else:
             lowered = lower(unit, operand, z)
             if lowered is None:
-                trial.refuse(node, OPERAND_IS_BROADCAST)
+                trial.refuse(node, reasons.OPERAND_IS_BROADCAST)
             trial.demand(operand, lowered)
     return unit
 
@@ -85,4 +85,4 @@ def _check_fixed(node: Node, trial: Trial, contents: Tensor, unit: Unit) -> None
     moved = contents if unit.scale is None else contents * unit.scale
     moved = moved if unit.shift is None else moved + unit.shift
     if not bool((moved == contents).all()):
-        trial.refuse_unit(node, unit, PUTS_IN_A_NUMBER)
+        trial.refuse_unit(node, unit, reasons.PUTS_IN_A_NUMBER)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node
-from bnfuse.reasons import COPIES_DIFFER, IS_EMPTY, ROLLS_FLATTENED
 from bnfuse.rules.registry import Family, Trial, link, rule
 from bnfuse.units import Unit, shrink
 
@@ -26,7 +26,7 @@ def reshape(node: Node, trial: Trial) -> None:
     """Any units, which are reshaped alike."""
     x, y = node.inputs[0], node.outputs[0]
     if x.elements == 0:
-        trial.refuse(node, IS_EMPTY)
+        trial.refuse(node, reasons.IS_EMPTY)
     link(
         trial,
         x,
@@ -92,7 +92,7 @@ def expand(node: Node, trial: Trial) -> None:
     def backward(unit: Unit) -> Unit:
         for axis in unit.axes():
             if axis < missing or x.shape[axis - missing] == 1:
-                trial.refuse_unit(node, unit, COPIES_DIFFER)
+                trial.refuse_unit(node, unit, reasons.COPIES_DIFFER)
         return unit.map(lambda tensor: tensor.reshape(tensor.shape[missing:]))
 
     link(trial, x, y, forward, backward)
@@ -110,7 +110,7 @@ def reorder(node: Node, trial: Trial) -> None:
         dims = [dims] if isinstance(dims, int) else dims
         shifts = [shifts] if isinstance(shifts, int) else shifts
         if not dims:
-            trial.refuse(node, ROLLS_FLATTENED)
+            trial.refuse(node, reasons.ROLLS_FLATTENED)
         steps = {}
         for axis, shift in zip(dims, shifts, strict=True):
             steps[axis % len(x.shape)] = (steps.get(axis % len(x.shape)) or 0) + shift
@@ -153,7 +153,7 @@ def repeat(node: Node, trial: Trial) -> None:
 
     of_y = trial.unit(y)
     if of_y is not None and not forward(backward(of_y)).same_as(of_y):
-        trial.refuse_unit(node, of_y, COPIES_DIFFER)
+        trial.refuse_unit(node, of_y, reasons.COPIES_DIFFER)
     link(trial, x, y, forward, backward)
 
 

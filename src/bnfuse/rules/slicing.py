@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import INDEX_IS_TENSOR, START_IS_TENSOR, TAKEN_TWICE
 from bnfuse.rules import indexing as places
 from bnfuse.rules.registry import Family, Trial, rule
 from bnfuse.units import NotInvertibleError, Unit, shrink
@@ -101,7 +101,7 @@ def unbind(node: Node, trial: Trial) -> None:
 def select(node: Node, trial: Trial) -> None:
     """Any units; the elements that are not taken keep theirs. The index is a number, not a tensor."""
     if not isinstance(node.argument("index"), int):
-        trial.refuse(node, INDEX_IS_TENSOR)
+        trial.refuse(node, reasons.INDEX_IS_TENSOR)
     _take(node, trial)
 
 
@@ -109,7 +109,7 @@ def select(node: Node, trial: Trial) -> None:
 def take_slice(node: Node, trial: Trial) -> None:
     """Any units; the elements that are not taken keep theirs. The start is a number, not a tensor."""
     if not isinstance(node.argument("start") or 0, int):
-        trial.refuse(node, START_IS_TENSOR)
+        trial.refuse(node, reasons.START_IS_TENSOR)
     _take(node, trial)
 
 
@@ -131,7 +131,7 @@ def take_index(node: Node, trial: Trial) -> None:
     if of_part is not None and piece.table.unique().numel() != piece.table.numel():
         unit = trial.unit_or_identity(whole)
         if not of_part.same_as(_part(unit, piece, axis)):
-            trial.refuse(node, TAKEN_TWICE)
+            trial.refuse(node, reasons.TAKEN_TWICE)
         return
     _settle(node, trial, whole, [piece], axis, chosen=True)
 

@@ -15,17 +15,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.reasons import (
-    DIFFERENT_SCALES,
-    IS_COMPLEX,
-    MULTIPLIES_BY_ZERO,
-    NO_AXIS_FOR_SHIFT,
-    OPERAND_IS_BROADCAST,
-    SHIFTS_DO_NOT_ADD_UP,
-    SUBTRACTS_FROM_ITSELF,
-    UNDOES_ZERO_SCALE,
-)
 from bnfuse.rules.registry import Family, Trial, cost, lift, link, lower, rule
 from bnfuse.units import NotInvertibleError, Unit, add
 
@@ -42,7 +33,7 @@ def add_tensors(node: Node, trial: Trial) -> None:
     x, y = node.bound["self"], node.bound["other"]
     terms = linear_terms(node)
     if terms is None:
-        trial.refuse(node, IS_COMPLEX)
+        trial.refuse(node, reasons.IS_COMPLEX)
     if not isinstance(x, Value) or not isinstance(y, Value):
         _add_number(node, trial, terms, z)
         return
@@ -79,7 +70,7 @@ def _add_number(
     added = float(number) * factor
 
     if sign == 0:
-        trial.refuse(node, MULTIPLIES_BY_ZERO)
+        trial.refuse(node, reasons.MULTIPLIES_BY_ZERO)
 
     def forward(unit: Unit) -> Unit:
         unit = _times(unit, sign)
@@ -103,7 +94,7 @@ def _times(unit: Unit, factor: float) -> Unit:
 
 def _divided(node: Node, trial: Trial, unit: Unit, factors: tuple[float, float]) -> Unit:
     if unit.shift is not None and sum(factors) == 0:
-        trial.refuse_shift(node, SUBTRACTS_FROM_ITSELF)
+        trial.refuse_shift(node, reasons.SUBTRACTS_FROM_ITSELF)
     return Unit(unit.scale, None if unit.shift is None else unit.shift / sum(factors), unit.inverse)
 
 
@@ -137,7 +128,7 @@ class _Sum:
         open_terms = [(value, factor) for value, factor in self.terms if value not in known]
         if not open_terms:
             if rest is not None:
-                self.trial.refuse_shift(self.node, SHIFTS_DO_NOT_ADD_UP)
+                self.trial.refuse_shift(self.node, reasons.SHIFTS_DO_NOT_ADD_UP)
         elif len(open_terms) == 1:
             value, factor = open_terms[0]
             if scale is not None or rest is not None:
@@ -166,7 +157,7 @@ class _Sum:
             else:
                 alternatives.append(units)
         if not alternatives:
-            self.trial.refuse_shift(self.node, NO_AXIS_FOR_SHIFT)
+            self.trial.refuse_shift(self.node, reasons.NO_AXIS_FOR_SHIFT)
         self.trial.choose(self.node, alternatives)
 
     def _shares(
@@ -191,7 +182,7 @@ class _Sum:
     def _demand(self, value: Value, unit: Unit) -> None:
         lowered = lower(unit, value, self.z)
         if lowered is None:
-            self.trial.refuse_unit(self.node, unit, OPERAND_IS_BROADCAST)
+            self.trial.refuse_unit(self.node, unit, reasons.OPERAND_IS_BROADCAST)
         self.trial.demand(value, lowered)
 
     def _same_direction(self, known: dict[Value, Unit]) -> dict[Value, Unit]:
@@ -203,7 +194,7 @@ class _Sum:
                 return {value: unit.turned(inverse) for value, unit in known.items()}
             except NotInvertibleError:
                 continue
-        return self.trial.refuse(self.node, UNDOES_ZERO_SCALE)
+        return self.trial.refuse(self.node, reasons.UNDOES_ZERO_SCALE)
 
     def _common_scale(self, known: dict[Value, Unit]) -> Tensor | None:
         units = list(known.values())
@@ -214,7 +205,7 @@ class _Sum:
             except NotInvertibleError:
                 agree = False
             if not agree:
-                self.trial.refuse(self.node, DIFFERENT_SCALES)
+                self.trial.refuse(self.node, reasons.DIFFERENT_SCALES)
         return first.scale
 
 

@@ -7,16 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Node, Value
-from bnfuse.reasons import (
-    IS_NO_PARAMETER,
-    OUT_OF_RANGE,
-    SHARED_WEIGHT,
-    SHIFT_TOO_LARGE,
-    UNDOES_ZERO_SCALE,
-    WEIGHT_FIXED,
-    Reason,
-)
+from bnfuse.reasons import Reason
 from bnfuse.solve.network import Network, Refusal, edited
 from bnfuse.units import (
     SAFE_SCALE,
@@ -33,16 +26,18 @@ def check_edits(network: Network, edits: Mapping[Value, Mapping[Node, Unit]]) ->
     """An edited parameter must be editable, and every use of it must ask for the same edit."""
     for value, requests in edits.items():
         if value.pinned is not None or value.kind not in (Kind.PARAMETER, Kind.ABSENT, Kind.LAYER):
-            why = value.pinned or IS_NO_PARAMETER.reason()
-            raise Refusal(WEIGHT_FIXED.reason(why=why, parameter=_label(value)), False)
+            why = value.pinned or reasons.IS_NO_PARAMETER.reason()
+            raise Refusal(reasons.WEIGHT_FIXED.reason(why=why, parameter=_label(value)), False)
         node, unit = next(iter(requests.items()))
         for other in value.consumers:
             if other not in requests or not agree(unit, requests[other]):
                 raise Refusal(not_shared(value, node, other), False)
         if value in network.edits and _scaled_up(network, value, unit) > SAFE_SCALE:
-            raise Refusal(UNDOES_ZERO_SCALE.reason(*node.place), True)  # little by little, with what went before
+            raise Refusal(
+                reasons.UNDOES_ZERO_SCALE.reason(*node.place), True
+            )  # little by little, with what went before
         if value.dtype is torch.float16 and not _in_range(network, value, unit):
-            raise Refusal(OUT_OF_RANGE.reason(*node.place, parameter=_label(value), dtype=value.dtype), True)
+            raise Refusal(reasons.OUT_OF_RANGE.reason(*node.place, parameter=_label(value), dtype=value.dtype), True)
 
 
 def check_shifts(composed: Mapping[Value, tuple[Tensor | None, Tensor | None]]) -> None:
@@ -56,7 +51,7 @@ def check_shifts(composed: Mapping[Value, tuple[Tensor | None, Tensor | None]]) 
         largest = float((shift.abs() / scale.abs().where(alive, torch.inf)).amax())
         if largest > _LARGEST_SHIFT.get(value.dtype, 0.0):
             where = (None, None) if value.producer is None else value.producer.place
-            raise Refusal(SHIFT_TOO_LARGE.reason(*where, ratio=largest), False)
+            raise Refusal(reasons.SHIFT_TOO_LARGE.reason(*where, ratio=largest), False)
 
 
 def _scaled_up(network: Network, value: Value, unit: Unit) -> float:
@@ -75,7 +70,7 @@ def _in_range(network: Network, value: Value, unit: Unit) -> bool:
 
 def not_shared(parameter: Value, node: Node, other: Node) -> Reason:
     """The reason of a parameter whose uses ask for different edits."""
-    return SHARED_WEIGHT.reason(*node.place, parameter=_label(parameter), other=other)
+    return reasons.SHARED_WEIGHT.reason(*node.place, parameter=_label(parameter), other=other)
 
 
 def _label(parameter: Value) -> str:

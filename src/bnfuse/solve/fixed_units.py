@@ -17,16 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Node, Value
-from bnfuse.reasons import (
-    NO_NEGATIVE_SCALE,
-    NO_SHIFT,
-    NOTHING_PASSES,
-    OUTPUT_FIXED,
-    TENSOR_FIXED,
-    UNDOES_ZERO_SCALE,
-    Reason,
-)
+from bnfuse.reasons import Reason
 from bnfuse.rules.registry import FAMILIES, RULES, Family
 from bnfuse.units import SAFE_SCALE, Unit
 
@@ -34,10 +27,10 @@ from bnfuse.units import SAFE_SCALE, Unit
 def fixed(value: Value, why: Reason) -> Reason:
     """The reason of a tensor that must stay as it is."""
     if value.producer is not None:
-        return OUTPUT_FIXED.reason(*value.producer.place, why=why)
+        return reasons.OUTPUT_FIXED.reason(*value.producer.place, why=why)
     what = "an input" if value.kind is Kind.INPUT else "a tensor"
     label = " = ".join(value.names) or f"{what} of shape {'x'.join(map(str, value.shape))}"
-    return TENSOR_FIXED.reason(why=why, tensor=label)
+    return reasons.TENSOR_FIXED.reason(why=why, tensor=label)
 
 
 _Kind = str | Node
@@ -133,10 +126,10 @@ class Limits:
         if family is Family.POSITIVE or (family is Family.REARRANGEMENT and len(node.outputs) == 1):
             self.unite(x, y)
         if family is Family.POSITIVE:
-            self._limit(y, _NEGATIVE, NO_NEGATIVE_SCALE.reason(*node.place))
-            self._limit(y, _SHIFT, NO_SHIFT.reason(*node.place))
+            self._limit(y, _NEGATIVE, reasons.NO_NEGATIVE_SCALE.reason(*node.place))
+            self._limit(y, _SHIFT, reasons.NO_SHIFT.reason(*node.place))
         elif name == "batch_norm":
-            self._scales.limit(x, {node: UNDOES_ZERO_SCALE.reason(*node.place)})
+            self._scales.limit(x, {node: reasons.UNDOES_ZERO_SCALE.reason(*node.place)})
         elif family is Family.AVERAGE:
             self._scales.unite(x, y)
         elif family is Family.SUM:
@@ -148,7 +141,7 @@ class Limits:
         elif family is Family.PARTITION:
             self._cut(x, node.outputs)
         elif name not in RULES:
-            reason = NOTHING_PASSES.reason(*node.place)
+            reason = reasons.NOTHING_PASSES.reason(*node.place)
             for value in (*node.inputs, *node.outputs):
                 self._limit(value, _SCALE, reason)
                 self._limit(value, _SHIFT, reason)

@@ -12,15 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Graph, Kind, Node, Value
-from bnfuse.reasons import (
-    CONTENTS_ARE_WRITTEN,
-    CONTENTS_DEPEND_ON_RUN,
-    CONTENTS_DEPEND_ON_SIZE,
-    IS_RANDOM,
-    NUMBERS_DEPEND_ON_INPUT,
-    Reason,
-)
+from bnfuse.reasons import Reason
 from bnfuse.rules.norm_statistics import affine, affine_together, offset, offsets_together
 from bnfuse.solve.aliasing import Memory
 from bnfuse.solve.fixed_units import Limits
@@ -128,7 +122,7 @@ class Network:
         """What the recorded operators make, in float64, of the present parameters."""
         node = value.producer
         if node is None or not value.independent or value.pinned is not None:
-            raise Refusal(CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
+            raise Refusal(reasons.CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
 
         self._assume([node])
 
@@ -140,9 +134,9 @@ class Network:
         if node.operator in ("to", "_to_copy", "type_as") and node.outputs[0].dtype.is_floating_point:
             return self.content(node.inputs[0])
         if torch.Tag.nondeterministic_seeded in node.overload.tags:
-            raise Refusal(IS_RANDOM.reason(node.operator, node.call.label), scale=False)
+            raise Refusal(reasons.IS_RANDOM.reason(node.operator, node.call.label), scale=False)
         if node.overload._schema.is_mutable and node.operator != "detach":
-            raise Refusal(CONTENTS_ARE_WRITTEN.reason(node.operator, node.call.label), scale=False)
+            raise Refusal(reasons.CONTENTS_ARE_WRITTEN.reason(node.operator, node.call.label), scale=False)
         result = node.overload(**{name: contents(argument) for name, argument in node.bound.items()})
         results = [result] if isinstance(result, Tensor) else list(result)
         return results[node.outputs.index(value)]
@@ -151,7 +145,7 @@ class Network:
         """A table that the code makes itself may depend on the size of the input."""
         for node in nodes:
             if node in self.varying:
-                raise Refusal(CONTENTS_DEPEND_ON_SIZE.reason(*node.place), scale=False)
+                raise Refusal(reasons.CONTENTS_DEPEND_ON_SIZE.reason(*node.place), scale=False)
         self.assumed.update(nodes)
 
     def assume(self, node: Node) -> None:
@@ -160,7 +154,7 @@ class Network:
         That they are the same is not noted: a norm's numbers are a part of the changes, which are compared as a whole.
         """
         if node in self.varying:
-            raise Refusal(NUMBERS_DEPEND_ON_INPUT.reason(*node.place), True)
+            raise Refusal(reasons.NUMBERS_DEPEND_ON_INPUT.reason(*node.place), True)
 
     def accept(
         self,
@@ -211,7 +205,7 @@ def _initial(value: Value) -> Tensor:
         fill = 1.0 if value.names[0].endswith("weight") else 0.0
         return torch.full(value.shape, fill, dtype=torch.float64)
     if value.tensor is None:
-        raise Refusal(CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
+        raise Refusal(reasons.CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
     tensor = value.tensor.detach()
     return tensor.to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
 

@@ -22,16 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Node, Value
 from bnfuse.graph.norms import Site
-from bnfuse.reasons import (
-    ADDS_MORE_THAN_NORM,
-    NO_BIAS,
-    NO_TAP_AT_POSITION,
-    SKIPS_POSITIONS,
-    WEIGHT_HAS_NO_AXIS,
-    WEIGHT_IS_MADE,
-)
 from bnfuse.rules.identity import HANDED_ON
 from bnfuse.rules.layers import UNDEFORMED, Layer, layer_of
 from bnfuse.rules.norm_statistics import FARTHEST, magnitudes
@@ -141,9 +134,9 @@ def absorb(sibling: Sibling, site: Site, a: Tensor, c: Tensor, trial: Trial) -> 
     node, layer = sibling.node, sibling.layer
     varying = {axis for part in (a, c) for axis, size in enumerate(part.shape) if size != 1} - {layer.axis}
     if varying:
-        trial.refuse(node, WEIGHT_HAS_NO_AXIS, axis=min(varying), side="input")
+        trial.refuse(node, reasons.WEIGHT_HAS_NO_AXIS, axis=min(varying), side="input")
     if layer.w.kind is not Kind.PARAMETER or not layer.w.dtype.is_floating_point:
-        trial.refuse(node, WEIGHT_IS_MADE)
+        trial.refuse(node, reasons.WEIGHT_IS_MADE)
     taps = _taps(sibling, trial)
     for other in sibling.sums:
         if other.argument("alpha") is not None:
@@ -151,7 +144,7 @@ def absorb(sibling: Sibling, site: Site, a: Tensor, c: Tensor, trial: Trial) -> 
     size, spread = magnitudes(site.nodes[0], trial)
     added = float(((a - 1).abs() * size).max())
     if not added <= FARTHEST.get(site.x.dtype, 0.0) * float((a * spread).square().mean().sqrt()):
-        trial.refuse(node, ADDS_MORE_THAN_NORM)
+        trial.refuse(node, reasons.ADDS_MORE_THAN_NORM)
 
     channels = layer.channels_in
     factor = sibling.factor
@@ -164,7 +157,7 @@ def absorb(sibling: Sibling, site: Site, a: Tensor, c: Tensor, trial: Trial) -> 
     if not bool(shift.any()):
         return
     if layer.b is None:
-        trial.refuse_shift(node, NO_BIAS)
+        trial.refuse_shift(node, reasons.NO_BIAS)
     trial.edit(node, layer.b, Unit(None, shift))
 
 
@@ -180,7 +173,7 @@ def _taps(sibling: Sibling, trial: Trial) -> tuple[int, ...]:
         trial.assume(padding)
         margins = margins_of(padding)
     if any(step != 1 for step in _each(node.argument("stride", 1), count)):
-        trial.refuse(node, SKIPS_POSITIONS)
+        trial.refuse(node, reasons.SKIPS_POSITIONS)
     dilation = _each(node.argument("dilation", 1), count)
     given = node.argument("padding", 0)
     before: list[int] = []
@@ -192,10 +185,10 @@ def _taps(sibling: Sibling, trial: Trial) -> tuple[int, ...]:
     for place, (size, step) in enumerate(zip(kernel, dilation, strict=True)):
         reach = before[place] + margins.pop(len(layer.x.shape) - count + place, (0, 0))[0]
         if reach % step or not 0 <= reach // step < size:
-            trial.refuse(node, NO_TAP_AT_POSITION)
+            trial.refuse(node, reasons.NO_TAP_AT_POSITION)
         taps.append(reach // step)
     if margins:
-        trial.refuse(node, NO_TAP_AT_POSITION)
+        trial.refuse(node, reasons.NO_TAP_AT_POSITION)
     return tuple(taps)
 
 

@@ -18,21 +18,10 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Node, Value
 from bnfuse.graph.norms import Site
-from bnfuse.reasons import (
-    EDIT_NOT_FINITE,
-    IS_NOT_FLOATING,
-    NO_CHOICE_LEFT,
-    NOTHING_PASSES,
-    NUMBERS_DEPEND_ON_INPUT,
-    PARAMETER_UNDOES_ZERO_SCALE,
-    TWO_EDITS_AT_ONE_OPERATOR,
-    TWO_UNITS,
-    UNDOES_ZERO_SCALE,
-    Cause,
-    Reason,
-)
+from bnfuse.reasons import Cause, Reason
 from bnfuse.rules import ABSORBERS, RULES
 from bnfuse.rules.registry import Rule, link, same
 from bnfuse.solve import parallel_layer
@@ -99,7 +88,7 @@ class Trial:
             if present is unit:
                 return
             if not agree(present, unit):
-                self._refuse_value(value, TWO_UNITS.reason(), unit)
+                self._refuse_value(value, reasons.TWO_UNITS.reason(), unit)
             return
         if unit.is_identity:
             self.units[value] = IDENTITY
@@ -107,7 +96,7 @@ class Trial:
             if value.pinned is not None:
                 self._refuse_value(value, value.pinned, unit)
             if not value.dtype.is_floating_point:
-                self._refuse_value(value, IS_NOT_FLOATING.reason(dtype=value.dtype), unit)
+                self._refuse_value(value, reasons.IS_NOT_FLOATING.reason(dtype=value.dtype), unit)
             broken = self.network.limits.refusal(value, unit, self.targets, self.network.removed)
             if broken is not None:
                 raise Refusal(*broken)
@@ -150,13 +139,13 @@ class Trial:
             return
         for part in (unit.scale, unit.shift, None if unit.entries is None else unit.entries.values):
             if part is not None and not math.isfinite(part.sum()):
-                self.refuse(node, EDIT_NOT_FINITE)
+                self.refuse(node, reasons.EDIT_NOT_FINITE)
         if value.kind is Kind.COMPUTED:
             self.demand(value, unit)
             return
         requests = self.edits.setdefault(value, {})
         if node in requests and not agree(requests[node], unit):
-            self.refuse_shift(node, TWO_EDITS_AT_ONE_OPERATOR)
+            self.refuse_shift(node, reasons.TWO_EDITS_AT_ONE_OPERATOR)
         requests[node] = unit
 
     def content(self, value: Value) -> Tensor:
@@ -167,7 +156,7 @@ class Trial:
 
     def assume(self, node: Node) -> None:
         if node in self.network.varying:
-            self.refuse(node, NUMBERS_DEPEND_ON_INPUT)
+            self.refuse(node, reasons.NUMBERS_DEPEND_ON_INPUT)
         self.assumed.add(node)
 
     def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
@@ -269,13 +258,13 @@ class Trial:
             if rule is not None:
                 self._apply(rule, node)
             else:
-                self.refuse(node, NOTHING_PASSES)
+                self.refuse(node, reasons.NOTHING_PASSES)
 
     def _apply(self, rule: Rule, node: Node) -> None:
         try:
             rule(node, self)
         except NotInvertibleError:
-            self.refuse(node, UNDOES_ZERO_SCALE)
+            self.refuse(node, reasons.UNDOES_ZERO_SCALE)
 
     def _decide(self, node: Node) -> None:
         del self._pending[node]
@@ -293,7 +282,7 @@ class Trial:
 
     def _next_alternative(self) -> Reason | None:
         """Go back to the last choice that has another way to go on, and take it; why not, if there is none."""
-        last = NO_CHOICE_LEFT.reason()
+        last = reasons.NO_CHOICE_LEFT.reason()
         while self._choices:
             choice = self._choices[-1]
             length = choice.settled
@@ -324,7 +313,7 @@ class Trial:
                 try:
                     contents = Unit(*unit.direct())
                 except NotInvertibleError:
-                    self._refuse_value(value, PARAMETER_UNDOES_ZERO_SCALE.reason(), unit)
+                    self._refuse_value(value, reasons.PARAMETER_UNDOES_ZERO_SCALE.reason(), unit)
                 requests = self.edits.setdefault(value, {})
                 for node in value.consumers:
                     if node.operator not in ABSORBERS:
