@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from support import fused_and_checked
 from torch import Tensor, nn
 
 import bnfuse
@@ -104,3 +105,36 @@ def check_removed(function: Callable[..., Any], direction: str) -> None:
     plan = bnfuse.plan(model, x)
     assert [decision.direction for decision in plan.fused] == [direction]
     torch.testing.assert_close(bnfuse.fuse(model, x)(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@dataclass
+class Removal:
+    """A network whose only norm goes, and the names of the modules that take it up.
+
+    Attributes:
+        positive: the gammas are positive, as a relu asks for.
+        shiftless: the norm is ``a*x``, as what takes no shift asks for.
+    """
+
+    make: Callable[[], nn.Module]
+    into: tuple[str, ...]
+    inputs: Callable[[], tuple[Any, ...]] = lambda: (image().double(),)
+    positive: bool = False
+    shiftless: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def check_goes(case: Removal) -> None:
+    """The norm goes into these modules, and the outputs stay equal to 1e-12, of a larger batch too."""
+    torch.manual_seed(0)
+    model = randomise_(case.make().double(), 0, 0.0).eval()
+    [found] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if case.positive:
+        found.weight.data.abs_()
+    if case.shiftless:
+        found.running_mean.zero_()
+        found.bias.data.zero_()
+    inputs = case.inputs()
+    plan, fused = fused_and_checked(model, inputs, **case.options)
+    assert [decision.into for decision in plan.decisions] == [case.into]
+    torch.testing.assert_close(fused(*inputs), model(*inputs), rtol=1e-12, atol=1e-12)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, check, conv, no_shift, shift_alone
+from rule_cases import BACKWARD, FORWARD, Case, Net, Removal, check, check_goes, conv, no_shift, shift_alone
+from torch import nn
 
 CASES = [
     Case(
@@ -33,3 +34,19 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+ONLY_POSITIVE = {"positive": True, "shiftless": True}
+
+REMOVED = [
+    Removal(lambda: Net(lambda m, x: m.n(F.relu(m.u(x))), u=conv(), n=nn.BatchNorm2d(2)), ("u",), **ONLY_POSITIVE),
+    Removal(
+        lambda: Net(lambda m, x: m.n(F.leaky_relu(m.u(x))), u=conv(), n=nn.BatchNorm2d(2)), ("u",), **ONLY_POSITIVE
+    ),
+    Removal(lambda: Net(lambda m, x: m.n(m.u(x).clamp(min=0)), u=conv(), n=nn.BatchNorm2d(2)), ("u",), **ONLY_POSITIVE),
+]
+
+
+@pytest.mark.parametrize("case", REMOVED)
+def test_norm_goes(case: Removal) -> None:
+    check_goes(case)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, check, conv, no_shift
+from rule_cases import BACKWARD, FORWARD, Case, Net, Removal, check, check_goes, conv, no_shift
+from torch import nn
 
 CASES = [
     Case(
@@ -26,3 +27,33 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+def sequence() -> tuple[torch.Tensor]:
+    """Batch, places, features."""
+    return (torch.linspace(-1, 1, 40, dtype=torch.float64).reshape(2, 5, 4),)
+
+
+def projections() -> dict[str, nn.Module]:
+    return {**{name: nn.Linear(4, 4) for name in "qkv"}, "n": nn.BatchNorm1d(4)}
+
+
+REMOVED = [
+    Removal(
+        lambda: Net(
+            lambda m, x: m.n(F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x)).transpose(1, 2)), **projections()
+        ),
+        ("v",),
+        sequence,
+    ),
+    Removal(
+        lambda: Net(lambda m, x: m.n(((m.q(x) @ m.k(x).mT).softmax(-1) @ m.v(x)).transpose(1, 2)), **projections()),
+        ("v",),
+        sequence,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REMOVED)
+def test_norm_goes(case: Removal) -> None:
+    check_goes(case)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, norm
+from rule_cases import BACKWARD, FORWARD, Case, Net, Removal, anything, check, check_goes, norm
 from torch import nn
 
 import bnfuse
@@ -46,3 +46,23 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+def fold_exactly(layer: Odd, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    layer.gain.mul_(scale.view(2, 1, 1))
+    layer.offset.mul_(scale.view(2, 1, 1)).add_(shift.view(2, 1, 1))
+
+
+REMOVED = [
+    Removal(
+        lambda: Net(lambda m, x: m.n(m.o(x)), o=Odd(), n=nn.BatchNorm2d(2)),
+        ("o",),
+        positive=True,
+        options={"options": bnfuse.Options(handlers={Odd: fold_exactly})},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REMOVED)
+def test_norm_goes(case: Removal) -> None:
+    check_goes(case)

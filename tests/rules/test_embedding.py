@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule_cases import BACKWARD, Case, Net, check, norm
+from rule_cases import BACKWARD, Case, Net, Removal, check, check_goes, norm
 from torch import nn
 
 CASES = [
@@ -22,3 +22,17 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    Removal(
+        lambda: Net(lambda m, i: m.n(m.e(i).mT), e=nn.Embedding(7, 4), n=nn.BatchNorm1d(4)),
+        ("e",),
+        lambda: (torch.tensor([[0, 3, 6], [1, 1, 2]]),),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REMOVED)
+def test_norm_goes(case: Removal) -> None:
+    check_goes(case)

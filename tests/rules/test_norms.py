@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, no_shift, norm, shift_alone
+from rule_cases import (
+    BACKWARD,
+    FORWARD,
+    Case,
+    Net,
+    Removal,
+    anything,
+    check,
+    check_goes,
+    conv,
+    no_shift,
+    norm,
+    shift_alone,
+)
 from torch import nn
 
 CASES = [
@@ -50,3 +63,18 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+REMOVED = [
+    Removal(lambda: Net(lambda m, x: m.n(m.g(x)), g=nn.GroupNorm(1, 2), n=nn.BatchNorm2d(2)), ("g",)),
+    Removal(
+        lambda: Net(lambda m, x: m.n(m.l(x).mT), l=nn.LayerNorm(4), n=nn.BatchNorm1d(4)),
+        ("l",),
+        lambda: (torch.linspace(-1, 1, 40, dtype=torch.float64).square().reshape(2, 5, 4),),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REMOVED)
+def test_norm_goes(case: Removal) -> None:
+    check_goes(case)

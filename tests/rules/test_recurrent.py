@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, check, norm
+from rule_cases import BACKWARD, FORWARD, Case, Net, Removal, check, check_goes, norm
 from torch import nn
 
 CASES = [
@@ -45,3 +45,25 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+def sequence() -> tuple[torch.Tensor]:
+    """Batch, places, features."""
+    return (torch.linspace(-1, 1, 40, dtype=torch.float64).reshape(2, 5, 4),)
+
+
+REMOVED = [
+    Removal(
+        lambda kind=kind: Net(
+            lambda m, x: m.r(m.n(F.silu(x).mT).mT)[0], r=kind(4, 3, batch_first=True), n=nn.BatchNorm1d(4)
+        ),
+        ("r",),
+        sequence,
+    )
+    for kind in (nn.LSTM, nn.GRU, nn.RNN)
+]
+
+
+@pytest.mark.parametrize("case", REMOVED)
+def test_norm_goes(case: Removal) -> None:
+    check_goes(case)
