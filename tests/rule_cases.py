@@ -62,6 +62,23 @@ def parameter(contents: Any) -> nn.ParameterDict:
     return nn.ParameterDict({"p": nn.Parameter(torch.tensor(contents))})
 
 
+class Odd(nn.Module):
+    """A layer that no rule sees through: per channel of two, ``gain * sin(x) + offset``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.offset = (nn.Parameter(torch.ones(2, 1, 1)), nn.Parameter(torch.zeros(2, 1, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() * self.gain.exp().log() + self.offset
+
+
+def fold(layer: Odd, scale: Tensor, shift: Tensor) -> None:
+    """A handler for it."""
+    layer.gain.mul_(scale.view(2, 1, 1))
+    layer.offset.mul_(scale.view(2, 1, 1)).add_(shift.view(2, 1, 1))
+
+
 def image() -> Tensor:
     return torch.linspace(-1, 1, 32).reshape(1, 2, 4, 4)
 

@@ -16,10 +16,11 @@ from bnfuse.fusion_plan import Plan
 from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
 from bnfuse.model.wrappers import checked, unwrap
+from bnfuse.planner.budget import within_budget
+from bnfuse.planner.misfits import without_misfits
 from bnfuse.planner.options import Options, checked_options, patterns
 from bnfuse.planner.planner import Planner, report
 from bnfuse.planner.problem import Problem
-from bnfuse.planner.refine import within_budget, without_misfits
 from bnfuse.rewrite import fused_copy, rewrite
 from bnfuse.verify.judge import same_outputs
 from bnfuse.verify.reference import Reference
@@ -213,7 +214,7 @@ def _verify(
         fused,
         fuse_in_float64,
         traces=problem.record.traces or undo is not None,
-        writes=problem.record.stateful,
+        writes=problem.stateful,
         separate=None if undo is None else separate,
     )
     if not verdict.equal:

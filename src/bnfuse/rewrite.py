@@ -277,11 +277,9 @@ def _handle(layer: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[
         except Exception as error:
             raise _handler_error(layer, edit, f"failed: {one_line(error)}") from error
         after = _shapes(layer)
-        other = [name for name, shape in shapes.items() if after.get(name) != shape]
+        other = [name for name, shape in shapes.items() if after.get(name, shape) != shape]
         if other:
-            raise _handler_error(
-                layer, edit, f"left {other[0]} with shape {after.get(other[0])}, not {shapes[other[0]]}"
-            )
+            raise _handler_error(layer, edit, f"left {other[0]} with shape {after[other[0]]}, not {shapes[other[0]]}")
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -294,7 +292,7 @@ def _handler_error(layer: nn.Module, edit: Edit, what: str) -> FusionError:
     return FusionError(
         f"The handler of {type(layer).__name__} at {edit.names[0]!r} {what}.\n"
         f"A handler(layer, scale, shift) changes its layer in place so that it gives scale*y + shift instead of y, and "
-        f"keeps its shapes; scale and shift are float64 of shape {edit.shape}."
+        f"keeps the shape of every parameter that stays; scale and shift are float64 of shape {edit.shape}."
     )
 
 

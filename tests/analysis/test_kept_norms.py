@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import Case, Net, anything, check, conv
+from rule_cases import Case, Net, anything, check, conv, image
 from torch import nn
 
 import bnfuse
@@ -102,3 +102,13 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_norm_stays(case: Case) -> None:
     check(case)
+
+
+def test_a_norm_that_the_caller_keeps_is_printed() -> None:
+    model = Net(lambda m, x: m.n(m.u(x)), u=conv(), n=anything())
+    assert str(bnfuse.plan(model, image(), keep="n")).splitlines() == [
+        "Net: 1 batch norm, 0 fused, 1 kept",
+        "norm  kind         channels  decision",
+        "----  -----------  --------  --------",
+        "n     BatchNorm2d         2  kept: the caller asked to keep 'n'",
+    ]

@@ -59,3 +59,43 @@ def test_misfit(kind: Any, inplace: bool) -> None:
         assert type(fused.n) is nn.BatchNorm2d
     assert type(fused.k) is nn.Identity
     torch.testing.assert_close(fused(x), expected, rtol=1e-11, atol=1e-11)
+
+
+class AlsoGoesBySize(nn.Module):
+    """``n`` is left out at larger sizes, and the code looks at the class of ``k``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n, self.d, self.k = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(x)
+        if x.shape[-1] <= 4:
+            y = self.n(y)
+        z = self.k(self.d(y.tanh()))
+        return z if isinstance(self.k, nn.BatchNorm2d) else z + 1
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_stays_for_other_inputs_stays_beside_a_misfit(inplace: bool) -> None:
+    model = prepared(AlsoGoesBySize())
+    small, large = (torch.randn(2, 2, size, size, dtype=torch.float64) for size in (4, 8))
+    expected = model(small), model(large)
+    fused = bnfuse.fuse(model, small, inplace=inplace)
+    for found, wanted in zip((fused(small), fused(large)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert [type(fused.n), type(fused.k)] == [nn.BatchNorm2d] * 2
+
+
+class BranchesOnEqualClasses(Base):
+    """Either norm alone is a misfit, both together are none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.rest(self.n(self.c(x)))
+        return z if type(self.n) is type(self.k) else z + 1
+
+
+def test_only_a_norm_that_fails_alone_is_called_a_misfit() -> None:
+    model = prepared(BranchesOnEqualClasses())
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert [type(norm) for norm in (bnfuse.fuse(model, x).n, bnfuse.fuse(model, x).k)] == [nn.Identity] * 2

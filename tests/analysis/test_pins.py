@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, conv, image, no_shift
+from rule_cases import BACKWARD, FORWARD, Case, Net, Odd, anything, check, conv, fold, image, no_shift
 from torch import nn
 
 import bnfuse
@@ -77,20 +77,6 @@ def overlapping_weights():
     u, v, memory = (conv(), conv(), torch.ones(6))
     u.weight.data, v.weight.data = (memory[:4].view(2, 2, 1, 1), memory[2:].view(2, 2, 1, 1))
     return Net(lambda m, x: m.n(m.u(x)) + m.v(x), u=u, v=v, n=anything())
-
-
-class Odd(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gain, self.offset = (nn.Parameter(torch.ones(2, 1, 1)), nn.Parameter(torch.zeros(2, 1, 1)))
-
-    def forward(self, x):
-        return x.sin() * self.gain.exp().log() + self.offset
-
-
-def fold(layer, scale, shift):
-    layer.gain.data = (scale.view(2, 1, 1) * layer.gain).float()
-    layer.offset.data = (scale.view(2, 1, 1) * layer.offset + shift.view(2, 1, 1)).float()
 
 
 CASES = [

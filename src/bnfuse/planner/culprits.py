@@ -22,8 +22,8 @@ def culprits(norms: Sequence[Norm], holds: Callable[[Sequence[Norm]], bool], lim
     Args:
         norms: they cannot all go.
         holds: whether these of the norms can go while the others stay.
-        limited: give up where nearly every group fails, for trials that are dear: the norms then have something in
-            common that no further halving tells, and all that are left stay.
+        limited: give up where nearly every group fails, for trials that run the whole model: the norms then have
+            something in common that no further halving tells, and all that are left stay.
 
     Returns:
         Groups of norms that stay: of one where it is to blame, of several where it was not tried which of them are.

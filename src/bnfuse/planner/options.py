@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -35,13 +35,13 @@ class Options:
 
     also: str | Sequence[str] = ()
     layers: Iterable[type[nn.Module]] | None = None
-    handlers: Mapping[type[nn.Module], Handler] = field(default_factory=dict)
+    handlers: Mapping[type[nn.Module], Handler] | None = None
     budget: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "also", patterns("also", self.also))
         object.__setattr__(self, "layers", None if self.layers is None else _classes(self.layers))
-        object.__setattr__(self, "handlers", _handlers(self.handlers))
+        object.__setattr__(self, "handlers", _handlers({} if self.handlers is None else self.handlers))
         number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
         if self.budget is not None and not (number and self.budget >= 0):
             raise _wrong("budget= is a relative error of the outputs", self.budget, "a number of at least 0, or None")

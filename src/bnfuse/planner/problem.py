@@ -22,10 +22,7 @@ from bnfuse.graph.norms import Norm
 from bnfuse.model.describe import first_line
 from bnfuse.model.inputs import candidates, normalise
 from bnfuse.planner.options import Options
-from bnfuse.reasons import (
-    CALLER_KEEPS,
-    Reason,
-)
+from bnfuse.reasons import CALLER_KEEPS, Reason
 from bnfuse.rules import RULES
 
 
@@ -53,7 +50,7 @@ class Problem:
         self.model, self.options = model, options
         self.inputs = (args, kwargs)
         self.record, self.output, self.graph = record, record.output, record.graph
-        add_custom_layers(model, self.graph, options.handlers)
+        add_custom_layers(model, self.graph, options.handlers or {})
         self.norms = find_norms(model, self.graph, options.also)
         if not self.norms:
             raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
