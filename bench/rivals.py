@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import optimization
 
 from bnfuse.fusion_plan import Plan
-from bnfuse.rewrite import rewrite
+from bnfuse.transaction import rewrite
 from bnfuse.verify.measure import compare_outputs
 
 WRONG = 1e-2

@@ -22,7 +22,7 @@ import bnfuse
 from bnfuse import rules
 from bnfuse.changes import Replacement
 from bnfuse.model.copying import copy_model
-from bnfuse.rewrite import rewrite
+from bnfuse.transaction import rewrite
 from bnfuse.units import Unit
 
 

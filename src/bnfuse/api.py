@@ -21,8 +21,8 @@ from bnfuse.planner.misfits import without_misfits
 from bnfuse.planner.options import Options, checked_options, patterns
 from bnfuse.planner.planner import Planner, report
 from bnfuse.planner.problem import Problem
-from bnfuse.rewrite import fused_copy, rewrite
-from bnfuse.verify.judge import same_outputs
+from bnfuse.transaction import fused_copy, rewrite
+from bnfuse.verify.equivalence import same_outputs
 from bnfuse.verify.reference import Reference
 
 log = logging.getLogger("bnfuse")

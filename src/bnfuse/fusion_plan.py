@@ -13,7 +13,7 @@ from bnfuse.changes import Changes, Decision
 from bnfuse.errors import FusionError
 from bnfuse.model.wrappers import checked, unwrap
 from bnfuse.report.text import decisions_text
-from bnfuse.rewrite import fused_copy, rewrite
+from bnfuse.transaction import fused_copy, rewrite
 
 
 @dataclass(frozen=True, kw_only=True)

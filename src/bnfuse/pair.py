@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from bnfuse.analysis.norms import is_norm
 from bnfuse.api import fuse_with_plan
 from bnfuse.errors import BnFuseError, FusionError
-from bnfuse.rewrite import rewrite
+from bnfuse.transaction import rewrite
 
 
 def fuse_pair(layer: nn.Module, norm: nn.Module, inplace: bool = False) -> nn.Module:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnfuse
-from bnfuse.planner.other_inputs import OtherInputs
+from bnfuse.planner.trying_plans import OtherInputs
 
 IMAGE = (2, 3, 8, 8)
 
@@ -765,7 +765,7 @@ def test_scales_before_and_after_single_entries() -> None:
 
 def test_an_edit_of_entries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bnfuse.units.PIECE", 20)
-    monkeypatch.setattr("bnfuse.rewrite.PIECE", 20)
+    monkeypatch.setattr("bnfuse.transaction.PIECE", 20)
     for options in ({}, {"inplace": True}, {"inplace": True, "verify": False}):
         net = prepared(Net(branches, a=conv(), c=conv(6, 6), d=conv(6, 6, 1), k=norm(), l=norm(), n=norm()))
         x = torch.randn(IMAGE, dtype=torch.float64)
@@ -860,7 +860,7 @@ def test_a_stream_that_goes_back_at_each_of_hundreds_of_sums() -> None:
 
 def test_what_a_shift_adds_behind_a_weight_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight behind the first norm has taken up the second one before."""
-    for module in ("units", "solve.network", "rewrite"):
+    for module in ("units", "solve.network", "transaction"):
         monkeypatch.setattr(f"bnfuse.{module}.PIECE", 20)
     layers = [nn.Linear(5, 7), nn.ReLU(), nn.BatchNorm1d(7), nn.Linear(7, 9), nn.BatchNorm1d(9), nn.ReLU()]
     plan, _ = fused_and_checked(prepared(nn.Sequential(*layers)), torch.randn(4, 5, dtype=torch.float64))

@@ -28,7 +28,7 @@ from bnfuse.tools.census.sweep import Sweep
 from bnfuse.tools.census.worker import Job, Settings, visit
 from bnfuse.tools.cli import main, parse_count
 from bnfuse.tools.zoo import inputs as zoo_inputs
-from bnfuse.verify.judge import NOISE_FACTOR
+from bnfuse.verify.equivalence import NOISE_FACTOR
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

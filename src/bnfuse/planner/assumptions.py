@@ -22,7 +22,7 @@ from torch import nn
 from bnfuse.capture.run import capture, capture_shapes
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.graph.graph import Graph, Kind, Node, Value
-from bnfuse.planner.other_sizes import OtherSizes
+from bnfuse.planner.larger_inputs import OtherSizes
 from bnfuse.rules import RULES
 
 _RUNS = 3

@@ -15,7 +15,7 @@ from bnfuse.graph.norms import Norm
 from bnfuse.model.sandbox import run
 from bnfuse.planner.planner import Planner
 from bnfuse.reasons import OVER_BUDGET
-from bnfuse.rewrite import fused_copy
+from bnfuse.transaction import fused_copy
 from bnfuse.verify.measure import compare_outputs
 
 

@@ -14,8 +14,8 @@ from bnfuse.planner.culprits import culprits
 from bnfuse.planner.planner import Planner
 from bnfuse.planner.problem import Problem
 from bnfuse.reasons import MODULE_IS_LOOKED_AT
-from bnfuse.rewrite import rewrite
 from bnfuse.rules import RULES
+from bnfuse.transaction import rewrite
 
 
 def without_misfits(planner: Planner, plan: Plan) -> Plan | None:

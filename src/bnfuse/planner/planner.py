@@ -14,9 +14,9 @@ from bnfuse.graph.graph import Node
 from bnfuse.graph.norms import Norm
 from bnfuse.planner.assumptions import needed_in_place, varying
 from bnfuse.planner.culprits import culprits
-from bnfuse.planner.other_inputs import OtherInputs
-from bnfuse.planner.other_sizes import OtherSizes
+from bnfuse.planner.larger_inputs import OtherSizes
 from bnfuse.planner.problem import Problem
+from bnfuse.planner.trying_plans import OtherInputs
 from bnfuse.reasons import (
     FAILS_ON_OTHER_INPUTS,
     FAILS_ON_OTHER_INPUTS_TOGETHER,

@@ -32,7 +32,6 @@ from bnfuse.planner.options import Options
 from bnfuse.planner.planner import Planner
 from bnfuse.planner.problem import Problem
 from bnfuse.reasons import DID_NOT_RUN
-from bnfuse.rewrite import rewrite
 from bnfuse.tools import zoo
 from bnfuse.tools.census import rivals
 from bnfuse.tools.census.ledger import (
@@ -50,8 +49,9 @@ from bnfuse.tools.census.ledger import (
 )
 from bnfuse.tools.zoo import inputs as zoo_inputs
 from bnfuse.tools.zoo.inputs import Sample
+from bnfuse.transaction import rewrite
+from bnfuse.verify.equivalence import NOISE_FACTOR
 from bnfuse.verify.float64 import InFloat64, float64_copy
-from bnfuse.verify.judge import NOISE_FACTOR
 from bnfuse.verify.measure import compare_outputs
 from bnfuse.verify.reference import noise
 

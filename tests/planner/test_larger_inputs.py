@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import bnfuse
 from bnfuse.capture.run import capture
-from bnfuse.planner.other_sizes import OtherSizes
+from bnfuse.planner.larger_inputs import OtherSizes
 
 
 class Counting(nn.Module):

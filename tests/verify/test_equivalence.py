@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnfuse.model.sandbox import run
 from bnfuse.verify.comparison import TOLERANCE
-from bnfuse.verify.judge import judge, same_outputs
+from bnfuse.verify.equivalence import judge, same_outputs
 from bnfuse.verify.measure import compare_outputs
 from bnfuse.verify.reference import Reference
 from bnfuse.verify.verdict import Verdict

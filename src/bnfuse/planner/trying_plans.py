@@ -19,9 +19,9 @@ from bnfuse.fusion_plan import Plan
 from bnfuse.model import pytree
 from bnfuse.model.copying import copy_model
 from bnfuse.model.sandbox import forked_random_state
-from bnfuse.planner.other_sizes import OtherSizes
-from bnfuse.rewrite import fused_copy, rewrite
-from bnfuse.verify.judge import same_outputs
+from bnfuse.planner.larger_inputs import OtherSizes
+from bnfuse.transaction import fused_copy, rewrite
+from bnfuse.verify.equivalence import same_outputs
 from bnfuse.verify.reference import Reference
 
 
@@ -29,7 +29,7 @@ class OtherInputs:
     """Tries plans for one model; what the model itself gives is found out once for all of them.
 
     What is asked is whether a plan computes the same, not how precisely: differences that rounding makes, which flips
-    near ties, are looked through in float64, with the plan carried out there (see :mod:`bnfuse.verify.judge`).
+    near ties, are looked through in float64, with the plan carried out there (see :mod:`bnfuse.verify.equivalence`).
     """
 
     def __init__(
