@@ -11,6 +11,7 @@ from bnfuse.errors import (
     VerificationError,
 )
 from bnfuse.fusion_plan import Plan
+from bnfuse.model.calls import Call
 from bnfuse.pair import fuse_pair
 from bnfuse.planner.options import Options
 from bnfuse.reasons import Reason
@@ -19,6 +20,7 @@ from bnfuse.verify.comparison import Comparison
 
 __all__ = [
     "BnFuseError",
+    "Call",
     "Comparison",
     "Decision",
     "FusionError",

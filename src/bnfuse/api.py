@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from bnfuse.errors import VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model import tree
+from bnfuse.model.calls import Call, checked_calls
 from bnfuse.model.copying import copy_model
 from bnfuse.model.wrappers import checked, unwrap
 from bnfuse.planner.budget import within_budget
@@ -21,7 +22,7 @@ from bnfuse.planner.misfits import without_misfits
 from bnfuse.planner.options import Options, checked_options, patterns
 from bnfuse.planner.planner import Planner, report
 from bnfuse.planner.problem import Problem
-from bnfuse.transaction import fused_copy, rewrite
+from bnfuse.transaction import InPlace, fused_copy, rewrite
 from bnfuse.verify.equivalence import same_outputs
 from bnfuse.verify.reference import Reference
 
@@ -34,6 +35,7 @@ def fuse(
     *,
     inplace: bool = False,
     keep: str | Sequence[str] = (),
+    calls: Sequence[Call] = (),
     verify: bool = True,
     options: Options | None = None,
 ) -> nn.Module:
@@ -45,6 +47,9 @@ def fuse(
             Inferred from the model if None.
         inplace: change ``model`` itself instead of a copy; its parameters keep their identity.
         keep: module names or glob patterns (``"backbone.*"``) of norms to leave alone.
+        calls: further calls that the fused model is to take: with other arguments, or of other methods
+            (``[Call(x, mask=m), Call(x, method="forward_features")]``). Many are inferred; ``print(plan)`` says what
+            was not seen.
         verify: compare the outputs before and after on the inputs, and raise if they differ.
         options: what few need: further modules to fold, the only layers that may change, handlers for layers of your
             own, a budget of precision; see :class:`bnfuse.Options`.
@@ -69,7 +74,9 @@ def fuse(
       (2): ReLU()
     )
     """
-    return fuse_with_plan(model, example_inputs, inplace=inplace, keep=keep, verify=verify, options=options)[0]
+    return fuse_with_plan(
+        model, example_inputs, inplace=inplace, keep=keep, calls=calls, verify=verify, options=options
+    )[0]
 
 
 def fuse_with_plan(
@@ -78,6 +85,7 @@ def fuse_with_plan(
     *,
     inplace: bool = False,
     keep: str | Sequence[str] = (),
+    calls: Sequence[Call] = (),
     verify: bool = True,
     options: Options | None = None,
 ) -> tuple[nn.Module, Plan]:
@@ -90,7 +98,8 @@ def fuse_with_plan(
     try:
         source = inner.eval() if inplace else _in_evaluation(inner)
         with _uncollected(), contextlib.nullcontext() if inplace else tree.unchanging(source):
-            planner = Planner(Problem.of(source, example_inputs, options, keep, verify or options.budget is not None))
+            contents = verify or options.budget is not None
+            planner = Planner(Problem.of(source, example_inputs, options, keep, contents, checked_calls(calls, source)))
             made = _made(planner, options)
             made, target = carry_out(made, source, planner, verify, inplace)
             planner.release()
@@ -120,25 +129,38 @@ def carry_out(
     Raises:
         VerificationError: the outputs differ; ``source`` is as it was.
     """
+    if verify and inplace:
+        planner.trials.references  # noqa: B018 (what the original gives, while it is there)
     while True:
-        undo = rewrite(made, source, undoable=verify) if inplace else None
-        target = source if inplace else fused_copy(made, source)
         if not verify or not made.fused:
-            return made, target
+            if inplace:
+                rewrite(made, source)
+            return made, source if inplace else fused_copy(made, source)
+        change = InPlace(made, source) if inplace else None
+        target = source if inplace else fused_copy(made, source)
         try:
-            _verify(made, source, target, planner.problem, undo)
-            return made, target
+            _verify(made, source, target, planner.problem, change)
+            failure = planner.trials.failure(made, target, change)
         except VerificationError:
-            if undo is not None:
-                undo()
+            if change is not None:
+                change.undo()
             better = without_misfits(planner, made)
             if better is None:
                 raise
-            made = better
         except BaseException:
-            if undo is not None:
-                undo()
+            if change is not None:
+                change.undo()
             raise
+        else:
+            if failure is None:
+                return made, target
+            if change is not None:
+                change.undo()
+            log.info("fails on %s: %s", failure[0].what, failure[1].message)
+            better = planner.without_failing(made)
+            if better is None:
+                raise VerificationError(f"On {failure[0].what}: {failure[1].message}") from failure[1].error
+        made = better
 
 
 def plan(
@@ -146,12 +168,13 @@ def plan(
     example_inputs: Any = None,
     *,
     keep: str | Sequence[str] = (),
+    calls: Sequence[Call] = (),
     options: Options | None = None,
 ) -> Plan:
     """Decide what :func:`fuse` would do, and change nothing.
 
     Args:
-        model, example_inputs, keep, options: as for :func:`fuse`.
+        model, example_inputs, keep, calls, options: as for :func:`fuse`.
 
     Returns:
         The plan. ``print(plan)`` shows one line for each norm; ``plan.apply(model)`` carries it out.
@@ -163,7 +186,8 @@ def plan(
     inner, _ = unwrap(checked(model))
     source = _in_evaluation(inner)
     with _uncollected(), tree.unchanging(source):
-        planner = Planner(Problem.of(source, example_inputs, options, keep, options.budget is not None))
+        contents = options.budget is not None
+        planner = Planner(Problem.of(source, example_inputs, options, keep, contents, checked_calls(calls, source)))
         made = _made(planner, options)
         made = replace(made, witness=planner.problem.witness(made))
         planner.release()
@@ -190,39 +214,32 @@ def _in_evaluation(model: nn.Module) -> nn.Module:
     return model
 
 
-def _verify(
-    plan: Plan, original: nn.Module, fused: nn.Module, problem: Problem, undo: Callable[[], None] | None
-) -> None:
-    """Raise VerificationError unless the fused model does what the original did; ``undo`` is given when in place."""
-    separated = False
+def _verify(plan: Plan, original: nn.Module, fused: nn.Module, problem: Problem, change: InPlace | None) -> None:
+    """Raise VerificationError unless the fused model does on the first call what the original did.
 
-    def separate() -> nn.Module:
-        """In place ``fused`` is the original: undo the fusion while it is judged, and judge a copy."""
-        nonlocal separated
-        assert undo is not None
-        changed = copy_model(fused)
-        undo()
-        separated = True
-        return changed
+    Args:
+        change: where ``fused`` is the original, changed in place.
+    """
 
     def fuse_in_float64(model64: nn.Module) -> nn.Module:
         rewrite(plan, model64)
         return model64
 
+    main = problem.main
     verdict = same_outputs(
-        Reference(original, *problem.inputs, output=problem.output),
+        Reference(original, *main.call.inputs, output=main.output),
         fused,
         fuse_in_float64,
-        traces=problem.record.traces or undo is not None,
+        traces=main.traces or change is not None,
         writes=problem.stateful,
-        separate=None if undo is None else separate,
+        separate=None if change is None else change.separate,
     )
     if not verdict.equal:
         raise VerificationError(verdict.message + _suspects(plan, original)) from verdict.error
     if not verdict.comparison.within_tolerance():
         log.info("%s", verdict.message)
-    if separated:
-        rewrite(plan, fused)
+    if change is not None:
+        change.redo()
 
 
 def _suspects(plan: Plan, model: nn.Module) -> str:

@@ -93,22 +93,3 @@ class Changes:
     edits: tuple[Edit, ...] = ()
     replacements: tuple[Replacement, ...] = ()
     out_of_place: tuple[str, ...] = ()
-
-    def same_as(self, other: Changes) -> bool:
-        """True if both write the same, up to the rounding of float64."""
-        mine, theirs = ({edit.names: edit for edit in changes.edits} for changes in (self, other))
-        return (
-            set(self.replacements) == set(other.replacements)
-            and set(self.out_of_place) == set(other.out_of_place)
-            and mine.keys() == theirs.keys()
-            and all(_same_edit(edit, theirs[names]) for names, edit in mine.items())
-        )
-
-
-def _same_edit(a: Edit, b: Edit) -> bool:
-    same = (a.names, a.shape, a.created, a.handler) == (b.names, b.shape, b.created, b.handler)
-    return (
-        same
-        and len(a.factors) == len(b.factors)
-        and all(x.inverse == y.inverse and x.same_as(y) for x, y in zip(a.factors, b.factors, strict=True))
-    )

@@ -23,11 +23,14 @@ class Plan(Changes):
     Attributes:
         model: the class of the model.
         decisions: one for each norm, in the order of the model.
+        unseen: what the calls that it was made from did not show, in words: arguments that were never given, norms that
+            did not run. On such calls nothing is promised.
         witness: for every tensor that the plan was made from, by name, a number that tells whether it has changed.
     """
 
     model: str
     decisions: tuple[Decision, ...]
+    unseen: tuple[str, ...] = ()
     witness: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
@@ -52,6 +55,7 @@ class Plan(Changes):
                 {"names": list(edit.names), "shape": list(edit.shape), "created": edit.created} for edit in self.edits
             ],
             "out_of_place": list(self.out_of_place),
+            "unseen": list(self.unseen),
         }
 
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:

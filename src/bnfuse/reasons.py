@@ -219,6 +219,28 @@ IS_STORED = _cause(
     "The forward keeps it in an attribute or container of the model, where others may read it.",
     "Do not store it; or store what stands behind the norm.",
 )
+IS_HELD = _cause(
+    "is-held",
+    "somebody outside of the model still holds it after the run",
+    "The forward put the tensor into a list of the caller's, a global, a closure or an object of its own, where it is "
+    "seen.",
+    "Do not keep it; or keep what stands behind the norm.",
+)
+MEETS_UNSEEN_ARGUMENT = _cause(
+    "meets-unseen-argument",
+    "an argument that was not given would meet it",
+    "The forward takes an argument that the example inputs leave out (`mask=None`), and computes with it here. What it "
+    "would be is not known.",
+    "Give such a call too: `fuse(model, x, calls=[bnfuse.Call(x, mask=mask)])`. If the argument is never used, "
+    "`Options(infer_calls=False)` leaves it out of account.",
+)
+IDLE_MODULE_MAY_READ = _cause(
+    "idle-module-may-read",
+    "{name}, which did not run, may read it another time",
+    "A module beside those that ran takes as many channels, and took no part: one of several norms, heads or branches "
+    "of which the code chooses one.",
+    "Give calls that reach it: `fuse(model, x, calls=[bnfuse.Call(x, domain=1)])`.",
+)
 HOOK_READS = _cause(
     "hook-reads",
     "a hook on {owner} reads it",

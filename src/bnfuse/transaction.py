@@ -148,6 +148,32 @@ def _restorer_of_tensor(tensor: Tensor) -> Callable[[], None]:
     return restore
 
 
+class InPlace:
+    """Changes made to a model itself, which can be undone and made again."""
+
+    def __init__(self, changes: Changes, model: nn.Module) -> None:
+        self._changes, self._model = changes, model
+        self._undo: Callable[[], None] | None = None
+        self.redo()
+
+    def redo(self) -> None:
+        """Make the changes, unless they are made."""
+        if self._undo is None:
+            self._undo = rewrite(self._changes, self._model, undoable=True)
+
+    def undo(self) -> None:
+        """Undo the changes, unless they are undone."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def separate(self) -> nn.Module:
+        """Undo the changes, and return a changed copy."""
+        changed = copy_model(self._model)
+        self.undo()
+        return changed
+
+
 # Weights ------------------------------------------------------------------------------------------------------------
 
 

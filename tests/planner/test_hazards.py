@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnfuse
-from bnfuse.planner.trying_plans import OtherInputs
+from bnfuse.planner.trying_plans import Trials
 
 IMAGE = (2, 3, 8, 8)
 
@@ -797,13 +797,13 @@ class Rows(nn.Module):
 
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
-    holds = OtherInputs.holds
+    holds = Trials.holds
 
-    def counted(self: OtherInputs, plan: bnfuse.Plan) -> bool:
+    def counted(self: Trials, plan: bnfuse.Plan) -> bool:
         found.append(holds(self, plan))
         return found[-1]
 
-    monkeypatch.setattr(OtherInputs, "holds", counted)
+    monkeypatch.setattr(Trials, "holds", counted)
     return found
 
 

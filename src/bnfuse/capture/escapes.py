@@ -43,13 +43,23 @@ _ESCAPES: dict[Any, str] = {
 }
 """Functions by which a tensor's contents leave, with their name in a reason."""
 
-READS_OF_SIZES_AND_ELEMENTS = frozenset(
+READS_OF_SIZES = frozenset(
     {
         torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
         torch.Tensor.size,
         torch.Tensor.numel,
         torch.Tensor.nelement,
+        torch.Tensor.nbytes.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.stride,
+        torch.Tensor.is_contiguous,
+        torch.Tensor.storage_offset,
         torch.Tensor.__len__,
+    }
+)
+"""Functions that tell the code a size, on which it may then depend."""
+
+READS_OF_ELEMENTS = frozenset(
+    {
         torch.Tensor.item,
         torch.Tensor.tolist,
         torch.Tensor.numpy,
@@ -58,9 +68,18 @@ READS_OF_SIZES_AND_ELEMENTS = frozenset(
         torch.Tensor.__float__,
         torch.Tensor.__index__,
         torch.Tensor.__contains__,
+        torch.Tensor.__array__,
+        torch.Tensor.__format__,
+        torch.Tensor.__repr__,
+        torch.Tensor.__complex__,
+        torch.Tensor.is_nonzero,
+        torch.equal,
+        torch.Tensor.equal,
+        torch.allclose,
+        torch.Tensor.allclose,
     }
 )
-"""Functions that tell the code a size or an element, on which it may then depend."""
+"""Functions that tell the code an element, or something that depends on the elements."""
 
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
 """Those of them that also make a tensor of numbers in the code."""
@@ -68,14 +87,15 @@ _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
 _FROM_A_TENSOR = (torch.as_tensor, torch.asarray)
 """Those that, given a tensor, use operators that the recorder sees. Given a list of tensors, they do not."""
 
-_WATCHED = frozenset({*_ESCAPES, *READS_OF_SIZES_AND_ELEMENTS})
+_WATCHED = frozenset({*_ESCAPES, *READS_OF_SIZES, *READS_OF_ELEMENTS})
 
 
 class EscapeWatch(TorchFunctionMode):
     """Watches the few functions by which contents and sizes leave without an operator.
 
     Attributes:
-        looks: True once the code has read a size or an element of a tensor that depends on the input.
+        looks: True once the code has read a size of a tensor that depends on the input.
+        reads_elements: True once it has read an element, or something that depends on the elements.
     """
 
     def __init__(self, values: Values, calls: ModuleCalls, state: SavedState, shapes_only: bool) -> None:
@@ -84,7 +104,7 @@ class EscapeWatch(TorchFunctionMode):
             shapes_only: whether tensors that depend on the input have no contents.
         """
         super().__init__()
-        self.looks = False
+        self.looks = self.reads_elements = False
         self._values = values
         self._calls = calls
         self._state = state
@@ -115,10 +135,11 @@ class EscapeWatch(TorchFunctionMode):
     ) -> Any:
         if func not in _WATCHED:
             return func(*args, **(kwargs or {}))
-        if func in READS_OF_SIZES_AND_ELEMENTS and not self.looks and args and isinstance(args[0], Tensor):
-            value = self._values.known(args[0])
+        if func in READS_OF_SIZES and not self.looks:
             by_pytorch = self._calls.current.is_standard  # which checks sizes, and does not go by them
-            self.looks = not by_pytorch and (value is None or not value.independent)
+            self.looks = not by_pytorch and self._depends(args)
+        elif func in READS_OF_ELEMENTS and not self.reads_elements:
+            self.reads_elements = self._depends(args)
         if func == _GET_DATA:
             data = func(*args)
             if self._values.add_alias(args[0], data):
@@ -135,9 +156,17 @@ class EscapeWatch(TorchFunctionMode):
                 self._state.save_memory(args[0])
         self._values.in_literal = func in _FROM_NUMBERS and not given
         try:
+            if self._values.in_literal:  # somebody may keep it, and tensors of inference mode cannot be trained with
+                with torch.inference_mode(False), torch.no_grad():
+                    return func(*args, **(kwargs or {}))
             return func(*args, **(kwargs or {}))
         finally:
             self._values.in_literal = False
+
+    def _depends(self, args: tuple[Any, ...]) -> bool:
+        """True if one of the arguments depends on the input."""
+        tensors = [argument for argument in args if isinstance(argument, Tensor)]
+        return any((value := self._values.known(tensor)) is None or not value.independent for tensor in tensors)
 
     def _escape(self, tensor: Tensor, how: str) -> None:
         value = self._values.known(tensor)

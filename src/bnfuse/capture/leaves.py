@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Storage, Value, may_overlap
 from bnfuse.operators import memory_of
+from bnfuse.reasons import Reason
 
 _PLAIN_CLASSES = (Tensor, nn.Parameter, nn.Buffer)
 
@@ -40,6 +41,7 @@ class Leaves:
         self.by_identity: dict[int, Value] = {}
         self.by_name: dict[str, Value] = {}
         self._by_memory: dict[int, list[Value]] = {}
+        self._first: dict[int, Value] = {}  # by the id of the tensor, what it holds as a run begins
         self._indices = indices
         for tensor, kind, names in _parameters_and_buffers(named):
             self.add(tensor, kind, names)
@@ -52,7 +54,7 @@ class Leaves:
             assert other.tensor is not None
             if kind is other.kind is Kind.PARAMETER and _same_elements(tensor, other.tensor):
                 other.names += names
-                self.by_identity[id(tensor)] = other
+                self.by_identity[id(tensor)] = self._first[id(tensor)] = other
                 self.by_name.update(dict.fromkeys(names, other))
                 return other
         value = new_value(next(self._indices), tensor, kind, neighbours[0].storage if neighbours else Storage())
@@ -69,10 +71,42 @@ class Leaves:
                 other.pin(reasons.SHARES_MEMORY, other=names[0] if names else "another tensor")
                 value.pin(reasons.SHARES_MEMORY, other=other.names[0] if other.names else "another tensor")
         neighbours.append(value)
-        self.by_identity[id(tensor)] = value
+        self.by_identity[id(tensor)] = self._first[id(tensor)] = value
         for name in names:
             self.by_name[name] = value
         return value
+
+    def pins(self) -> list[tuple[Value, Reason | None]]:
+        """Why each value is pinned so far."""
+        return [(value, value.pinned) for value in self._first.values()]
+
+    def as_before_a_run(self) -> None:
+        """Forget what was written to the tensors, once their contents are put back."""
+        for key, value in self._first.items():
+            if self.by_identity[key] is not value:
+                self.by_identity[key] = value
+                value.storage.version = value.version
+
+    def forget_since(self, index: int, node: int) -> None:
+        """Forget the constants that were added, and the operators that read any of the tensors, since then.
+
+        Args:
+            index: of the first value that is forgotten.
+            node: of the first operator.
+        """
+        for key, value in list(self._first.items()):
+            if value.index >= index:
+                del self._first[key], self.by_identity[key]
+                continue
+            while value.consumers and value.consumers[-1].index >= node:
+                value.consumers.pop()
+            if value.storage.values[-1].index >= index:
+                value.storage.values = [other for other in value.storage.values if other.index < index]
+        for memory, held in list(self._by_memory.items()):
+            if held[-1].index >= index:
+                self._by_memory[memory] = [value for value in held if value.index < index]
+                if not self._by_memory[memory]:
+                    del self._by_memory[memory]
 
 
 def _parameters_and_buffers(named: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[Tensor, Kind, tuple[str, ...]]]:

@@ -31,13 +31,16 @@ class ModuleCalls:
         ended: the calls that have returned, in the order of returning.
     """
 
-    def __init__(self, named: Sequence[tuple[str, nn.Module]], values: Values) -> None:
+    def __init__(
+        self, named: Sequence[tuple[str, nn.Module]], values: Values, ended: list[ModuleCall] | None = None
+    ) -> None:
         """
         Args:
             named: every module of the model under each of its names; the first is the model itself.
+            ended: is added to.
         """
         self.current = ModuleCall("", named[0][1], None)
-        self.ended: list[ModuleCall] = []
+        self.ended: list[ModuleCall] = [] if ended is None else ended
         self._paths = {id(module): name for name, module in reversed(named)}
         self._values = values
         self._thread = threading.get_ident()

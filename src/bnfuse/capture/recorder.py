@@ -7,7 +7,7 @@ Under ``torch.inference_mode`` a ``TorchDispatchMode`` sees composite operators 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -24,6 +24,23 @@ from bnfuse.reasons import IS_WRITTEN
 _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
 
 _INDEPENDENT = attrgetter("independent")
+_IS_INFERENCE = methodcaller("is_inference")
+
+_INTO_PARTS = frozenset({"unbind", "split", "split_with_sizes", "chunk", "tensor_split"})
+"""Operators that give one tensor or more, by the size of what they are given."""
+
+_TO_SHAPES = {"view": "size", "reshape": "shape", "expand": "size", "unflatten": "sizes", "_unsafe_view": "size"}
+"""Operators that are told sizes, with the argument."""
+
+
+def _goes_by_sizes(node: Node) -> bool:
+    """True if an operator does something else at another size: it adds up an axis, takes a tensor apart, drops all
+    axes of size 1, or is told a size that stands in the code."""
+    if node.overload is _SQUEEZE or node.operator in _INTO_PARTS or node.operator == "sum":
+        return True
+    sizes = node.argument(_TO_SHAPES.get(node.operator, ""), ())
+    return any(size not in (-1, 0, 1) for size in sizes) and not node.call.is_standard
+
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -33,21 +50,29 @@ class Recorder(Mode):
 
     Attributes:
         nodes: the operators, in the order of the run.
-        squeezes: True once an operator has dropped all axes of size 1 of a tensor that depends on the input: which
-            axes these are depends on the sizes.
+        looks: True once an operator did something that depends on the sizes of a tensor that depends on the input
+            (see `_goes_by_sizes`).
+        reads_elements: True once an operator gave the code something that depends on its elements.
     """
 
     def __init__(
-        self, values: Values, calls: ModuleCalls, state: SavedState, whole: Container[str] | None, shapes_only: bool
+        self,
+        values: Values,
+        calls: ModuleCalls,
+        state: SavedState,
+        whole: Container[str] | None,
+        shapes_only: bool,
+        nodes: list[Node],
     ) -> None:
         """
         Args:
-            whole: names of the operators that are recorded as they are, None for all of them; see `capture`.
+            whole: names of the operators that are recorded as they are, None for all of them; see `Recording`.
             shapes_only: whether tensors that depend on the input are left without contents.
+            nodes: is added to.
         """
         super().__init__()
-        self.nodes: list[Node] = []
-        self.squeezes = False
+        self.nodes = nodes
+        self.looks = self.reads_elements = False
         self._values = values
         self._value_of = values.of  # bound once, since it is called for every tensor of every operator
         self._calls = calls
@@ -91,8 +116,14 @@ class Recorder(Mode):
                 if any(value.independent and value.shape for value in inputs):
                     raise without_arithmetic.FixedSizeError(str(error)) from error
                 raise
+        elif independent and not any(map(_IS_INFERENCE, tensors if written else ())):
+            # Somebody may keep it for later, and tensors of inference mode cannot be trained with.
+            with torch.inference_mode(False), torch.no_grad():
+                result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
+        if operator.needs_contents and not independent:
+            self.reads_elements = True
         whole = self._whole is None or operator.name in self._whole or written
         if whole or not self._record_parts(func, args, kwargs, result):
             call = self._calls.current
@@ -138,8 +169,8 @@ class Recorder(Mode):
         for value in node.inputs:
             if not value.consumers or value.consumers[-1] is not node:
                 value.consumers.append(node)
-        if node.overload is _SQUEEZE and not independent:
-            self.squeezes = True
+        if not independent and not self.looks:
+            self.looks = _goes_by_sizes(node)
         self.nodes.append(node)
         node.call.nodes.append(node)
 

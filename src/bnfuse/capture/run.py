@@ -1,39 +1,299 @@
-"""Running a model once, for real, and recording every operator that the dispatcher sees.
+"""Running calls of a model, for real or without arithmetic, and recording every operator that the dispatcher sees.
 
 The parts, each in a file of its own: operators (:mod:`bnfuse.capture.recorder`), the values that tensors hold
-(:mod:`bnfuse.capture.values`), module calls (:mod:`bnfuse.capture.module_calls`) and contents that leave PyTorch
-(:mod:`bnfuse.capture.escapes`). The run leaves no trace on the model: see :mod:`bnfuse.model.sandbox`.
+(:mod:`bnfuse.capture.values`), module calls (:mod:`bnfuse.capture.module_calls`), contents that leave PyTorch
+(:mod:`bnfuse.capture.escapes`) and what is left behind (:mod:`bnfuse.capture.leftovers`). A run leaves no trace on the
+model: see :mod:`bnfuse.model.sandbox`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+import contextlib
+import functools
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 from torch import nn
 
 from bnfuse import reasons
+from bnfuse.capture import leftovers, unseen
 from bnfuse.capture.escapes import EscapeWatch
+from bnfuse.capture.leaves import Leaves
 from bnfuse.capture.module_calls import ModuleCalls
 from bnfuse.capture.recorder import Recorder
+from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.capture.values import Values
 from bnfuse.errors import InputError
-from bnfuse.graph.graph import Graph
+from bnfuse.graph.graph import Graph, ModuleCall, Node, Value
 from bnfuse.model import pytree, tree
-from bnfuse.model.sandbox import SavedState, leave_no_trace
+from bnfuse.model.calls import FORWARD, Call
+from bnfuse.model.sandbox import SavedState, forked_random_state, leave_no_trace
+from bnfuse.reasons import Reason
+
+
+@dataclass(eq=False)
+class Run:
+    """What one call of a model did.
+
+    Attributes:
+        call: the call.
+        nodes: the operators that ran, in their order.
+        calls: the module calls, in the order of returning.
+        inputs: the values of the tensors among the arguments.
+        outputs: the values of what it returned.
+        output: what it returned, None for a run without arithmetic.
+        looks: True if the code looked at a size or an element of a tensor that depends on the input.
+        contents: True if it looked at an element, or at something that depends on the elements.
+        stateful: True if the run left something behind that depends on the input, or a number.
+        traces: True if it left anything behind.
+        methods: those of the watched methods that were called with the same arguments.
+    """
+
+    call: Call
+    nodes: list[Node] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    output: Any = None
+    looks: bool = False
+    contents: bool = False
+    stateful: bool = False
+    traces: bool = False
+    methods: set[str] = field(default_factory=set)
+    start: _Mark | None = None
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """How much was recorded at some moment, to go back to.
+
+    Attributes:
+        index: of the next value.
+        begins: True if the model remembers nothing of an earlier call.
+    """
+
+    runs: int
+    nodes: int
+    calls: int
+    exposed: int
+    index: int
+    pins: list[tuple[Value, Reason | None]]
+    begins: bool
+    shapes_only: bool
+
+
+class Recording:
+    """What calls of one model did, in one graph: its parameters are the same in all of them.
+
+    Attributes:
+        graph: everything that was recorded.
+        runs: one for each call, in the order of the calls.
+    """
+
+    def __init__(self, model: nn.Module, known: Container[str] | None = None, methods: Sequence[str] = ()) -> None:
+        """
+        Args:
+            known: names of the operators that are recorded as they are. Any other is recorded as the operators that
+                it is made of, where PyTorch knows them (``hstack`` is ``cat``). None records all of them as they are.
+            methods: names of methods whose results are outputs of the model too, where its forward calls them with
+                what it was given itself.
+        """
+        self.model = model
+        self.runs: list[Run] = []
+        self._known = known
+        self._methods = [name for name in methods if name != FORWARD]
+        self._named = tree.named_modules(model)
+        self._modules = tree.distinct(self._named)
+        self._indices = _Counter()
+        self._leaves = Leaves(self._named, self._indices)
+        self.graph = Graph([], [], self._leaves.by_name)
+
+    def record(self, *calls: Call, shapes_only: bool = False) -> list[Run]:
+        """Make calls in evaluation mode, one after the other, and record them.
+
+        The model remembers what one call leaves behind until the last is done; then it is as before. The tensors
+        among the arguments are cloned first, since a model may write to its input.
+
+        Args:
+            shapes_only: without the arithmetic, and without an output: see :mod:`bnfuse.capture.shapes_only`.
+
+        Raises:
+            InputError: the model does not take the call.
+            NeedsContentsError: ``shapes_only``, and the model looks at contents.
+            Exception: ``shapes_only``, and whatever else it raised.
+        """
+        mark = self._mark(True, shapes_only)
+        watch = _MethodWatch(self.model, self._methods)
+        try:
+            with watch, leave_no_trace(self._modules, watch_writes=False) as state:  # the recorder sees writes anyway
+                values = Values(self._leaves, self._indices, self.graph.exposed, state.held)
+                for call in calls:
+                    begins = len(self.runs) == mark.runs
+                    self.runs.append(self._run(call, values, state, watch, begins, shapes_only))
+                made = self.runs[mark.runs :]
+                if leftovers.take_care(values, [run.output for run in made], state, shapes_only):
+                    made[-1].stateful = made[-1].traces = True
+                if shapes_only:
+                    for run in made:
+                        run.output = None
+        except BaseException:
+            self._leaves.as_before_a_run()
+            self._back_to(mark)
+            raise
+        self._leaves.as_before_a_run()
+        return made
+
+    def _run(
+        self, call: Call, values: Values, state: SavedState, watch: _MethodWatch, begins: bool, shapes_only: bool
+    ) -> Run:
+        own = call.map(lambda tensor: tensor.detach().clone())
+        graph = self.graph
+        run = Run(call, start=self._mark(begins, shapes_only))
+        nodes, done = len(graph.nodes), len(graph.calls)
+        calls = ModuleCalls(self._named, values, graph.calls)
+        recorder = Recorder(values, calls, state, self._known, shapes_only, graph.nodes)
+        escapes = EscapeWatch(values, calls, state, shapes_only)
+        for tensor in own.tensors:
+            values.add_input(tensor)
+            run.inputs.append(values.of(tensor))
+        try:
+            with contextlib.ExitStack() as around:
+                for context in (
+                    watch.of(own, values, run),
+                    forked_random_state(),
+                    unseen.pinning(values),
+                    calls.recorded(escapes.pause, escapes.resume),
+                    recorder,
+                    escapes,
+                ):
+                    around.enter_context(context)
+                run.output = own.run(self.model)
+        except Exception as error:
+            if shapes_only:
+                raise
+            raise InputError(_does_not_run(self.model, call, error)) from error
+        run.outputs = values.expose(run.output, reasons.IS_OUTPUT)
+        run.stateful, run.traces = _expose_stored(values, state)
+        run.nodes, run.calls = graph.nodes[nodes:], graph.calls[done:]
+        run.contents = escapes.reads_elements or recorder.reads_elements
+        run.looks = escapes.looks or recorder.looks or run.contents
+        return run
+
+    def _mark(self, begins: bool, shapes_only: bool) -> _Mark:
+        graph = self.graph
+        counts = (len(self.runs), len(graph.nodes), len(graph.calls), len(graph.exposed), self._indices.next)
+        return _Mark(*counts, self._leaves.pins(), begins, shapes_only)
+
+    def forget(self, run: Run) -> None:
+        """Forget a run and all that were recorded after it, as if they had never been."""
+        assert run.start is not None
+        self._back_to(run.start)
+
+    def _back_to(self, mark: _Mark) -> None:
+        graph = self.graph
+        del self.runs[mark.runs :], graph.nodes[mark.nodes :], graph.calls[mark.calls :], graph.exposed[mark.exposed :]
+        self._leaves.forget_since(mark.index, mark.nodes)
+        for value, pinned in mark.pins:
+            value.pinned = pinned
+        self._indices.next = mark.index
+
+    @property
+    def sequences(self) -> list[list[Run]]:
+        """The runs, those together between which the model remembers."""
+        found: list[list[Run]] = []
+        for run in self.runs:
+            assert run.start is not None
+            if run.start.begins:
+                found.append([])
+            found[-1].append(run)
+        return found
+
+    def again(self, model: nn.Module | None = None) -> Recording:
+        """The same calls, recorded anew on the model as it is now, or on another one.
+
+        Raises:
+            Exception: what `record` raises.
+        """
+        other = Recording(self.model if model is None else model, self._known, self._methods)
+        for runs in self.sequences:
+            assert runs[0].start is not None
+            calls = [run.call for run in runs]
+            try:
+                other.record(*calls, shapes_only=True)
+            except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
+                other.record(*calls)
+        return other
+
+
+class _Counter:
+    """Counts values, and can be set back."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        self.next += 1
+        return self.next - 1
+
+
+class _MethodWatch(contextlib.AbstractContextManager["_MethodWatch"]):
+    """Takes what some methods return for outputs of the model, where its forward calls them with its own arguments.
+
+    Then a call of the method from outside is the beginning of the run of the forward, and need not be recorded.
+    """
+
+    def __init__(self, model: nn.Module, methods: Sequence[str]) -> None:
+        self._model = model
+        self._methods = [name for name in methods if name not in model.__dict__]
+        self._call: Call | None = None
+        self._values: Values | None = None
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> _MethodWatch:
+        for name in self._methods:
+            self._model.__dict__[name] = self._watched(name, getattr(self._model, name))
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for name in self._methods:
+            self._model.__dict__.pop(name, None)
+
+    @contextlib.contextmanager
+    def of(self, call: Call, values: Values, run: Run) -> Iterator[None]:
+        """Watch during a call."""
+        self._call, self._values, self._seen = call, values, run.methods
+        try:
+            yield
+        finally:
+            self._call = self._values = None
+
+    def _watched(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = method(*args, **kwargs)
+            if self._call is not None and self._values is not None and _same_arguments(self._call, args, kwargs):
+                self._values.expose(output, reasons.IS_OUTPUT)
+                self._seen.add(name)
+            return output
+
+        return call
+
+
+def _same_arguments(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True if a method is given the very objects that the call was given."""
+    if call.method != FORWARD or len(args) != len(call.args) or kwargs.keys() != call.kwargs.keys():
+        return False
+    return all(map(is_, args, call.args)) and all(value is call.kwargs[name] for name, value in kwargs.items())
 
 
 @dataclass(frozen=True)
 class Capture:
-    """The record of a run, and what the run returned.
-
-    Attributes:
-        output: what the model returned, None for a run without arithmetic.
-        looks: True if the code looked at a size or an element of a tensor that depends on the input.
-        stateful: True if the run left something behind in the model that depends on the input, or a number.
-        traces: True if it left anything behind in the model.
-    """
+    """The record of a single run, and what the run returned; the attributes are those of `Run`."""
 
     graph: Graph
     output: Any
@@ -43,23 +303,14 @@ class Capture:
 
 
 def capture(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    known: Container[str] | None = None,
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], known: Container[str] | None = None
 ) -> Capture:
-    """Run ``model(*args, **kwargs)`` in evaluation mode and record it.
-
-    The tensors among the arguments are cloned first, since a model may write to its input.
-
-    Args:
-        known: names of the operators that are recorded as they are. Any other is recorded as the operators that it
-            is made of, where PyTorch knows them (``hstack`` is ``cat``). None records all of them as they are.
+    """Run ``model(*args, **kwargs)`` and record it; see `Recording`.
 
     Raises:
         InputError: the model does not run on these inputs.
     """
-    return _capture(model, args, kwargs, known, shapes_only=False)
+    return _single(model, args, kwargs, known, False)
 
 
 def capture_shapes(
@@ -71,43 +322,18 @@ def capture_shapes(
         NeedsContentsError: the model looks at contents.
         Exception: whatever else it raised.
     """
-    return _capture(model, args, kwargs, known, shapes_only=True)
+    return _single(model, args, kwargs, known, True)
 
 
-def _capture(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    known: Container[str] | None,
-    shapes_only: bool,
-) -> Capture:
-    own_args, own_kwargs = pytree.map_tensors((args, kwargs), lambda tensor: tensor.detach().clone())
-    named = tree.named_modules(model)
-    with leave_no_trace(tree.distinct(named), watch_writes=False) as state:  # the recorder sees them anyway
-        values = Values(named, state.held)
-        calls = ModuleCalls(named, values)
-        recorder = Recorder(values, calls, state, known, shapes_only)
-        escapes = EscapeWatch(values, calls, state, shapes_only)
-        graph = Graph(recorder.nodes, calls.ended, values.names, values.exposed)
-        for _, tensor in pytree.tensors((own_args, own_kwargs)):
-            values.add_input(tensor)
-        try:
-            with calls.recorded(escapes.pause, escapes.resume), recorder, escapes:
-                output = model(*own_args, **own_kwargs)
-        except Exception as error:
-            graph.release()
-            if shapes_only:
-                raise
-            raise InputError(_does_not_run(model, args, kwargs, error)) from error
-        values.expose(output, reasons.IS_OUTPUT)
-        stateful, traces = _expose_stored(values, state)
-        values.remove_tags()
-    looks = escapes.looks or recorder.squeezes
-    return Capture(graph, None if shapes_only else output, looks, stateful, traces)
+def _single(model: nn.Module, args: Any, kwargs: Any, known: Container[str] | None, shapes_only: bool) -> Capture:
+    recording = Recording(model, known)
+    (run,) = recording.record(Call(*args, **kwargs), shapes_only=shapes_only)
+    return Capture(recording.graph, run.output, run.looks, run.stateful, run.traces)
 
 
 def _expose_stored(values: Values, state: SavedState) -> tuple[bool, bool]:
     """Pin what the run stored in the model; returns whether the model is then stateful, and whether it has traces."""
+    state.look_again()
     stateful = bool(state.contents or state.memory)
     traces = False
     for where, stored in state.stored():
@@ -128,13 +354,14 @@ def _expose_stored(values: Values, state: SavedState) -> tuple[bool, bool]:
     return stateful, traces or stateful
 
 
-def _does_not_run(model: nn.Module, args: Any, kwargs: Any, error: Exception) -> str:
+def _does_not_run(model: nn.Module, call: Call, error: Exception) -> str:
     given = ", ".join(
         f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
-        for _, tensor in pytree.tensors((args, kwargs))
+        for tensor in call.tensors
     )
+    name = type(model).__name__ if call.method == FORWARD else f"{type(model).__name__}.{call.method}"
     first_line = str(error).strip().split("\n")[0]
     return (
-        f"{type(model).__name__} does not run on the inputs ({given or 'no tensors'}): "
+        f"{name} does not run on the inputs ({given or 'no tensors'}): "
         f"{type(error).__name__}: {first_line}. Pass inputs that it accepts."
     )

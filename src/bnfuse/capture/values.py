@@ -6,13 +6,13 @@ takes one tensor for another that was given the same ``id``.
 
 from __future__ import annotations
 
-import itertools
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnfuse import reasons
 from bnfuse.capture.leaves import Leaves, new_value
@@ -25,7 +25,7 @@ _TAG = "_bnfuse_value"
 
 
 class Values:
-    """The values of all tensors of one run.
+    """The values of all tensors of one run, or of several that follow one another.
 
     Attributes:
         leaves: those that were there before the run, by the ``id`` of their tensor.
@@ -34,19 +34,23 @@ class Values:
         in_literal: True while PyTorch makes a tensor of numbers that stand in the code.
     """
 
-    def __init__(self, named: Sequence[tuple[str, nn.Module]], held_before: Callable[[Tensor], bool]) -> None:
+    def __init__(
+        self, leaves: Leaves, indices: Iterator[int], exposed: list[int], held_before: Callable[[Tensor], bool]
+    ) -> None:
         """
         Args:
-            named: every module of the model under each of its names.
+            leaves: the tensors that were there before the run.
+            indices: gives each new value its number.
+            exposed: is added to.
             held_before: whether the model held a tensor before the run.
         """
-        self._indices = itertools.count()
-        self._leaves = Leaves(named, self._indices)
+        self._indices = indices
+        self._leaves = leaves
         self._tagged = _TaggedTensors()
         self._remember_tagged = self._tagged.references.append
         self._held_before = held_before
-        self.leaves, self.names = self._leaves.by_identity, self._leaves.by_name
-        self.exposed: list[int] = []
+        self.leaves, self.names = leaves.by_identity, leaves.by_name
+        self.exposed = exposed
         self.in_literal = False
 
     # Looking a value up -----------------------------------------------------------------------------------------
@@ -80,7 +84,9 @@ class Values:
             _pin_all(same_memory.storage, reasons.MEMORY_READ_ANOTHER_WAY)
             return value
         value = self._leaves.add(tensor, Kind.CONSTANT)
-        if tensor.is_inference() and tensor.is_floating_point() and not self.in_literal:
+        # Other threads are not recorded, and what they make does not tell that it was made during the run.
+        by_others = tensor.is_inference() or threading.active_count() > 1
+        if by_others and tensor.is_floating_point() and not self.in_literal:
             # Made during the run by something that was not recorded, unless the model keeps it from an earlier run.
             value.independent = self._held_before(tensor)
         return value
@@ -146,21 +152,26 @@ class Values:
         """Take a tensor for one that was never seen."""
         tensor.__dict__.pop(_TAG, None)
 
+    def alive(self) -> list[Tensor]:
+        """The tensors of the run that somebody still holds."""
+        held = [tensor for reference in self._tagged.references if (tensor := reference()) is not None]
+        return list({id(tensor): tensor for tensor in held}.values())
+
     def remove_tags(self) -> None:
-        """Take the attribute off all tensors that are still alive."""
-        for reference in self._tagged.references:
-            tensor = reference()
-            if tensor is not None:
-                self.forget(tensor)
+        """Take the attribute, and all that watches them, off all tensors that are still alive."""
+        for tensor in self.alive():
+            self.forget(tensor)
+        self._tagged.clear()
 
     # What others see --------------------------------------------------------------------------------------------
 
-    def expose(self, structure: Any, cause: Cause, **fields: Any) -> None:
+    def expose(self, structure: Any, cause: Cause, **fields: Any) -> list[Value]:
         """Pin all tensors in nested data, since something outside of the recorded operators sees them."""
-        for _, tensor in pytree.tensors(structure):
-            value = self.of(tensor)
+        found = [self.of(tensor) for _, tensor in pytree.tensors(structure)]
+        for value in found:
             value.pin(cause, **fields)
             self.exposed.append(value.index)
+        return found
 
 
 def _pin_all(storage: Storage, cause: Cause) -> None:
@@ -175,6 +186,12 @@ class _TaggedTensors:
         self.references: list[weakref.ref[Tensor]] = []
         self._by_memory: dict[int, list[weakref.ref[Tensor]]] = {}
         self._sorted = 0  # so many of the references are in the index
+
+    def clear(self) -> None:
+        """Drop all references, since a tensor that has one cannot be exchanged for another."""
+        self.references.clear()
+        self._by_memory.clear()
+        self._sorted = 0
 
     def last_in_memory_of(self, tensor: Tensor) -> Tensor | None:
         """The last tensor, of those still alive, that has the memory of this one."""

@@ -34,7 +34,7 @@ def run(
     traces: bool = True,
     writes: bool = True,
 ) -> Any:
-    """Run a model once in evaluation mode and inference mode, and leave no trace.
+    """Run a model once in evaluation mode and without gradients, and leave no trace.
 
     The model sees a copy of the inputs and random generators set to ``seed``. Afterwards training flags, buffers,
     attributes (caches that the run filled) and random generators are as before.
@@ -52,7 +52,7 @@ def run(
     """
     modules = tree.modules(model)
     sandbox: AbstractContextManager[object]
-    sandbox = leave_no_trace(modules, seed, writes) if traces else _in_evaluation(modules, seed)
+    sandbox = leave_no_trace(modules, seed, writes, False) if traces else _in_evaluation(modules, seed, False)
     with sandbox:
         own_args, own_kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
         with mode or nullcontext():
@@ -65,8 +65,10 @@ def run(
 
 
 @contextlib.contextmanager
-def leave_no_trace(modules: Sequence[nn.Module], seed: int = 0, watch_writes: bool = True) -> Iterator[SavedState]:
-    """Inside, modules run in evaluation mode and inference mode; afterwards all is as before.
+def leave_no_trace(
+    modules: Sequence[nn.Module], seed: int = 0, watch_writes: bool = True, inference: bool = True
+) -> Iterator[SavedState]:
+    """Inside, modules run in evaluation mode and without gradients; afterwards all is as before.
 
     That is training flags, attributes, registries, containers in attributes, the contents of parameters and buffers,
     and the random generators. Compiled functions and modules run eagerly.
@@ -76,11 +78,12 @@ def leave_no_trace(modules: Sequence[nn.Module], seed: int = 0, watch_writes: bo
         seed: of the random generators inside.
         watch_writes: False if the caller itself sees to it that the contents of parameters and buffers are saved
             before they are written to.
+        inference: use inference mode. Its tensors cannot be trained with, should somebody keep them.
 
     Yields:
         What was saved, which also tells what the run has stored.
     """
-    with _in_evaluation(modules, seed):
+    with _in_evaluation(modules, seed, inference):
         state = SavedState(modules)
         try:
             with _SaveBeforeWrites(modules, state) if watch_writes else nullcontext():
@@ -90,8 +93,13 @@ def leave_no_trace(modules: Sequence[nn.Module], seed: int = 0, watch_writes: bo
 
 
 @contextlib.contextmanager
-def _in_evaluation(modules: Sequence[nn.Module], seed: int) -> Iterator[None]:
-    with torch.inference_mode(), _evaluation_mode(modules), forked_random_state(seed), _eager():
+def _in_evaluation(modules: Sequence[nn.Module], seed: int, inference: bool) -> Iterator[None]:
+    with (
+        torch.inference_mode() if inference else torch.no_grad(),
+        _evaluation_mode(modules),
+        forked_random_state(seed),
+        _eager(),
+    ):
         yield
 
 
@@ -197,6 +205,10 @@ class SavedState:
                     yield f"{type(module).__name__}.{name}", value
         for container, _ in self._changed_containers():
             yield f"a {type(container).__name__} of the model", container
+
+    def look_again(self) -> None:
+        """Forget what was found to be stored, since the run goes on."""
+        self._found = self._found_containers = None
 
     def _changed_modules(self) -> list[tuple[nn.Module, dict[str, Any]]]:
         if self._found is None:

@@ -17,6 +17,7 @@ from bnfuse.planner.planner import Planner
 from bnfuse.reasons import OVER_BUDGET
 from bnfuse.transaction import fused_copy
 from bnfuse.verify.measure import compare_outputs
+from bnfuse.verify.several_calls import SeveralCalls
 
 
 def within_budget(planner: Planner, budget: float) -> Plan:
@@ -33,7 +34,7 @@ def within_budget(planner: Planner, budget: float) -> Plan:
     reason = OVER_BUDGET.reason(budget=budget)
 
     def keeping(norms: list[Norm]) -> Plan:
-        return planner.plan(dict.fromkeys(norms, reason), tried=False)
+        return planner.plan(dict.fromkeys(norms, reason))
 
     def fits(norms: list[Norm]) -> bool:
         return _error(planner, keeping(norms)) <= budget
@@ -53,10 +54,15 @@ def within_budget(planner: Planner, budget: float) -> Plan:
 
 
 def _error(planner: Planner, plan: Plan) -> float:
-    """Relative L2 error of the worst output."""
+    """Relative L2 error of the worst output of the first call, and of those that the caller has named."""
     if not plan.fused:
         return 0.0
-    fused = fused_copy(plan, planner.problem.model)
-    args, kwargs = planner.problem.inputs
-    comparison = compare_outputs(planner.problem.output, run(fused, args, kwargs))
-    return max((math.inf if output.problem else output.relative_l2 for output in comparison.outputs), default=0.0)
+    problem = planner.problem
+    fused = fused_copy(plan, problem.model)
+    call = problem.main.call
+    found = [compare_outputs(problem.main.output, run(fused, call.args, call.kwargs))]
+    for further, reference in planner.trials.references:
+        if further.given:
+            found.append(compare_outputs(reference.output, reference.run(SeveralCalls(fused, further.calls))))
+    outputs = [output for comparison in found for output in comparison.outputs]
+    return max((math.inf if output.problem else output.relative_l2 for output in outputs), default=0.0)

@@ -11,7 +11,7 @@ from bnfuse.fusion_plan import Plan
 from bnfuse.graph.norms import Norm
 from bnfuse.model.copying import copy_model
 from bnfuse.planner.culprits import culprits
-from bnfuse.planner.planner import Planner
+from bnfuse.planner.planner import Planner, stays_for_the_whole
 from bnfuse.planner.problem import Problem
 from bnfuse.reasons import MODULE_IS_LOOKED_AT
 from bnfuse.rules import RULES
@@ -29,16 +29,12 @@ def without_misfits(planner: Planner, plan: Plan) -> Plan | None:
     if _fits(problem, plan):
         return None
     reason = MODULE_IS_LOOKED_AT.reason()
-    fused, kept = [], {}
-    for norm, decision in zip(problem.norms, plan.decisions, strict=True):
-        if decision.fused:
-            fused.append(norm)
-        elif decision.reasons[0].direction is None:  # it was not refused by an operator
-            kept[norm] = decision.reasons[0]
+    kept = stays_for_the_whole(problem, plan)
+    fused = [norm for norm, decision in zip(problem.norms, plan.decisions, strict=True) if decision.fused]
 
     def fits(group: Sequence[Norm]) -> bool:
         staying = dict.fromkeys((norm for norm in fused if norm not in group), reason)
-        return _fits(problem, planner.plan({**kept, **staying}, tried=False))
+        return _fits(problem, planner.plan({**kept, **staying}))
 
     found = [norm for group in culprits(fused, fits, limited=False) for norm in group]
     bad = [norm for norm in found if not fits([norm])]
@@ -54,9 +50,9 @@ def _fits(problem: Problem, plan: Plan) -> bool:
     fused = copy_model(problem.model)
     rewrite(plan, fused)  # as in place, where an object of the model's may still hold the norm
     gone = {id(problem.model.get_submodule(replacement.names[0])) for replacement in plan.replacements}
-    expected = [node.operator for node in problem.graph.nodes if id(node.call.module) not in gone]
+    expected = [node.operator for node in problem.main.nodes if id(node.call.module) not in gone]
     try:
-        graph = capture(fused, *problem.inputs, known=RULES).graph
+        graph = capture(fused, *problem.main.call.inputs, known=RULES).graph
     except InputError:
         return False
     add_custom_layers(fused, graph, problem.options.handlers or {})

@@ -25,18 +25,21 @@ class Options:
             that it gives ``scale*y + shift`` instead of y; both are float64 of shape (channels,), for axis 1 of y.
         budget: the relative L2 error of the outputs that folding may cost in the model's own precision, None for any.
             Where it costs more, norms are kept, those whose folding costs most first, as few as suffice.
+        infer_calls: whether calls that nobody has named count too: other sizes, flags flipped, optional arguments,
+            ``forward_features`` and the like. With False only the example inputs and ``calls`` count.
 
     Raises:
         InputError: a field holds something else.
 
-    >>> Options(also="layerscale", layers=[nn.Linear])
-    Options(also=('layerscale',), layers=(<class 'torch.nn.modules.linear.Linear'>,), handlers={}, budget=None)
+    >>> Options(also="layerscale", layers=[nn.Linear]).layers
+    (<class 'torch.nn.modules.linear.Linear'>,)
     """
 
     also: str | Sequence[str] = ()
     layers: Iterable[type[nn.Module]] | None = None
     handlers: Mapping[type[nn.Module], Handler] | None = None
     budget: float | None = None
+    infer_calls: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "also", patterns("also", self.also))

@@ -1,4 +1,4 @@
-"""One run of a model, made ready to solve: its graph, its norms, and what must stay as it is."""
+"""Recorded calls of a model, made ready to solve: their graph, the norms, and what must stay as it is."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from torch import nn
 from bnfuse.analysis.custom_layers import add_custom_layers
 from bnfuse.analysis.missing_parameters import add_missing_parameters
 from bnfuse.analysis.norms import find_norms
-from bnfuse.analysis.pins import pin_others, pin_shared_with_idle
-from bnfuse.capture.run import Capture, capture, capture_shapes
+from bnfuse.analysis.pins import pin_others, pin_shared_with_idle, pin_what_idle_modules_may_read
+from bnfuse.capture.run import Recording
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.errors import InputError, NoNormError
 from bnfuse.fusion_plan import Plan, total
 from bnfuse.graph.norms import Norm
+from bnfuse.model.calls import Call
 from bnfuse.model.describe import first_line
-from bnfuse.model.inputs import candidates, normalise
+from bnfuse.model.inputs import candidates
+from bnfuse.planner import inferred_calls
+from bnfuse.planner.assumptions import varying
 from bnfuse.planner.options import Options
+from bnfuse.planner.recorded_calls import CallRecorder, FurtherCall
 from bnfuse.reasons import CALLER_KEEPS, Reason
 from bnfuse.rules import RULES
 
 
 class Problem:
-    """One run of a model, ready to solve.
+    """Recorded calls of a model, ready to solve.
 
     Attributes:
-        inputs: (args, kwargs) that the model ran on.
-        output: what it returned, None for a run without arithmetic.
+        recording: the calls; the first is the one with the example inputs.
+        main: the run of the first call.
+        further: calls that run in another way than the first, on which a plan must hold too.
+        unseen: what was not seen, in words.
         norms: the norms of the model.
         kept: those that the caller wants to keep, with the reason.
-        looks: whether code of the model looks at sizes or contents, and may go by them.
+        varying: operators whose numbers are others in another call.
         stateful: whether a second call may differ from the first.
     """
 
@@ -42,33 +48,44 @@ class Problem:
         self,
         model: nn.Module,
         options: Options,
-        record: Capture,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        recording: Recording,
         keep: Sequence[str] = (),
+        further: Sequence[FurtherCall] = (),
+        unseen: Sequence[str] = (),
     ) -> None:
         self.model, self.options = model, options
-        self.inputs = (args, kwargs)
-        self.record, self.output, self.graph = record, record.output, record.graph
+        self.recording, self.main, self.graph = recording, recording.runs[0], recording.graph
+        self.further, self.unseen = list(further), list(unseen)
+        self.varying = varying(recording.runs)
         add_custom_layers(model, self.graph, options.handlers or {})
         self.norms = find_norms(model, self.graph, options.also)
         if not self.norms:
             raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
         _check_also(model, options.also)
         self.kept = _kept(self.norms, keep)
-        created, looks = add_missing_parameters(model, self.graph)
-        self.looks = record.looks or looks
+        created, _ = add_missing_parameters(model, self.graph)
         pin_shared_with_idle(model, self.graph)
+        pin_what_idle_modules_may_read(model, self.graph)
         if options.layers is not None:
             pin_others(model, [*self.graph.leaves.values(), *created], tuple(options.layers))
-        self.stateful = record.stateful
+        self.stateful = self.main.stateful
 
     @staticmethod
     def of(
-        model: nn.Module, example_inputs: Any, options: Options, keep: Sequence[str] = (), contents: bool = True
+        model: nn.Module,
+        example_inputs: Any,
+        options: Options,
+        keep: Sequence[str] = (),
+        contents: bool = True,
+        calls: Sequence[Call] = (),
     ) -> Problem:
-        """Run the model; ``contents=False`` is for a run without arithmetic, where the model allows it."""
-        return Problem(model, options, *captured(model, example_inputs, contents), keep)
+        """Run the model; ``contents=False`` is for runs without arithmetic, where the model allows it."""
+        recording = captured(model, example_inputs, contents, options.infer_calls)
+        recorder = CallRecorder(recording, contents)
+        recorder.add_given(calls)
+        if options.infer_calls:
+            recorder.infer()
+        return Problem(model, options, recording, keep, recorder.further, recorder.unseen)
 
     def witness(self, plan: Plan) -> dict[str, float]:
         """A number for every tensor that the plan was made from, by name."""
@@ -82,24 +99,25 @@ class Problem:
         return {name: total(tensors[name]) for name in sorted(read)}
 
 
-def captured(
-    model: nn.Module, example_inputs: Any, contents: bool = True
-) -> tuple[Capture, tuple[Any, ...], dict[str, Any]]:
+def captured(model: nn.Module, example_inputs: Any, contents: bool = True, infer_calls: bool = True) -> Recording:
     """Run the model on the inputs, or on the first of the inferred ones that it takes."""
+    methods = inferred_calls.methods(model) if infer_calls else []
 
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    def run(call: Call) -> Recording:
+        recording = Recording(model, RULES, methods)
         if not contents:
             with contextlib.suppress(NeedsContentsError, Exception):  # then it runs for real, and fails if it must
-                return capture_shapes(model, args, kwargs, known=RULES)
-        return capture(model, args, kwargs, known=RULES)
+                recording.record(call, shapes_only=True)
+                return recording
+        recording.record(call)
+        return recording
 
     if example_inputs is not None:
-        args, kwargs = normalise(example_inputs)
-        return run(args, kwargs), args, kwargs
+        return run(Call.of(example_inputs))
     tried = []
     for candidate in candidates(model):
         try:
-            return run(candidate.args, candidate.kwargs), candidate.args, candidate.kwargs
+            return run(Call(*candidate.args, **candidate.kwargs))
         except InputError as error:
             tried.append(f"  {candidate.description}: {first_line(error.__cause__ or error)}")
     name = type(model).__name__

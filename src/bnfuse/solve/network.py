@@ -46,10 +46,9 @@ class Network:
     """The graph with everything that was accepted so far.
 
     Attributes:
-        varying: operators whose numbers depend on the size of the input.
+        varying: operators whose numbers are others in another call.
         removed: the operators of norms that go.
         edits: the new contents of each parameter, one after the other.
-        assumed: operators whose numbers must be the same for inputs of every size.
     """
 
     def __init__(self, graph: Graph, varying: Collection[Node] = (), forbidden: Collection[nn.Module] = ()) -> None:
@@ -59,7 +58,6 @@ class Network:
         nodes = [*graph.paths, *graph.nodes]
         self.layouts = Layouts(nodes)
         self.limits = Limits(nodes)
-        self.assumed: set[Node] = set()
         self.removed: set[Node] = set()
         self.edits: dict[Value, list[Unit]] = {}
         self._placed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
@@ -146,13 +144,9 @@ class Network:
         for node in nodes:
             if node in self.varying:
                 raise Refusal(reasons.CONTENTS_DEPEND_ON_SIZE.reason(*node.place), scale=False)
-        self.assumed.update(nodes)
 
     def assume(self, node: Node) -> None:
-        """Refuse where the numbers of a norm are others at another size.
-
-        That they are the same is not noted: a norm's numbers are a part of the changes, which are compared as a whole.
-        """
+        """Refuse where the numbers of a norm are others in another call."""
         if node in self.varying:
             raise Refusal(reasons.NUMBERS_DEPEND_ON_INPUT.reason(*node.place), True)
 
@@ -161,7 +155,6 @@ class Network:
         targets: Collection[Node],
         edits: Mapping[Value, Unit],
         composed: Mapping[Value, tuple[Tensor | None, Tensor | None]],
-        assumed: Collection[Node],
     ) -> None:
         """Take what a trial has found.
 
@@ -169,13 +162,11 @@ class Network:
             targets: the operators of the norm that goes.
             edits: the new contents of parameters.
             composed: scale and shift of all units that values have been given so far.
-            assumed: operators whose numbers must be the same for inputs of every size.
         """
         self.removed.update(targets)
         for node in targets:
             if node.data is not None:
                 self.limits.unite(node.data, node.outputs[0])
-        self.assumed.update(assumed)
         self._placed.update(composed)
         for value, unit in edits.items():
             self.edits.setdefault(value, []).append(unit)

@@ -68,7 +68,6 @@ class Trial:
         self._pending: dict[Node, None] = {}
         self._touched: dict[Node, None] = {}
         self._trail: list[Value] = []
-        self.assumed: set[Node] = set()
         self._choices: list[_Choice] = []
         self._choosing: Node | None = None
         self._chosen: Sequence[Mapping[Value, Unit]] = ()
@@ -157,7 +156,6 @@ class Trial:
     def assume(self, node: Node) -> None:
         if node in self.network.varying:
             self.refuse(node, reasons.NUMBERS_DEPEND_ON_INPUT)
-        self.assumed.add(node)
 
     def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
         return self.network.placed(value)
@@ -168,7 +166,7 @@ class Trial:
     def accept(self) -> None:
         """Make what the trial has found a part of the network."""
         edits = {value: next(iter(requests.values())) for value, requests in self.edits.items()}
-        self.network.accept(self.targets, edits, self.composed, self.assumed)
+        self.network.accept(self.targets, edits, self.composed)
 
     # The search --------------------------------------------------------------------------------------------------
 

@@ -57,11 +57,11 @@ def solve(
         graph: what one run did.
         norms: the norms of the model.
         kept: norms that the caller wants to keep, with the reason.
-        varying: operators whose numbers depend on the size of the input.
+        varying: operators whose numbers are others in another call.
         forbidden: modules that cannot be kept from working in place.
 
     Returns:
-        The decisions, the changes that follow from them, and what they take for granted.
+        The decisions, and the changes that follow from them.
     """
     network = Network(graph, varying, forbidden)
     decisions: dict[Norm, Decision] = {}
@@ -79,9 +79,8 @@ def solve(
         # A norm may be edited before it goes itself.
         if value.handler is not None or not all(name.rpartition(".")[0] in gone for name in value.names)
     )
-    switched = tuple(network.memory.switched)
     changes = Changes(edits=edits, replacements=tuple(replacements))
-    return Solution(tuple(decisions[norm] for norm in norms), changes, Assumptions(network.assumed, switched))
+    return Solution(tuple(decisions[norm] for norm in norms), changes, tuple(network.memory.switched))
 
 
 @dataclass(frozen=True)
@@ -91,32 +90,11 @@ class Solution:
     Attributes:
         decisions: one for each norm, in the order of the norms.
         changes: what is written to the model.
-        assumptions: what has to hold for that.
+        out_of_place: modules that work in place and are to stop, whose callers have to use what they return.
     """
 
     decisions: tuple[Decision, ...]
     changes: Changes
-    assumptions: Assumptions
-
-    def same_as(self, other: Solution) -> bool:
-        """True if both remove the same norms by the same changes, up to the rounding of float64."""
-        return (
-            [decision.fused for decision in self.decisions] == [decision.fused for decision in other.decisions]
-            and self.assumptions.out_of_place == other.assumptions.out_of_place
-            and self.changes.same_as(other.changes)
-        )
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What a solution takes for granted, to be looked at before it is trusted.
-
-    Attributes:
-        numbers: operators whose numbers are the same for inputs of every size.
-        out_of_place: modules that work in place and whose callers use what they return, so that they need not.
-    """
-
-    numbers: set[Node]
     out_of_place: tuple[nn.Module, ...]
 
 

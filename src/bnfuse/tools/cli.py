@@ -254,10 +254,10 @@ def _model(options: argparse.Namespace) -> nn.Module:
 def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
     if not options.input:
         try:
-            _, args, kwargs = captured(model, None)
+            call = captured(model, None).runs[0].call
         except InputError as error:
             raise InputError(f"{error}\nOn the command line: --input 1x3x224x224") from error
-        return args or kwargs
+        return call.args or call.kwargs
     return tuple(random_inputs(model, [parse_shape(shape) for shape in options.input], token_bound(model)))
 
 

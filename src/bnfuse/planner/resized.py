@@ -1,0 +1,182 @@
+"""Calls with inputs of other sizes and other values, in both directions.
+
+Code that looks at sizes may treat them apart: a batch of one, an odd height, a longer sequence, one more entry of a
+list. Code that looks at elements may treat contents apart: a mask that hides nothing, or everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfuse.model.calls import Call
+
+_ALIGNMENT = 32
+"""Networks halve images up to five times, so a size that divides by 32 is changed by 32."""
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """One way in which sizes change.
+
+    Attributes:
+        what: in words.
+        axes: of every tensor that has them.
+        size: the new size, from the axis and the old one.
+        group: once one resizing of a group works, the others of the group need not be tried.
+    """
+
+    what: str
+    axes: frozenset[int]
+    size: Callable[[int, int], int]
+    group: str
+
+    def of(self, call: Call, values: int) -> Call | None:
+        """The call with other sizes, None if none changes.
+
+        Args:
+            values: tells how the contents change, too.
+        """
+        changed = call.map(lambda tensor: _resized(_with_other_values(tensor, values), self.axes, self.size))
+        same = [tensor.shape for tensor in changed.tensors] == [tensor.shape for tensor in call.tensors]
+        return None if same else changed
+
+
+def resizings(call: Call) -> list[Resizing]:
+    """What is tried, the likeliest first: everything larger, a batch of one, everything smaller, single axes.
+
+    They grow by two also, so that what is odd or even stays so. The batch grows by one.
+    """
+    rank = max((tensor.dim() for tensor in call.tensors), default=0)
+    trailing = frozenset(range(2, rank))
+    both = trailing | {0}
+    batch = frozenset({0})
+    found = []
+    if trailing:
+        found += [
+            Resizing("larger", both, _more(1), "larger"),
+            Resizing("larger", both, _round_up, "larger"),
+            Resizing("larger", both, _more(2), "larger"),
+            Resizing("larger", trailing, _more(1), "larger"),
+            Resizing("larger", trailing, lambda axis, size: 2 * size, "larger"),
+        ]
+    found.append(Resizing("a batch of one", batch, lambda axis, size: 1, "batch of one"))
+    found.append(Resizing("a larger batch", batch, _more(1), "larger batch"))
+    if trailing:
+        found += [
+            Resizing("smaller", trailing, _round_down, "smaller"),
+            Resizing("smaller", trailing, lambda axis, size: max(1, size - 1), "smaller"),
+        ]
+    for axis in range(1, rank):
+        found += [
+            Resizing(f"larger along axis {axis}", frozenset({axis}), _more(1), f"larger {axis}"),
+            Resizing(f"larger along axis {axis}", frozenset({axis}), _round_up, f"larger {axis}"),
+            Resizing(f"smaller along axis {axis}", frozenset({axis}), lambda axis, size: max(1, size - 1),
+                     f"smaller {axis}"),
+        ]  # fmt: skip
+    return found
+
+
+def _more(count: int) -> Callable[[int, int], int]:
+    return lambda axis, size: size + (1 if axis == 0 else count)
+
+
+def _round_up(axis: int, size: int) -> int:
+    return size + (1 if axis == 0 else _ALIGNMENT if size % _ALIGNMENT == 0 else size)
+
+
+def _round_down(axis: int, size: int) -> int:
+    return size - _ALIGNMENT if size % _ALIGNMENT == 0 and size > _ALIGNMENT else max(1, size // 2)
+
+
+def _resized(tensor: Tensor, axes: frozenset[int], size: Callable[[int, int], int]) -> Tensor:
+    for axis in axes:
+        if axis < tensor.dim() and tensor.shape[axis]:
+            wanted = size(axis, tensor.shape[axis])
+            while tensor.shape[axis] < wanted:
+                more = min(tensor.shape[axis], wanted - tensor.shape[axis])
+                tensor = torch.cat([tensor, tensor.narrow(axis, 0, more)], axis)
+            tensor = tensor.narrow(axis, 0, wanted)
+    return tensor
+
+
+def _with_other_values(tensor: Tensor, number: int) -> Tensor:
+    """The tensor with other contents, in one of a few ways: scaled, rolled; masks filled and emptied."""
+    if tensor.layout != torch.strided or not tensor.dim() or not tensor.numel():
+        return tensor
+    if tensor.dtype == torch.bool or _is_mask(tensor):
+        filled = (torch.ones_like(tensor), torch.zeros_like(tensor), tensor.roll(1, -1))
+        return filled[number % len(filled)]
+    if tensor.is_floating_point():
+        return (-0.75 if number % 2 else 0.75) * tensor.roll(1, min(1, tensor.dim() - 1))
+    return tensor.roll(1 + number, -1) if number % 2 else tensor
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """True for floating ones and zeros."""
+    if not tensor.is_floating_point():
+        return False
+    flat = tensor.reshape(-1)
+    return bool(((flat[:8] == 0) | (flat[:8] == 1)).all()) and bool(((flat == 0) | (flat == 1)).all())
+
+
+def revalued(call: Call, number: int) -> Call:
+    """The call with other contents of the same sizes."""
+    return call.map(lambda tensor: _with_other_values(tensor, number))
+
+
+def with_other_lists(call: Call) -> Iterator[tuple[str, Call]]:
+    """The call with one entry more, and one fewer, in the lists of tensors among its arguments."""
+    for what, change in (("a longer list", _longer), ("a shorter list", _shorter)):
+        args, kwargs = _map_lists(call.args, change), _map_lists(call.kwargs, change)
+        if _lists(call.args) or _lists(call.kwargs):
+            yield what, call.with_inputs(args, kwargs)
+
+
+def _longer(entries: list[Any]) -> list[Any]:
+    return [*entries, entries[-1].clone() if isinstance(entries[-1], Tensor) else entries[-1]]
+
+
+def _shorter(entries: list[Any]) -> list[Any]:
+    return entries[:-1] if len(entries) > 1 else entries
+
+
+def _lists(arguments: Any) -> list[Any]:
+    held = arguments.values() if isinstance(arguments, dict) else arguments
+    return [value for value in held if type(value) in (list, tuple) and _holds_tensors(value)]
+
+
+def _map_lists(arguments: Any, change: Callable[[list[Any]], list[Any]]) -> Any:
+    def changed(value: Any) -> Any:
+        fits = type(value) in (list, tuple) and _holds_tensors(value)
+        return type(value)(change(list(value))) if fits else value
+
+    if isinstance(arguments, dict):
+        return {name: changed(value) for name, value in arguments.items()}
+    return tuple(map(changed, arguments))
+
+
+def _holds_tensors(entries: Any) -> bool:
+    return bool(entries) and isinstance(entries[-1], (Tensor, list, tuple, dict))
+
+
+def with_separate_inputs(call: Call) -> Call | None:
+    """The call with another tensor wherever one is passed a second time; None if none is."""
+    seen: dict[int, int] = {}
+
+    def separate(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            count = seen[id(value)] = seen.get(id(value), -1) + 1
+            return value if not count else _with_other_values(value, 1).clone()
+        if type(value) in (list, tuple):
+            return type(value)(map(separate, value))
+        if type(value) is dict:
+            return {name: separate(item) for name, item in value.items()}
+        return value
+
+    args, kwargs = separate(call.args), separate(call.kwargs)
+    return call.with_inputs(args, kwargs) if any(seen.values()) else None
