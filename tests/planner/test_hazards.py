@@ -15,7 +15,10 @@ from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnfuse
+from bnfuse.api import fuse_with_plan
+from bnfuse.planner.recorded_calls import FurtherCall
 from bnfuse.planner.trying_plans import Trials
+from bnfuse.verify.verdict import does_not_run
 
 IMAGE = (2, 3, 8, 8)
 
@@ -414,7 +417,7 @@ def parts_net(two: Callable[..., tuple[Tensor, Tensor]], shape: tuple[int, ...])
         mine, other = two(m, x)
         return (m.n if len(shape) == 4 else m.k)(mine).relu(), other.relu()
 
-    net = Net(forward, n=norm(4), k=nn.BatchNorm1d(4))
+    net = Net(forward, n=norm(4)) if len(shape) == 4 else Net(forward, k=nn.BatchNorm1d(4))
     for name, size in {"w": (8, 4, 3, 3), "b": (8,), "g": (8,), "l": (8, 4), "e": (4, 8)}.items():
         net.register_parameter(name, nn.Parameter(torch.randn(size)))
     return net
@@ -445,7 +448,8 @@ CASES: dict[str, Case] = {
     "norm after norm": Case(lambda: Net(lambda m, x: m.n2(m.n1(m.c(x))), c=conv(), n1=norm(), n2=norm()), {"n1": None, "n2": None}),
     "functional conv": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight, m.c.bias)), c=conv(bias=True), n=norm()), {"n": None}),
     "own conv class that reads its bias": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasAwareConv(3, 6, 3, bias=False), n=norm()), {"n": None}),
-    "unused branch": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(), aux=norm()), {"n": None, "aux": "did not run"}),
+    "unused branch": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(), aux=norm(5)), {"n": None, "aux": "did not run"}),
+    "unused norm that fits": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=conv(), n=norm(), aux=norm()), {"n": "aux, which did not run", "aux": "did not run"}),
     # Backward through other operators.
     "through concat": Case(lambda: Net(lambda m, x: m.n(torch.cat([m.a(x), m.b(x)], 1)), a=conv(), b=conv(3, 4), n=norm(10)), {"n": None}),
     "through add": Case(lambda: Net(lambda m, x: m.n(m.a(x) + m.b(x)), a=conv(), b=conv(), n=norm()), {"n": None}),
@@ -453,7 +457,8 @@ CASES: dict[str, Case] = {
     "through sub": Case(lambda: Net(lambda m, x: m.n(m.a(x) - m.b(x)), a=conv(), b=conv(), n=norm()), {"n": None}),
     "through max pool, no scale sign": Case(lambda: Net(lambda m, x: m.n(F.max_pool2d(m.a(x), 2)), a=conv(), n=norm()), {"n": "negative scale"}),
     "through average pool": Case(lambda: Net(lambda m, x: m.n(F.avg_pool2d(m.a(x), 2)), a=conv(), n=norm()), {"n": None}),
-    "through shuffle": Case(lambda: Net(lambda m, x: m.n(m.a(x).view(-1, 2, 3, 8, 8).transpose(1, 2).reshape(-1, 6, 8, 8)), a=conv(), n=norm()), {"n": None}),
+    "through shuffle": Case(lambda: Net(lambda m, x: m.n((y := m.a(x)).view(-1, 2, 3, *y.shape[2:]).transpose(1, 2).reshape(-1, 6, *y.shape[2:])), a=conv(), n=norm()), {"n": None}),
+    "through shuffle of a literal size": Case(lambda: Net(lambda m, x: m.n(m.a(x).view(-1, 2, 3, 8, 8).transpose(1, 2).reshape(-1, 6, 8, 8)), a=conv(), n=norm()), {"n": "more than once"}),
     "through chunk": Case(lambda: Net(lambda m, x: m.n(torch.cat(m.a(x).chunk(2, 1)[::-1], 1)), a=conv(), n=norm()), {"n": None}),
     "through slices": Case(lambda: Net(lambda m, x: torch.cat([m.n((y := m.a(x))[:, ::2]), F.relu(y[:, 1::2])], 1), a=conv(3, 12), n=norm()), {"n": None}),
     "token norm behind linear": Case(lambda: Net(lambda m, x: m.n((y := m.a(x)).flatten(0, 1)).reshape_as(y), a=nn.Linear(5, 7, bias=False), n=nn.BatchNorm1d(7)), {"n": None}, ((2, 4, 5),)),
@@ -488,7 +493,7 @@ CASES: dict[str, Case] = {
     "zeros padded around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1))), a=conv(3, 6), n=norm(6)), {"n": "would not be shifted"}),
     "reflected around": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1), mode="reflect")), a=conv(3, 6), n=norm(6)), {"n": None}),
     "padding by the size": Case(lambda: Net(lambda m, x: m.n(F.pad(m.a(x), (0, x.shape[-1] % 2))), a=conv(3, 6), n=norm(6)), {"n": "depend on the size"}),
-    "convolution that pads by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=SizePaddedConv(3, 6, 2), n=norm(3)), {"n": "other inputs"}),
+    "convolution that pads by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x))), c=SizePaddedConv(3, 6, 2), n=norm(3)), {"n": "pads with a number"}),
     "half of what comes": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / 2), c=conv(size=1), n=norm(3)), {"n": None}),
     "divided by the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) / x.shape[-1]), c=conv(size=1), n=norm(3)), {"n": "depend on the size"}),
     "sum over positions": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)).sum((2, 3))), c=nn.Linear(3, 2), n=norm(3)), {"n": "depend on the size"}),
@@ -530,8 +535,8 @@ CASES: dict[str, Case] = {
     "table times the size": Case(lambda: Net(lambda m, x: m.c(m.n(F.silu(x)) * (m.t.weight.view(1, 3, 1, 1) * x.shape[-1])), c=conv(size=1), t=nn.Embedding(3, 1), n=norm(3)), {"n": "on the size"}),
     "both ways by the size": Case(lambda: Net(lambda m, x: m.d(m.n(m.c(x) / x.shape[2]) / x.shape[3]), c=conv(), d=conv(6, 2, 1), n=norm()), {"n": "depend on the size"}, ((2, 3, 6, 8),)),
     "square images only": Case(lambda: Net(square_only, c=conv(size=1), n=norm(3)), {"n": "depend on the size"}),
-    "padded at odd sizes": Case(lambda: Net(padded_if_odd, c=conv(size=2, padding=0), n=norm(3)), {"n": "other inputs"}),
-    "counter": Case(lambda: Net(counter, c=conv(), n=norm()), {"n": "other inputs"}),
+    "padded at odd sizes": Case(lambda: Net(padded_if_odd, c=conv(size=2, padding=0), n=norm(3)), {"n": "pads with a number"}),
+    "counter": Case(lambda: Net(counter, c=conv(), n=norm()), {"n": "its numbers depend on"}),
     "state of the last call": Case(lambda: stateful(Net(last_call, c=conv(), n=norm())), {"n": "in its place"}),
     # The norm is not only called.
     "parameters of the norm read": Case(lambda: Net(lambda m, x: m.n(m.c(x)) + m.n.weight.abs().sum(), c=conv(), n=norm()), {"n": "also read"}),
@@ -634,7 +639,7 @@ CASES: dict[str, Case] = {
     "parts of a bias that is created": Case(octave_net, {"n1": None, "n2": None, "n3": None, "n4": None}),
     "parts of a bias that would do more": Case(lambda: octave_net(spoiled=True), {"n1": None, "n2": None, "n3": "no bias", "n4": "no bias"}),
     **{
-        f"{what} that another operator reads": Case(lambda two=two, shape=shape: parts_net(two, shape), {"n": DIFFERENT, "k": "did not run"} if len(shape) == 4 else {"k": DIFFERENT, "n": "did not run"}, (shape,))
+        f"{what} that another operator reads": Case(lambda two=two, shape=shape: parts_net(two, shape), {"n": DIFFERENT} if len(shape) == 4 else {"k": DIFFERENT}, (shape,))
         for what, (two, shape) in PARTS.items()
     },
     "shared head": Case(lambda: Net(shared_head, c=conv(), n=norm()), {"n": None}),
@@ -648,7 +653,7 @@ CASES: dict[str, Case] = {
     "forward that ignores its bias": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBlindConv(3, 6, 3, bias=False), n=norm()), {"n": "no bias"}),
     "forward that ignores its bias, which is there": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBlindConv(3, 6, 3), n=norm()), {"n": "no bias"}),
     "forward that does more with a bias": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBranchConv(3, 6, 3, bias=False), n=norm()), {"n": "no bias"}),
-    "forward that reads its bias at some sizes": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBySizeConv(3, 6, 3, bias=False), n=norm()), {"n": "treats apart"}),
+    "forward that reads its bias at some sizes": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=BiasBySizeConv(3, 6, 3, bias=False), n=norm()), {"n": "no bias"}),
     "weight read elsewhere": Case(lambda: Net(lambda m, x: m.n(m.c(x)) * m.c.weight.sum(), c=conv(), n=norm()), {"n": TWICE}),
     "write through a view": Case(lambda: Net(write_through_view, c=conv(), n=norm()), {"n": "through another view"}),
     "write to the base of a view": Case(lambda: Net(write_to_base, c=conv(), n=norm()), {"n": "through another view"}),
@@ -778,60 +783,79 @@ def test_an_edit_of_entries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 class Rows(nn.Module):
     """Norms in a row, and then the rows of the batch in the order of their first number; it counts its calls."""
 
-    def __init__(self, count: int, bad: int = -1, period: int = 0) -> None:
+    def __init__(self, count: int, bad: int = -1) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(count))
         self.norms = nn.ModuleList(nn.BatchNorm1d(8) for _ in range(count))
-        self.bad, self.period, self.calls = bad, period, 0
+        self.bad, self.calls = bad, 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         for number, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             y = layer(x)
             # What is multiplied by one in the first call stands there as if it were not multiplied.
-            if number == self.bad or (self.period and number % self.period == 0):
+            if number == self.bad:
                 y = y * self.calls
             x = 0.1 * torch.tanh(norm(y)) + x
         return x[x[:, 0].argsort()]
 
 
-def trials(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[set[str]], bool]) -> list[bool]:
+    """Plans that remove such norms fail on the further calls, as they would after a mistake in a rule.
+
+    Returns:
+        Whether each plan held that was tried, to be filled.
+    """
     found: list[bool] = []
-    holds = Trials.holds
+    failure = Trials.failure
 
-    def counted(self: Trials, plan: bnfuse.Plan) -> bool:
-        found.append(holds(self, plan))
-        return found[-1]
+    def tried(self: Trials, plan: bnfuse.Plan, fused: nn.Module, change: Any = None) -> Any:
+        wrong = fails({decision.norm for decision in plan.fused})
+        found.append(not wrong)
+        if not wrong:
+            return failure(self, plan, fused, change)
+        return FurtherCall("a further call", (), None), does_not_run("Net", "float64", RuntimeError("planted"))
 
-    monkeypatch.setattr(Trials, "holds", counted)
+    monkeypatch.setattr(Trials, "failure", tried)
     return found
 
 
-def test_near_ties_of_a_model_that_keeps_something_are_no_reason_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = trials(monkeypatch)
+def test_near_ties_of_a_model_that_keeps_something_are_no_reason_to_stay() -> None:
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
     model = prepared(Rows(8)).float()
     x = torch.cat([x, x + 1e-7 * x.roll(1, 0), x - 1e-7 * x.roll(1, 0)])
     assert len(bnfuse.plan(model, x).fused) == 8
-    assert found == [True]
     assert isinstance(bnfuse.fuse(model, x).get_submodule("norms.0"), nn.Identity)
 
 
 @pytest.mark.parametrize("bad", [0, 5, 15])
-def test_the_one_norm_that_cannot_go_is_found_by_halving(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
-    found = trials(monkeypatch)
+def test_a_number_that_counts_calls_keeps_the_norm_before_it(bad: int) -> None:
     plan = bnfuse.plan(prepared(Rows(16, bad)), torch.randn(6, 8, dtype=torch.float64))
     assert [decision.norm for decision in plan.decisions if not decision.fused] == [f"norms.{bad}"]
+    assert "its numbers depend on" in reason(plan, f"norms.{bad}")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("bad", [0, 5, 15])
+def test_the_one_norm_that_fails_on_a_further_call_is_found_by_halving(
+    monkeypatch: pytest.MonkeyPatch, bad: int, inplace: bool
+) -> None:
+    found = failing(monkeypatch, lambda fused: f"norms.{bad}" in fused)
+    model, x = prepared(Rows(16)), torch.randn(6, 8, dtype=torch.float64)
+    expected = model(x)
+    fused, plan = fuse_with_plan(model, x, inplace=inplace)
+    assert [decision.norm for decision in plan.decisions if not decision.fused] == [f"norms.{bad}"]
     assert "treats apart" in reason(plan, f"norms.{bad}")
-    assert len(found) <= 10
+    assert len(found) <= 12
+    torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_few_trials_are_made_where_all_norms_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = trials(monkeypatch)
-    plan = bnfuse.plan(prepared(Rows(32, period=1)), torch.randn(6, 8, dtype=torch.float64))
+    found = failing(monkeypatch, bool)
+    _, plan = fuse_with_plan(prepared(Rows(32)), torch.randn(6, 8, dtype=torch.float64))
     assert not plan.fused
     assert "not tried which" in reason(plan, "norms.3")
-    assert len(found) <= 8
+    assert len(found) <= 10
 
 
 def test_a_stream_that_goes_back_at_each_of_hundreds_of_sums() -> None:

@@ -1,18 +1,22 @@
-"""Other inputs that a model takes: which are tried, which are given up, and how often the model runs."""
+"""Calls with inputs of other sizes and contents: which are tried, which are given up, and how often the model runs."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from bnfuse.planner.larger_inputs import OtherSizes
 from support import prepared
 from torch import Tensor, nn
 
 import bnfuse
-from bnfuse.capture.run import capture
+from bnfuse.capture.run import Recording
+from bnfuse.model.calls import Call
+from bnfuse.planner import resized
+from bnfuse.planner.recorded_calls import CallRecorder
+from bnfuse.rules import RULES
 
 
 class Counting(nn.Module):
-    """Counts its runs; a subclass says what it does."""
+    """Notes the sizes that it is given, and looks at them; a subclass says what it does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,32 +33,51 @@ class Counting(nn.Module):
 
 SHAPES: list[tuple[int, ...]] = []
 
+OF_CHANNELS = [(2, 4, 16, 16), (2, 6, 16, 16), (2, 2, 16, 16)]
+"""The channels could be taken apart."""
 
-def shapes(model: nn.Module, *size: int) -> list[tuple[int, ...]]:
+
+def shapes(model: nn.Module, *size: int) -> CallRecorder:
+    recording = Recording(model.eval(), RULES)
+    recording.record(Call(torch.randn(size)))
     SHAPES.clear()
-    found = OtherSizes(model, (torch.randn(size),), {})
-    taken = [tuple(args[0].shape) for (args, _), _ in found]
-    ran = len(SHAPES)
-    assert [tuple(args[0].shape) for args, _ in found.inputs()] == taken
-    assert len(list(found.graphs())) == len(taken)
-    assert len(SHAPES) == ran  # each once
-    return taken
+    recorder = CallRecorder(recording, contents=False)
+    recorder.infer()
+    return recorder
 
 
-def test_every_size_is_taken() -> None:
-    taken = shapes(Counting(), 2, 3, 16, 16)
-    assert taken == [shape for shape in SHAPES if shape[1] == 3]
-    assert taken[:3] == [(3, 3, 17, 17), (3, 3, 32, 32), (3, 3, 18, 18)]
+def test_sizes_of_both_directions_are_tried() -> None:
+    recorder = shapes(Counting(), 2, 3, 16, 16)
+    assert [(3, 3, 17, 17), (1, 3, 16, 16), (2, 3, 8, 8), *OF_CHANNELS] == SHAPES
+    assert not recorder.further  # the same everywhere
+    assert len(recorder.recording.runs) == 1
 
 
-def test_a_table_of_one_size_fits_no_larger_size() -> None:
+def test_a_model_that_looks_at_nothing_is_run_at_no_other_size() -> None:
+    class Blind(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            SHAPES.append(())
+            return self.run(x)
+
+    shapes(Blind(), 2, 3, 16, 16)
+    assert not SHAPES
+
+
+def test_a_table_of_one_size_fits_no_other_size() -> None:
     class Positions(Counting):
         def run(self, x: Tensor) -> Tensor:
             return super().run(x) + self.table
 
-    assert shapes(Positions(), 2, 3, 16, 16) == [(3, 3, 16, 16)]
-    assert SHAPES[:3] == [(3, 3, 17, 17), (3, 3, 16, 16), (2, 3, 17, 17)]
-    assert not {(3, 3, 32, 32), (3, 3, 18, 18)} & set(SHAPES)
+    shapes(Positions(), 2, 3, 16, 16)
+    assert [
+        (3, 3, 17, 17),
+        (2, 3, 17, 17),
+        (1, 3, 16, 16),
+        (3, 3, 16, 16),
+        *OF_CHANNELS,
+        (2, 3, 17, 16),
+        (2, 3, 16, 17),
+    ] == SHAPES
 
 
 def test_two_parts_that_do_not_fit_at_an_odd_size_may_fit_at_an_even_one() -> None:
@@ -62,7 +85,18 @@ def test_two_parts_that_do_not_fit_at_an_odd_size_may_fit_at_an_even_one() -> No
         def run(self, x: Tensor) -> Tensor:
             return super().run(x) + x[..., 1::2, 1::2]
 
-    assert (3, 3, 18, 18) in shapes(Halves(), 2, 3, 16, 16)
+    shapes(Halves(), 2, 3, 16, 16)
+    assert (3, 3, 32, 32) in SHAPES
+
+
+def test_a_run_in_another_way_is_solved_together_with_the_first() -> None:
+    class Small(Counting):
+        def run(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x) if x.shape[-1] > 8 else torch.relu(self.conv(x)))
+
+    recorder = shapes(Small(), 2, 3, 16, 16)
+    assert [further.what for further in recorder.further] == ["smaller"]
+    assert len(recorder.recording.runs) == 2
 
 
 def test_a_table_from_an_earlier_run_is_a_constant() -> None:
@@ -79,12 +113,35 @@ def test_a_table_from_an_earlier_run_is_a_constant() -> None:
             return y * self.tables[y.shape[-1]]
 
     model, x = prepared(Cached()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert Recording(model, RULES).record(Call(x))[0].traces
     with torch.inference_mode():
         model(x)
-    record = capture(model, (x,), {})
-    assert not record.traces
-    table = record.graph.nodes[-1].inputs[1]
-    assert table.independent
+    (run,) = Recording(model, RULES).record(Call(x))
+    assert not run.traces
+    assert run.nodes[-1].inputs[1].independent
     fused = bnfuse.fuse(model, x)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
-    assert capture(Cached().double().eval(), (x,), {}).traces
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_masks_are_filled_emptied_and_moved(number: int) -> None:
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    call = resized.revalued(Call(mask, floating=mask.float()), number)
+    expected = [torch.ones_like(mask), torch.zeros_like(mask), mask.roll(1, -1)][number]
+    assert torch.equal(call.args[0], expected)
+    assert torch.equal(call.kwargs["floating"], expected.float())
+
+
+def test_lists_of_tensors_grow_and_shrink() -> None:
+    x = torch.ones(1)
+    found = {what: len(call.args[0]) for what, call in resized.with_other_lists(Call([x, x, x]))}
+    assert found == {"a longer list": 4, "a shorter list": 2}
+    assert not list(resized.with_other_lists(Call(x, [1, 2])))
+
+
+def test_a_tensor_that_is_passed_twice_is_two_tensors() -> None:
+    x = torch.randn(3)
+    call = resized.with_separate_inputs(Call(x, [x], other=x))
+    assert call is not None
+    assert len({id(tensor) for tensor in call.tensors}) == 3
+    assert resized.with_separate_inputs(Call(x, x.clone())) is None

@@ -127,28 +127,67 @@ def _try(call: ModuleCall, nodes: list[Node], place: str, size: int) -> Route | 
         return None
     reference = next(module.parameters(recurse=False), None)
     device = reference.device if reference is not None else None
-
-    def forward() -> object:
-        with forked_random_state():  # the same numbers each time
-            args, kwargs = pytree.map_tensors(arguments, lambda tensor: _with_contents(tensor, device))
-            return module.forward(*args, **kwargs)
-
-    with leave_no_trace(tree.modules(module)):
-        try:
-            without = forward()
-            with _created(module, place, size, device) as parameter, _Trace(parameter, place) as trace:
-                with_parameter = forward()
-        except Exception:  # noqa: BLE001 (whatever it raises, the answer is no)
-            return None
-        if not _equal(without, with_parameter):
-            return None
+    found = _traced(module, place, size, device, arguments)
+    if found is None:
+        return None
+    trace, parameter = found
     ran = [node for node in call.all_nodes if node.operator in PLACES]
     if trace.lost or [name for name, _ in trace.layers] != [node.operator for node in ran]:
         return None
-    uses = [(node, part) for node, (_, part) in zip(ran, trace.layers, strict=True) if part is not None]
+    uses: list[tuple[Node, Tensor | None]] = []
+    uses += [(node, part) for node, (_, part) in zip(ran, trace.layers, strict=True) if part is not None]
     if not uses or any(node not in nodes for node, _ in uses):
         return None
+    for other in _other_sizes(arguments):
+        there = _traced(module, place, size, device, other)
+        if there is None and _runs(module, device, other):
+            return None  # it reads the parameter at some sizes
+        if there is not None and (there[0].lost or there[0].arrivals != trace.arrivals):
+            return None
     return Route(size, call, uses, trace.steps, parameter, tried=True)
+
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _traced(
+    module: nn.Module, place: str, size: int, device: torch.device | None, arguments: _Arguments
+) -> tuple[_Trace, Tensor] | None:
+    """Run the forward without and with the parameter; None if it does not run, or gives something else with it."""
+    with leave_no_trace(tree.modules(module)):
+        try:
+            without = _forward(module, device, arguments)
+            with _created(module, place, size, device) as parameter, _Trace(parameter, place) as trace:
+                with_parameter = _forward(module, device, arguments)
+        except Exception:  # noqa: BLE001 (whatever it raises, the answer is no)
+            return None
+    return (trace, parameter) if _equal(without, with_parameter) else None
+
+
+def _runs(module: nn.Module, device: torch.device | None, arguments: _Arguments) -> bool:
+    with leave_no_trace(tree.modules(module)):
+        try:
+            _forward(module, device, arguments)
+        except Exception:  # noqa: BLE001 (a size that the module does not take)
+            return False
+    return True
+
+
+def _forward(module: nn.Module, device: torch.device | None, arguments: _Arguments) -> object:
+    with forked_random_state():  # the same numbers each time
+        args, kwargs = pytree.map_tensors(arguments, lambda tensor: _with_contents(tensor, device))
+        return module.forward(*args, **kwargs)
+
+
+def _other_sizes(arguments: _Arguments) -> Iterator[_Arguments]:
+    """The arguments with a larger batch, and with larger and smaller other axes."""
+    for axes, step in (((0,), 1), ((2, 3, 4), 1), ((2, 3, 4), -1), ((1, 2, 3), 1)):
+
+        def resized(tensor: Tensor, axes: tuple[int, ...] = axes, step: int = step) -> Tensor:
+            shape = [max(1, size + step) if axis in axes else size for axis, size in enumerate(tensor.shape)]
+            return tensor.new_empty(shape) if tensor.is_meta else tensor
+
+        yield pytree.map_tensors(arguments, resized)
 
 
 def _arguments(call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -205,6 +244,11 @@ class _Trace(Mode):
         layers: the operators of all layers, by name, with what arrived in the place.
         lost: True if anything else was done with it.
     """
+
+    @property
+    def arrivals(self) -> list[tuple[str, bool]]:
+        """The operators of all layers, and whether something arrived there."""
+        return [(name, arrived is not None) for name, arrived in self.layers]
 
     def __init__(self, tensor: Tensor, place: str) -> None:
         super().__init__()

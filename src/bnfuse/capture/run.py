@@ -175,6 +175,9 @@ class Recording:
                 raise
             raise InputError(_does_not_run(self.model, call, error)) from error
         run.outputs = values.expose(run.output, reasons.IS_OUTPUT)
+        given = set(run.inputs)
+        kept = [tensor for tensor in own.tensors if values.of(tensor) not in given]  # in a list that was passed
+        run.outputs += values.expose(kept, reasons.IS_HELD)
         run.stateful, run.traces = _expose_stored(values, state)
         run.nodes, run.calls = graph.nodes[nodes:], graph.calls[done:]
         run.contents = escapes.reads_elements or recorder.reads_elements

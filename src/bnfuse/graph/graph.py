@@ -146,6 +146,14 @@ class ModuleCall:
         return sorted(nodes, key=lambda node: node.index)
 
     @property
+    def root(self) -> ModuleCall:
+        """The outermost call, one for each call of the model."""
+        call = self
+        while call.parent is not None:
+            call = call.parent
+        return call
+
+    @property
     def is_standard(self) -> bool:
         """True if the module runs the forward of a class of PyTorch's."""
         if isinstance(self.module, torch.jit.ScriptModule):

@@ -1,8 +1,8 @@
 """Whether two calls of a model ran the same operators in the same way, so that the second one teaches nothing.
 
 Sizes may differ, as long as no rule can tell: where an axis has size 1 in the first run but not in the second, where
-axes of fixed and of changed size become one axis, where a number differs, two runs are not the same. When in doubt
-they are not: both are then solved together, which only takes longer.
+axes of fixed and of changed size become one axis, where a number differs, it is not certain that two runs are the same.
+Both are then solved together, which only takes longer.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def counterparts(
     other_nodes: Sequence[Node],
     other_inputs: Sequence[Value],
     before: Mapping[Value, Value] | None = None,
-) -> dict[Value, Value] | None:
-    """The values of a run by those of another run, which is the same as the first or as the beginning of it.
+) -> Counterparts | None:
+    """The values of a run by those of another run, which ran the same operators or those that the first begins with.
 
     Args:
         nodes, inputs: operators of the first run, and the values of what it was given.
@@ -33,49 +33,96 @@ def counterparts(
         before: values of earlier calls which count as the same, by those that the other run may read.
 
     Returns:
-        None if the two are not the same.
+        None if the operators are not the same.
     """
-    if len(other_nodes) > len(nodes) or len(other_inputs) != len(inputs):
+    if len(other_inputs) != len(inputs):
         return None
-    same: dict[Value, Value] = dict(before or {})
-    for value, other in zip(inputs, other_inputs, strict=True):
-        if not _alike(value, other):
+    steps, other_steps = ([node for node in run if _depends(node)] for run in (nodes, other_nodes))
+    if len(other_steps) > len(steps):
+        return None
+    found = Counterparts(dict(before or {}))
+    if not found.match(inputs, other_inputs):
+        return None
+    for node, other in zip(steps, other_steps, strict=False):
+        if not found.add(node, other):
             return None
-        same[other] = value
-    for node, other_node in zip(nodes, other_nodes, strict=False):
-        if not _same_node(node, other_node, same):
-            return None
-        same.update(zip(other_node.outputs, node.outputs, strict=True))
-    return same
+    found.whole = len(other_steps) == len(steps)
+    return found
 
 
-def _same_node(node: Node, other: Node, same: dict[Value, Value]) -> bool:
-    if node.overload is not other.overload or node.call.module is not other.call.module:
-        return False
-    if node.call.plain is not other.call.plain or len(node.outputs) != len(other.outputs):
-        return False
-    if len(node.inputs) != len(other.inputs) or node.bound.keys() != other.bound.keys():
-        return False
-    for value, counterpart in zip(node.inputs, other.inputs, strict=True):
-        if not (same.get(counterpart) is value or _same_leaf(value, counterpart)):
+def _depends(node: Node) -> bool:
+    """True if an operator reads or makes something that depends on the input; what it needs else is compared there."""
+    return any(not value.independent for value in (*node.inputs, *node.outputs)) or bool(node.written)
+
+
+_DEEPEST = 100
+"""So many operators that make a weight or a table, one after the other, are compared."""
+
+
+class Counterparts:
+    """Two runs of the same operators.
+
+    Attributes:
+        same: the values of the first run by those of the other.
+        certain: False if sizes or numbers differ in a way that a rule might tell.
+        whole: False if the other run ends before the first.
+    """
+
+    def __init__(self, same: dict[Value, Value]) -> None:
+        self.same = same
+        self.certain = self.whole = True
+
+    def match(self, values: Sequence[Value], others: Sequence[Value]) -> bool:
+        """Note counterparts; False if they are of other kinds."""
+        for value, other in zip(values, others, strict=True):
+            if value.dtype != other.dtype or len(value.shape) != len(other.shape):
+                return False
+            self.certain &= _alike(value, other)
+            self.same[other] = value
+        return True
+
+    def add(self, node: Node, other: Node, depth: int = 0) -> bool:
+        """Note the results of two operators as counterparts, if the operators are the same."""
+        if node.overload is not other.overload or node.call.module is not other.call.module:
             return False
-    if not all(map(_alike, node.outputs, other.outputs)):
-        return False
-    if node.operator in _REGROUPING:
-        return _same_groups(node, other)
-    return all(_same_argument(value, other.bound[name]) for name, value in node.bound.items())
+        if len(node.outputs) != len(other.outputs):
+            return False
+        if node.call.plain is not other.call.plain and node.call.path:  # the model itself may be called by a method
+            return False
+        if len(node.inputs) != len(other.inputs) or node.bound.keys() != other.bound.keys():
+            return False
+        for value, counterpart in zip(node.inputs, other.inputs, strict=True):
+            if not self._are(value, counterpart, depth):
+                return False
+        if not self.match(node.outputs, other.outputs):
+            return False
+        if node.operator in _REGROUPING:
+            self.certain &= _same_groups(node, other)
+        elif node.operator == "sum":
+            self.certain &= _same_count(node, other)
+        else:
+            self.certain &= all(_same_argument(value, other.bound[name]) for name, value in node.bound.items())
+        self.certain &= not _may_read_a_missing_parameter(node, other)
+        return True
+
+    def _are(self, value: Value, other: Value, depth: int) -> bool:
+        known = self.same.get(other)
+        if known is not None or value is other:
+            return known is value or value is other
+        if value.producer is None or other.producer is None or not value.independent or depth == _DEEPEST:
+            return _same_constant(value, other)
+        return other.independent and self.add(value.producer, other.producer, depth + 1)
 
 
-def _same_leaf(value: Value, other: Value) -> bool:
-    if value is other:
-        return value.kind is not Kind.COMPUTED
+def _same_constant(value: Value, other: Value) -> bool:
     if value.kind is not Kind.CONSTANT or other.kind is not Kind.CONSTANT or value.shape != other.shape:
         return False
     assert value.tensor is not None
     assert other.tensor is not None
     if value.dtype != other.dtype or value.independent is not other.independent:
         return False
-    return value.tensor.layout == torch.strided and torch.equal(value.tensor, other.tensor)
+    dense = value.tensor.layout == other.tensor.layout == torch.strided
+    return dense and torch.equal(value.tensor, other.tensor)
 
 
 def _same_argument(argument: Any, other: Any) -> bool:
@@ -91,14 +138,25 @@ def _same_argument(argument: Any, other: Any) -> bool:
 
 
 def _alike(value: Value, other: Value) -> bool:
-    """True if no rule can tell the two apart by themselves."""
-    if value.dtype != other.dtype or len(value.shape) != len(other.shape):
-        return False
+    """True if no rule can tell the two apart by their sizes."""
     if value.shape == other.shape:
         return True
     if value.independent or other.independent:
         return False
     return all(a == b or a > 1 for a, b in zip(value.shape, other.shape, strict=True))
+
+
+def _same_count(node: Node, other: Node) -> bool:
+    """True if as many elements are added up, along the same axes."""
+    ratio = node.inputs[0].elements * other.outputs[0].elements == other.inputs[0].elements * node.outputs[0].elements
+    return ratio and all(_same_argument(value, other.bound[name]) for name, value in node.bound.items())
+
+
+def _may_read_a_missing_parameter(node: Node, other: Node) -> bool:
+    """True if a forward that PyTorch does not know was given other sizes, and would have another parameter to read."""
+    if node.call.is_standard or [value.shape for value in node.inputs] == [value.shape for value in other.inputs]:
+        return False
+    return any(parameter is None for parameter in node.call.module._parameters.values())
 
 
 def _same_groups(node: Node, other: Node) -> bool:

@@ -91,7 +91,8 @@ def varied(model: nn.Module, call: Call) -> Iterator[tuple[str, str, list[Call]]
     """
     method = getattr(type(model), call.method, None)
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in _parameters(method)):
-        yield "*args", "one more argument", [call.with_inputs((*call.args, Unseen()), call.kwargs)]
+        more = [call.with_inputs((*call.args, value), call.kwargs) for value in (Unseen(), True)]
+        yield "*args", "one more argument", more
     for count, (name, default, is_flag) in enumerate(optional_arguments(model, call)):
         if count == _MOST:
             return

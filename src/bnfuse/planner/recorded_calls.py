@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bnfuse.capture.run import Recording, Run
 from bnfuse.capture.shapes_only import FixedSizeError, NeedsContentsError
 from bnfuse.graph.graph import Value
-from bnfuse.graph.same_run import counterparts
+from bnfuse.graph.same_run import Counterparts, counterparts
 from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import first_line
 from bnfuse.planner import inferred_calls, resized
@@ -36,6 +36,9 @@ _RUNS_FOR_REAL = (8, 2)
 
 _SMALL = 100
 """So many operators are a small model."""
+
+_OF_METHODS = ("larger", "batch of one")
+"""Other sizes that methods other than forward are tried at."""
 
 _DIFFERENT_SIZES = 4
 """So many runs at other sizes are solved together, of those that are different."""
@@ -75,6 +78,7 @@ class CallRecorder:
         self.recording, self.contents = recording, contents
         self.further: list[FurtherCall] = []
         self.unseen: list[str] = []
+        self._looks = False  # whether the code looked in the last call
         self._for_real = _RUNS_FOR_REAL[len(self.main.nodes) > _SMALL]
 
     @property
@@ -101,6 +105,8 @@ class CallRecorder:
         for name in inferred_calls.methods(model) if call.method == FORWARD else ():
             if name not in main.methods and name not in given:
                 self._try(name, inferred_calls.forward_of(call, name))
+                if self._looks:  # in its own code, apart from what the forward runs too
+                    self._other_sizes(inferred_calls.forward_of(call, name), _OF_METHODS)
         for name, what, variants in inferred_calls.varied(model, call):
             if any(name in run.call.kwargs for run in self.recording.runs):
                 continue
@@ -110,22 +116,27 @@ class CallRecorder:
             self._try(what, other)
         if any(run.contents for run in self.recording.runs):
             self._other_contents(call)
-        if any(run.looks for run in self.recording.runs):
+        if any(run.looks for run in self.recording.runs if run.call.method == call.method):
             self._other_sizes(call)
         if main.traces or main.stateful:
             self._memory(call)
 
-    def _other_sizes(self, call: Call) -> None:
-        """Other sizes in both directions, of every group the first that the model takes."""
+    def _other_sizes(self, call: Call, groups: Collection[str] | None = None) -> None:
+        """Other sizes in both directions, of every group the first that the model takes.
+
+        Args:
+            groups: the only ones that are tried, None for all.
+        """
         done: set[str] = set()
         fixed: list[frozenset[int]] = []
-        different = len(self.further)
+        varied: frozenset[int] = frozenset()
+        before = len(self.recording.runs)
         for number, resizing in enumerate(resized.resizings(call)):
-            grows = resizing.group.startswith("larger")
-            alone = resizing.group.partition(" ")[0] in ("larger", "smaller") and " " in resizing.group
-            if resizing.group in done or (alone and "larger" in done):
+            if resizing.group in done or (groups and resizing.group not in groups):
                 continue
-            if grows and any(axes <= resizing.axes for axes in fixed):
+            if resizing.group not in ("smaller", "batch of one") and resizing.axes <= varied:
+                continue
+            if any(axes <= resizing.axes for axes in fixed) and resizing.axes != {1}:  # which may be taken apart
                 continue
             other = resizing.of(call, number)
             if other is None:
@@ -133,10 +144,11 @@ class CallRecorder:
             try:
                 if self._try(resizing.what, other, pass_on=FixedSizeError):
                     done.add(resizing.group)
-            except FixedSizeError:
-                if grows:  # an even larger input makes a tensor that fits no better
-                    fixed.append(resizing.axes)
-            if len(self.further) - different >= _DIFFERENT_SIZES:
+                    if resizing.group == "larger":
+                        varied = resizing.axes  # single ones teach nothing more
+            except FixedSizeError:  # a table of one size fits no other size
+                fixed.append(resizing.axes)
+            if len(self.recording.runs) - before >= _DIFFERENT_SIZES:
                 return
 
     def _other_contents(self, call: Call) -> None:
@@ -149,7 +161,7 @@ class CallRecorder:
     def _memory(self, call: Call) -> None:
         """Further calls of a model that remembers something, as long as they change something, and after a reset."""
         self._for_real += 1
-        self._try("further calls", *[call] * _MEMORY)
+        self._try("further calls", *[call] * (_MEMORY if self.main.stateful else 2))  # a table is kept once
         for name in inferred_calls.resets(self.recording.model):
             self._for_real += 1
             self._try(f"a call after {name}", call, Call(method=name), call)
@@ -177,21 +189,22 @@ class CallRecorder:
             made = recording.record(*calls, shapes_only=True)
         except NeedsContentsError:
             made = self._record_for_real(calls, given)
-        except FixedSizeError:
-            raise
-        except Exception:
-            if not given and self._takes_main_without_arithmetic:
+        except Exception as error:
+            if not given and (isinstance(error, FixedSizeError) or self._takes_main_without_arithmetic):
                 raise
             made = self._record_for_real(calls, given)
         shapes_only = made[0].start is not None and made[0].start.shapes_only
         outputs = None if shapes_only else [run.output for run in made]
+        self._looks = any(run.looks for run in made)
         made = self._without_repetition(made)
         calls = calls[: len(made)]
         outputs = None if outputs is None else outputs[: len(made)]
-        known = self._is_known(made)
-        if known:
+        earlier = self._earlier(made)
+        if earlier is not None and earlier.certain:
             recording.forget(made[0])
-        if (given or not known) and all(map(inferred_calls.is_complete, calls)):
+        # What ran the same operators needs no proof of its own, which would take as long as the model does.
+        proven = earlier is not None and (earlier.certain or len(self.main.nodes) > _SMALL)
+        if (given or not proven) and all(map(inferred_calls.is_complete, calls)):
             self.further.append(FurtherCall(what, calls, outputs, given))
 
     def _record_for_real(self, calls: tuple[Call, ...], given: bool) -> list[Run]:
@@ -222,22 +235,28 @@ class CallRecorder:
         needed = 1
         for place in range(1, len(made)):
             previous, run = made[place - 1], made[place]
-            same = len(run.nodes) == len(previous.nodes)
-            if not same or _counterparts(previous, run, before) is None:
+            same = _counterparts(previous, run, before)
+            if same is None or not (same.certain and same.whole):
                 needed = place + 1
-            before = {}
-            if same:  # what the next call reads of this one, this one read of the one before
+            before = {}  # what the next call reads of this one, this one read of the one before
+            if same is not None:
+                before = same.same
+            elif len(run.nodes) == len(previous.nodes):
                 for node, other in zip(previous.nodes, run.nodes, strict=True):
                     before.update(zip(other.outputs, node.outputs, strict=False))
         if needed < len(made):
             self.recording.forget(made[needed])
         return made[:needed]
 
-    def _is_known(self, made: list[Run]) -> bool:
-        """True if the calls do what an earlier call does, or how that begins; then the results are pinned there."""
+    def _earlier(self, made: list[Run]) -> Counterparts | None:
+        """The counterparts in an earlier run that ran the same operators, or began with them; None if there is none.
+
+        What the calls return is pinned there too.
+        """
         if len(made) > 1:
-            return False
+            return None
         (run,) = made
+        found = None
         for earlier in self.recording.runs:
             if earlier is run or earlier.start is None or not earlier.start.begins:
                 continue
@@ -245,13 +264,15 @@ class CallRecorder:
             if same is None:
                 continue
             for value in run.outputs:
-                counterpart = same.get(value, value)
-                counterpart.pin(IS_OUTPUT)
-            return all(_same_pins(value, other) for value, other in same.items())
-        return False
+                same.same.get(value, value).pin(IS_OUTPUT)
+            same.certain &= all(_same_pins(value, other) for value, other in same.same.items())
+            if same.certain:
+                return same
+            found = same
+        return found
 
 
-def _counterparts(run: Run, other: Run, before: dict[Value, Value]) -> dict[Value, Value] | None:
+def _counterparts(run: Run, other: Run, before: dict[Value, Value]) -> Counterparts | None:
     return counterparts(run.nodes, run.inputs, other.nodes, other.inputs, before)
 
 

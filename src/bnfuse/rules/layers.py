@@ -276,14 +276,18 @@ def _by_group(layer: Layer, vector: Tensor, rows: int) -> Tensor:
 
 def _carried(layer: Layer, trial: Trial, q: Tensor) -> Tensor:
     """``w*q``: what a constant input ``q`` (in,) adds to every output (out,)."""
+    return layer.factor * trial.once((layer.w, layer.transposed, layer.groups), q, lambda: _weighted(layer, trial, q))
+
+
+def _weighted(layer: Layer, trial: Trial, q: Tensor) -> Tensor:
     if layer.groups == 1 and not layer.transposed:
-        return layer.factor * torch.cat([_taps(piece) @ q for piece in trial.pieces(layer.w)])
+        return torch.cat([_taps(piece) @ q for piece in trial.pieces(layer.w)])
     taps = _taps(trial.content(layer.w))
     groups = layer.groups
     parts = taps.reshape(groups, taps.shape[0] // groups, taps.shape[1])  # groups, rows, columns
     if layer.transposed:
         parts = parts.transpose(1, 2)
-    return layer.factor * torch.matmul(parts, q.reshape(groups, -1, 1)).reshape(-1)
+    return torch.matmul(parts, q.reshape(groups, -1, 1)).reshape(-1)
 
 
 def _taps(weight: Tensor) -> Tensor:

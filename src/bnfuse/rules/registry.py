@@ -30,6 +30,9 @@ class Contents(Protocol):
     def pieces(self, value: Value) -> Iterator[Tensor]:
         """The same in pieces of rows, each of which is gone when the next one is asked for."""
 
+    def once(self, weight: tuple[Value, bool, int], vector: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` makes of a weight, with how it is read, and a vector; for the same ones it is made once."""
+
     def placed(self, value: Value) -> tuple[Tensor | None, Tensor | None]:
         """Scale and shift of all units that accepted removals have given to the input of a batch norm."""
 

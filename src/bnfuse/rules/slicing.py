@@ -172,7 +172,8 @@ def _siblings(node: Node, trial: Trial, whole: Value, axis: int) -> list[_Piece]
     """Pieces that other operators take along the same axis, as ``y[:, 2:]`` beside ``y[:, :2]``."""
     pieces = []
     for other in whole.consumers:
-        if other is not node and other.inputs[0] is whole and other.operator in ("select", "slice", "narrow"):
+        together = other is not node and other.call.root is node.call.root  # and not in another call of the model
+        if together and other.inputs[0] is whole and other.operator in ("select", "slice", "narrow"):
             taken = _taken(other, trial)
             if taken is not None and taken[0] == axis:
                 pieces.append(taken[1])

@@ -6,7 +6,7 @@ It is only read and added to; the tensors of the model are never written to.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ class Network:
         self.edits: dict[Value, list[Unit]] = {}
         self._placed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
         self._contents = _statistics(graph.nodes)
+        self._products: dict[tuple[Value, bool, int], tuple[Tensor, Tensor]] = {}
         self._affine = affine_together(graph.nodes, self._contents)
         self._offsets: dict[Node, float] = {}
 
@@ -100,6 +101,15 @@ class Network:
         if tensor.dim() <= 1:
             self._contents[value] = tensor
         return tensor
+
+    def once(self, weight: tuple[Value, bool, int], vector: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` makes of a weight and a vector. In another call the same weight is asked for the same."""
+        if weight[0].producer is not None:
+            return make()
+        known = self._products.get(weight)
+        if known is None or not torch.equal(known[0], vector):
+            known = self._products[weight] = (vector, make())
+        return known[1]
 
     def pieces(self, value: Value) -> Iterator[Tensor]:
         """The same in pieces of rows, each of which is gone when the next one is asked for."""
@@ -168,6 +178,7 @@ class Network:
             if node.data is not None:
                 self.limits.unite(node.data, node.outputs[0])
         self._placed.update(composed)
+        self._products = {weight: known for weight, known in self._products.items() if weight[0] not in edits}
         for value, unit in edits.items():
             self.edits.setdefault(value, []).append(unit)
             self._contents.pop(value, None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -149,6 +149,9 @@ class Trial:
 
     def content(self, value: Value) -> Tensor:
         return self.network.content(value)
+
+    def once(self, weight: tuple[Value, bool, int], vector: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        return self.network.once(weight, vector, make)
 
     def pieces(self, value: Value) -> Iterator[Tensor]:
         return self.network.pieces(value)

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.errors import InputError
+from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import dtype_name
-from bnfuse.model.pytree import map_tensors, tensors
+from bnfuse.model.pytree import tensors
 from bnfuse.model.sandbox import run
 from bnfuse.verify.comparison import Comparison
 from bnfuse.verify.measure import Accumulator
+from bnfuse.verify.several_calls import SeveralCalls
 
 
 def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
@@ -26,7 +28,8 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
         before: the model to compare with.
         after: the model to compare.
         inputs: ONE call or BATCHES of calls.
-            One call is a tensor (the only argument), a tuple (positional arguments) or a dict (keyword arguments).
+            One call is a tensor (the only argument), a tuple (positional arguments), a dict (keyword arguments) or a
+            ``bnfuse.Call``, which may name another method than forward.
             Anything else that can be iterated, such as a list, a generator or a ``DataLoader``, gives batches. Each
             batch is a tensor, a tuple or list of positional arguments, or a dict. A pair whose second member is an
             integer tensor of shape (N,), where N is the length of the first member's first axis, is
@@ -45,7 +48,7 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
         if not isinstance(model, nn.Module):
             raise InputError(f"compare() takes two modules\n  got:      {name} is a {type(model).__name__}")
     accumulator = Accumulator()
-    single = isinstance(inputs, (Tensor, tuple, Mapping))
+    single = isinstance(inputs, (Tensor, tuple, Mapping, Call))
     batches = [inputs] if single else inputs
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
         raise InputError(
@@ -55,13 +58,13 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
         )
     for number, batch in enumerate(batches):
         labels = None if single else _labels(batch)
-        args, kwargs = _call(batch[0] if labels is not None else batch)
+        call = _call(batch[0] if labels is not None else batch)
         outputs = []
         for name, model in (("before", before), ("after", after)):
             try:
-                outputs.append(run(model, _on_device_of(model, args), _on_device_of(model, kwargs), number))
+                outputs.append(_run(model, _on_device_of(model, call), number))
             except Exception as error:
-                raise InputError(_not_running(name, model, number, single, args, kwargs, error)) from error
+                raise InputError(_not_running(name, model, number, single, call, error)) from error
         accumulator.add(outputs[0], outputs[1], labels)
     if not accumulator.batches:
         raise InputError("compare() was given no batch: the iterable is empty, or it was used up before")
@@ -78,22 +81,27 @@ def _labels(batch: Any) -> Tensor | None:
     return labels if whole and fits else None
 
 
-def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call."""
+def _call(inputs: Any) -> Call:
+    if isinstance(inputs, Call):
+        return inputs
     if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+        return Call(**inputs)
+    return Call(*inputs) if isinstance(inputs, (tuple, list)) else Call(inputs)
 
 
-def _on_device_of(model: nn.Module, inputs: Any) -> Any:
+def _run(model: nn.Module, call: Call, seed: int) -> Any:
+    if call.method == FORWARD:
+        return run(model, call.args, call.kwargs, seed)
+    return run(SeveralCalls(model, [call]), ([call.inputs],), {}, seed)[0]
+
+
+def _on_device_of(model: nn.Module, call: Call) -> Call:
     parameter = next(model.parameters(), None)
-    return inputs if parameter is None else map_tensors(inputs, lambda tensor: tensor.to(parameter.device))
+    return call if parameter is None else call.map(lambda tensor: tensor.to(parameter.device))
 
 
-def _not_running(
-    name: str, model: nn.Module, number: int, single: bool, args: Any, kwargs: Any, error: Exception
-) -> str:
-    given = [*tensors(args), *tensors(kwargs)]
+def _not_running(name: str, model: nn.Module, number: int, single: bool, call: Call, error: Exception) -> str:
+    given = [*tensors(call.args), *tensors(call.kwargs)]
     shapes = ", ".join(f"{path} {tuple(tensor.shape)} {dtype_name(tensor.dtype)}" for path, tensor in given)
     hint = "" if single else "\n  a list is read as batches; pass a list that is one argument as ([a, b],)"
     place = "" if single else f" batch {number} of"

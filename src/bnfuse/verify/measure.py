@@ -41,9 +41,10 @@ class Accumulator:
     def add(self, before: object, after: object, labels: Tensor | None) -> None:
         """Add the outputs of both models for one batch."""
         first, second = dict(tensors(before)), dict(tensors(after))
-        for path in first | second:
-            accumulator = self.outputs.setdefault(path, _OutputAccumulator(path))
-            accumulator.add(first.get(path), second.get(path), self.batches)
+        with torch.inference_mode():  # outside of it the tensors of a recorded run take no views
+            for path in first | second:
+                accumulator = self.outputs.setdefault(path, _OutputAccumulator(path))
+                accumulator.add(first.get(path), second.get(path), self.batches)
         if first and next(iter(first.values())).ndim:
             self.samples += next(iter(first.values())).shape[0]
         self.batches += 1

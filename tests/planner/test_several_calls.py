@@ -1,0 +1,454 @@
+"""What is promised beyond the recorded call: fused models are tried on calls that bnfuse was not given.
+
+Statistics and affine parameters are random, in float64, and the outputs agree to 1e-9 or far better.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import assert_untouched, prepared, reason, snapshot
+from torch import Tensor, nn
+
+import bnfuse
+from bnfuse import Call, InputError, Options
+from bnfuse.model import pytree
+from bnfuse.model.copying import copy_model
+from bnfuse.planner.options import checked_options
+from bnfuse.planner.problem import Problem
+
+EXACT = 1e-9
+
+
+class Net(nn.Module):
+    """Layers by name, and a function of the module and its arguments as the forward."""
+
+    def __init__(self, function: Callable[..., Any], **layers: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+def x(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def conv(inputs: int = 3, outputs: int = 4) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+IMAGE = (2, 3, 8, 8)
+
+
+def norm(channels: int = 4) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels)
+
+
+def relu_on_large(s: Any, x: Tensor) -> Tensor:
+    y = s.c(x)
+    return s.n(y.relu() if x.numel() > 400 else y)
+
+
+def by_stride(s: Any, x: Tensor) -> Tensor:
+    y = s.c(x)
+    return s.n(y.relu() if x.stride(0) != 192 else y)
+
+
+def by_text(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    y = s.c(x)
+    return s.n(y if f"{mask.sum()}" == "64.0" else y * mask)
+
+
+def by_allclose(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    y = s.c(x)
+    return s.n(y if torch.allclose(mask, torch.ones_like(mask)) else y.masked_fill(mask == 0, 0.0))
+
+
+def by_any(s: Any, x: Tensor, mask: Tensor) -> Tensor:
+    y = s.c(x)
+    return s.n(y.masked_fill(mask == 0, 0.0) if (mask == 0).any() else y)
+
+
+def of_list(s: Any, frames: list[Tensor]) -> Tensor:
+    return s.n(sum(s.c(frame) for frame in frames))
+
+
+def with_flag(s: Any, x: Tensor, raw: bool = False) -> Tensor:
+    y = s.c(x)
+    return y if raw else s.n(y)
+
+
+def split_images(s: Any, x: Tensor) -> Tensor:
+    return s.n(sum(s.c(part) for part in x.split(3, 1)))
+
+
+@dataclass
+class Case:
+    """A network, the inputs that it is fused with, and calls that bnfuse was not given."""
+
+    make: Callable[[], nn.Module]
+    inputs: tuple[Any, ...]
+    others: list[Call] = field(default_factory=list)
+
+
+class Flagged(Net):
+    def forward(self, x: Tensor, raw: bool = False, scale: float = 1.0, mask: Tensor | None = None) -> Tensor:
+        y = self.c(x)
+        if raw:
+            return y.relu()
+        if mask is not None:
+            y = y * mask
+        return self.n(y * scale)
+
+
+class Optional(Net):
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y = self.n(self.c(x)) if skip is None else self.c(x) + skip
+        return self.d(y)
+
+
+class Methods(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.forward_features(x).relu())
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.n(F.silu(self.c(x)))
+
+    def forward_intermediates(self, x: Tensor) -> list[Tensor]:
+        return [y := self.c(x), F.silu(y), self.n(F.silu(y))]
+
+
+class Counter(Net):
+    """Does something else in a later call, until it is reset."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(lambda s, x: None, c=conv(), n=norm())
+        self.after, self.calls = after, 0
+
+    def reset(self) -> None:
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.c(x)
+        return self.n(y.relu() if self.calls > self.after else y)
+
+
+class Domains(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.norms = conv(), nn.ModuleList([norm(), norm(), norm()])
+
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return self.norms[domain](self.c(x))
+
+
+ONES = torch.ones(1, 1, 8, 8, dtype=torch.float64)
+SOME = (x(1, 1, 8, 8, seed=3) > 0).double()
+
+CASES = {
+    "number of elements": Case(lambda: Net(relu_on_large, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(4, 3, 8, 8)), Call(x(2, 3, 12, 12))]),
+    "stride": Case(lambda: Net(by_stride, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(2, 3, 9, 9))]),
+    "text of a tensor": Case(lambda: Net(by_text, c=conv(), n=norm()), (x(*IMAGE), ONES), [Call(x(*IMAGE), SOME)]),
+    "allclose": Case(lambda: Net(by_allclose, c=conv(), n=norm()), (x(*IMAGE), ONES), [Call(x(*IMAGE), SOME)]),
+    "any": Case(lambda: Net(by_any, c=conv(), n=norm()), (x(*IMAGE), ONES), [Call(x(*IMAGE), SOME)]),
+    "length of a list": Case(lambda: Net(of_list, c=conv(), n=norm()), ([x(*IMAGE), x(*IMAGE, seed=2)],), [Call([x(*IMAGE)] * 3), Call([x(*IMAGE)])]),
+    "parts of a split": Case(lambda: Net(split_images, c=conv(), n=norm()), (x(2, 6, 8, 8),), [Call(x(2, 9, 8, 8)), Call(x(2, 3, 8, 8))]),
+    "iteration": Case(lambda: Net(lambda s, x: s.n(sum(map(s.c, x))), c=nn.Conv1d(3, 4, 1), n=nn.BatchNorm1d(4)), (x(5, 2, 3, 7),), [Call(x(4, 2, 3, 7)), Call(x(6, 2, 3, 7))]),
+    "expand to a literal size": Case(lambda: Net(lambda s, x: s.n(s.c(x).expand(-1, -1, 8).sum(2)), c=nn.Conv1d(3, 4, 1), n=nn.BatchNorm1d(4)), (x(2, 3, 1),), [Call(x(2, 3, 8))]),
+    "sum over positions": Case(lambda: Net(lambda s, x: s.d(s.n(x.sin()).sum((2, 3))), n=norm(3), d=nn.Linear(3, 2)), (x(*IMAGE),), [Call(x(2, 3, 9, 9))]),
+    "flag of the forward": Case(lambda: Flagged(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(*IMAGE), raw=True), Call(x(*IMAGE), scale=2.0), Call(x(*IMAGE), mask=SOME)]),
+    "flag of a function behind the forward": Case(lambda: Net(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(*IMAGE), True)]),
+    "optional skip": Case(lambda: Optional(with_flag, c=conv(), n=norm(), d=conv(4, 2)), (x(*IMAGE),), [Call(x(*IMAGE), x(2, 4, 8, 8)), Call(x(*IMAGE), skip=x(2, 4, 8, 8))]),
+    "methods": Case(lambda: Methods(with_flag, c=conv(), n=norm(), d=conv(4, 2)), (x(*IMAGE),), [Call(x(*IMAGE), method="forward_features"), Call(x(*IMAGE), method="forward_intermediates")]),
+    "other domain": Case(Domains, (x(*IMAGE),), [Call(x(*IMAGE), 1), Call(x(*IMAGE), domain=2)]),
+    "one tensor twice": Case(lambda: Net(lambda s, a, b: s.c(a) + s.n(b), c=conv(3, 3), n=norm(3)), (same := x(*IMAGE), same), [Call(x(*IMAGE), -x(*IMAGE, seed=4))]),
+    "one tensor twice, in a list": Case(lambda: Net(lambda s, a: s.c(a[0]) + s.n(a[1]), c=conv(3, 3), n=norm(3)), ([same, same],), [Call([x(*IMAGE), -x(*IMAGE, seed=4)])]),
+}  # fmt: skip
+
+
+def difference(expected: Any, got: Any) -> float:
+    pairs = zip(pytree.tensors(expected), pytree.tensors(got), strict=True)
+    return max(float(((a - b).norm() / a.norm()).detach()) for (_, a), (_, b) in pairs)
+
+
+def agree(model: nn.Module, fused: nn.Module, *calls: Call) -> None:
+    """Both give the same, call after call on the same objects."""
+    mine, theirs = copy_model(model), copy_model(fused)
+    with torch.no_grad():
+        for call in calls:
+            assert difference(call.run(mine), call.run(theirs)) <= EXACT, call
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_calls_that_were_not_given(name: str) -> None:
+    case = CASES[name]
+    model = prepared(case.make(), dead=0.0)
+    before = snapshot(model)
+    for fused in (bnfuse.fuse(model, case.inputs), bnfuse.plan(model, case.inputs).apply(model)):
+        for call in (Call(*case.inputs), *case.others):
+            agree(model, fused, call)
+    assert_untouched(model, before)
+    inplace = copy_model(model)
+    bnfuse.fuse(inplace, case.inputs, inplace=True)
+    for call in (Call(*case.inputs), *case.others):
+        agree(model, inplace, call)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_later_calls_and_a_reset(after: int) -> None:
+    model = prepared(Counter(after), dead=0.0)
+    call, reset = Call(x(*IMAGE)), Call(method="reset")
+    fused = bnfuse.fuse(model, x(*IMAGE))
+    agree(model, fused, *[call] * 5)
+    mine, theirs = copy_model(model), copy_model(fused)
+    for step in (call, call, call, call, reset, call):
+        with torch.no_grad():
+            found = [step.run(net) for net in (mine, theirs)]
+    assert difference(*found) <= EXACT
+    assert model.calls == 0
+
+
+# Calls that the caller names ----------------------------------------------------------------------------------------
+
+
+class Encoder(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(F.gelu(self.n(self.c(x))))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.n(self.c(x)).relu()
+
+    def raw(self, x: Tensor) -> Tensor:
+        return self.c(x)
+
+
+def encoder() -> nn.Module:
+    return prepared(Encoder(with_flag, c=conv(), n=norm(), d=conv(4, 2)), dead=0.0)
+
+
+def test_a_method_that_the_caller_names() -> None:
+    model = encoder()
+    alone = bnfuse.fuse(model, x(*IMAGE))
+    assert isinstance(alone.n, nn.Identity)
+    with pytest.raises(AssertionError):  # nobody knows of it
+        agree(model, alone, Call(x(*IMAGE), method="raw"))
+    calls = [Call(x(*IMAGE), method="raw"), Call(x(*IMAGE), method="encode")]
+    fused = bnfuse.fuse(model, x(*IMAGE), calls=calls)
+    agree(model, fused, Call(x(*IMAGE)), *calls)
+    assert isinstance(fused.n, nn.BatchNorm2d)
+    assert isinstance(bnfuse.fuse(model, x(*IMAGE), calls=calls[1:]).n, nn.Identity)
+    assert "output of the model" in reason(bnfuse.plan(model, x(*IMAGE), calls=calls), "n")
+
+
+def test_a_mask_that_the_caller_gives_is_no_longer_unseen() -> None:
+    model = prepared(Flagged(with_flag, c=conv(), n=norm()), dead=0.0)
+    options = Options(infer_calls=False)
+    mask = torch.ones(2, 1, 1, 1, dtype=torch.float64)
+    assert bnfuse.plan(model, x(*IMAGE), options=options).fused
+    plan = bnfuse.plan(model, x(*IMAGE), calls=[Call(x(*IMAGE), mask=mask)], options=options)
+    assert not plan.fused  # the shift does not pass the product
+    model.n.bias.data.copy_(model.n.running_mean * model.n.weight / (model.n.running_var + model.n.eps).sqrt())
+    plan = bnfuse.plan(model, x(*IMAGE), calls=[Call(x(*IMAGE), mask=mask)], options=options)
+    assert plan.fused  # without a shift it does
+    agree(model, plan.apply(model), Call(x(*IMAGE), mask=mask))
+
+
+def test_what_is_inferred_can_be_switched_off() -> None:
+    class Stages(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.n(self.forward_features(x))
+
+        def forward_features(self, x: Tensor) -> Tensor:
+            return self.c(x)
+
+    model = prepared(Stages(with_flag, c=conv(), n=norm()), dead=0.0)
+    assert not bnfuse.plan(model, x(*IMAGE)).fused
+    assert bnfuse.plan(model, x(*IMAGE), options=Options(infer_calls=False)).fused
+
+
+class Routes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs, self.norms = (nn.ModuleList(make() for _ in range(3)) for make in (conv, norm))
+
+    def forward(self, x: Tensor, domain: int = 0) -> Tensor:
+        return self.norms[domain](self.convs[domain](x))
+
+
+def test_a_norm_that_runs_in_a_further_call_goes_too() -> None:
+    model = prepared(Routes(), dead=0.0)
+    calls = [Call(x(*IMAGE), domain=1), Call(x(*IMAGE), domain=2)]
+    plan = bnfuse.plan(model, x(*IMAGE), calls=calls)
+    assert len(plan.fused) == 3
+    assert not plan.unseen
+    agree(model, plan.apply(model), Call(x(*IMAGE)), *calls)
+
+
+def test_what_was_not_seen_is_said() -> None:
+    def forward(s: Any, x: Tensor) -> Tensor:
+        return s.n(s.c(x))
+
+    class Choosing(Net):
+        def forward(self, x: Tensor, mode: str = "a", sizes: Any = None) -> Tensor:
+            y = self.n(self.c(x))
+            return y if sizes is None else F.interpolate(y, size=[int(size) for size in sizes])
+
+    plan = bnfuse.plan(prepared(Choosing(forward, c=conv(), n=norm(), other=norm(7))), x(*IMAGE))
+    assert any("sizes" in text for text in plan.unseen)
+    assert any("other did not run" in text for text in plan.unseen)
+    assert plan.to_dict()["unseen"] == list(plan.unseen)
+
+
+@pytest.mark.parametrize(
+    ("calls", "says"),
+    [
+        (Call(x(*IMAGE)), "a list of calls"),
+        ([x(*IMAGE)], "bnfuse.Call"),
+        ([Call(x(*IMAGE), method="no_such")], "no method 'no_such'"),
+        ([Call(x(2, 5, 8, 8))], "does not run on the inputs"),
+        ([Call(x(*IMAGE), method="encode", wrong=1)], "Encoder.encode does not run"),
+    ],
+)
+def test_a_wrong_call_is_one_clear_error(calls: Any, says: str) -> None:
+    model = encoder()
+    before = snapshot(model)
+    for function in (bnfuse.fuse, bnfuse.plan):
+        with pytest.raises(InputError, match=says):
+            function(model, x(*IMAGE), calls=calls)
+    assert_untouched(model, before)
+
+
+def test_a_budget_counts_the_calls_that_the_caller_names() -> None:
+    model = encoder().float()
+    calls = [Call(x(*IMAGE).float(), method="encode")]
+    fused = bnfuse.fuse(model, x(*IMAGE).float(), calls=calls, options=Options(budget=1e-3))
+    assert isinstance(fused.n, nn.Identity)
+    kept = bnfuse.fuse(model, x(*IMAGE).float(), calls=calls, options=Options(budget=0.0))
+    assert isinstance(kept.n, nn.BatchNorm2d)
+
+
+def test_compare_takes_calls() -> None:
+    model = encoder()
+    calls = [Call(x(*IMAGE)), Call(x(*IMAGE), method="encode")]
+    fused = bnfuse.fuse(model, x(*IMAGE), calls=calls)
+    assert bnfuse.compare(model, fused, calls).within_tolerance()
+    assert bnfuse.compare(model, fused, calls[1]).within_tolerance()
+    fused.c.weight.data.mul_(2)
+    assert not bnfuse.compare(model, fused, calls[1]).within_tolerance()
+
+
+# What somebody else holds -------------------------------------------------------------------------------------------
+
+
+class Store:
+    features: Any = None
+
+
+CONTEXT: contextvars.ContextVar[Any] = contextvars.ContextVar("features")
+GLOBAL: dict[str, Any] = {}
+
+
+def keepers() -> dict[str, tuple[Callable[[Tensor], Any], Callable[[], Tensor]]]:
+    """Places outside of the model: how a tensor gets there, and how it is read."""
+    queue: collections.deque[Tensor] = collections.deque(maxlen=1)
+    user: Any = collections.UserDict()
+    space, store, entries = types.SimpleNamespace(), Store(), [None]
+    return {
+        "deque": (queue.append, lambda: queue[-1]),
+        "user dict": (lambda y: user.update(f=y), lambda: user["f"]),
+        "namespace": (lambda y: setattr(space, "f", y), lambda: space.f),
+        "object": (lambda y: setattr(store, "features", y), lambda: store.features),
+        "class": (lambda y: setattr(Store, "features", y), lambda: Store.features),
+        "global": (lambda y: GLOBAL.update(f=y), lambda: GLOBAL["f"]),
+        "list": (lambda y: entries.__setitem__(0, y), lambda: entries[0]),
+        "context variable": (CONTEXT.set, CONTEXT.get),
+    }
+
+
+@pytest.mark.parametrize("place", keepers())
+def test_what_is_kept_outside_of_the_model_stays_as_it_is(place: str) -> None:
+    keep, read = keepers()[place]
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.c(x)
+        keep(y)
+        return s.d(s.n(y).relu())
+
+    model = prepared(Net(forward, c=conv(), n=norm(), d=conv(4, 2)), dead=0.0)
+    fused = bnfuse.fuse(model, x(*IMAGE))
+    assert not read().is_inference()
+    assert bool(read().isfinite().all())
+    with torch.no_grad():
+        model(x(*IMAGE))
+        expected = read()
+        fused(x(*IMAGE))
+    assert difference(expected, read()) <= EXACT
+
+
+def test_the_list_of_the_caller_that_is_filled() -> None:
+    def forward(s: Any, x: Tensor, found: list[Tensor]) -> Tensor:
+        found.append(s.c(x))
+        return s.n(found[-1]).relu()
+
+    model = prepared(Net(forward, c=conv(), n=norm()), dead=0.0)
+    fused = bnfuse.fuse(model, (x(*IMAGE), []))
+    mine: list[Tensor] = []
+    theirs: list[Tensor] = []
+    assert difference(model(x(*IMAGE), mine), fused(x(*IMAGE), theirs)) <= EXACT
+    assert difference(mine, theirs) <= EXACT
+
+
+def test_a_run_leaves_no_tensor_of_inference_mode_behind() -> None:
+    @functools.lru_cache
+    def table(size: int) -> Tensor:
+        return torch.arange(size, dtype=torch.float64)
+
+    @functools.lru_cache
+    def literal() -> Tensor:
+        return torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64).view(1, 4, 1, 1)
+
+    held: dict[int, Tensor] = {}
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        y = s.n(s.c(x)) * table(x.shape[-1]) * literal()
+        if 0 not in held:
+            held[0] = torch.linspace(0, 1, x.shape[-1], dtype=torch.float64)
+        return y + held[0]
+
+    model = prepared(Net(forward, c=conv(), n=norm()))
+    for made in (bnfuse.plan, bnfuse.fuse):
+        made(model, x(*IMAGE))
+        model.train()
+        model(x(*IMAGE)).sum().backward()
+        model.eval()
+
+
+def test_plan_leaves_no_unwritten_memory_behind() -> None:
+    store = Store()
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        store.features = s.c(x).sin()
+        return s.n(store.features)
+
+    model = prepared(Net(forward, c=conv(), n=norm()))
+    bnfuse.plan(model, x(*IMAGE))
+    torch.testing.assert_close(store.features, model.c(x(*IMAGE)).sin())
+
+
+def test_options_are_checked() -> None:
+    assert checked_options(None).infer_calls
+    assert Problem.of(encoder(), x(*IMAGE), Options(infer_calls=False)).recording.runs
