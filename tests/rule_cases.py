@@ -139,6 +139,7 @@ class Removal:
     Attributes:
         positive: the gammas are positive, as a relu asks for.
         shiftless: the norm is ``a*x``, as what takes no shift asks for.
+        dead: the share of gammas that are 0.
     """
 
     make: Callable[[], nn.Module]
@@ -146,13 +147,14 @@ class Removal:
     inputs: Callable[[], tuple[Any, ...]] = lambda: (image().double(),)
     positive: bool = False
     shiftless: bool = False
+    dead: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
 
 def check_goes(case: Removal) -> None:
     """The norm goes into these modules, and the outputs stay equal to 1e-12, of a larger batch too."""
     torch.manual_seed(0)
-    model = randomise_(case.make().double(), 0, 0.0).eval()
+    model = randomise_(case.make().double(), 0, case.dead).eval()
     [found] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if case.positive:
         found.weight.data.abs_()

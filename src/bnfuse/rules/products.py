@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.rules.registry import Trial, cost, forbid, lift, link, lower, rule
+from bnfuse.rules.masks import is_written_over, mask_of
+from bnfuse.rules.registry import Trial, cost, forbid, lift, link, lower, rule, same
 from bnfuse.units import NotInvertibleError, Unit, multiply, reciprocal
 
 
@@ -27,7 +28,8 @@ def product(node: Node, trial: Trial) -> None:
 
     A divisor takes the inverse. A factor p that does not depend on the input passes any units: the shift is
     multiplied by p, and p may take the scale; going back, no element of p is 0. With a number (not 0, if there is a
-    shift) any units pass, and the shift is multiplied by it.
+    shift) any units pass, and the shift is multiplied by it. With a mask of zeros and ones any units pass where the
+    same mask is multiplied by again, or fills the same places.
     """
     x, y, z = node.bound["self"], node.bound["other"], node.outputs[0]
     if isinstance(x, complex) or isinstance(y, complex):
@@ -45,12 +47,23 @@ def product(node: Node, trial: Trial) -> None:
         _times_number(node, trial, x, float(y) ** power, z)
     elif x is y:
         trial.refuse(node, reasons.MULTIPLIES_BY_ITSELF)
+    elif power > 0 and (masked := _masked(trial, x, y, z)) is not None:
+        link(trial, masked, z, same, same)
     elif y.independent and not x.independent:
         _Gain(node, trial, x, y, z, power).settle()
     elif x.independent and not y.independent and power > 0:
         _Gain(node, trial, y, x, z, power).settle()
     else:
         _gate(node, trial, ((z, 1), (x, -1), (y, -power)))
+
+
+def _masked(trial: Trial, x: Value, y: Value, z: Value) -> Value | None:
+    """The factor that the other one masks, where the zeros that are put in are written over again; else None."""
+    for value, other in ((x, y), (y, x)):
+        kept = mask_of(other)
+        if kept is not None and value.shape == z.shape and is_written_over(z, ~kept, trial):
+            return value
+    return None
 
 
 @rule("neg", "negative")

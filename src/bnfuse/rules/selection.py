@@ -3,11 +3,13 @@ r"""Operators whose result has, at each place, the element of one of several ope
 The larger of two, the one that a condition tells, a number where a mask says so: if all operands have the same units,
 the result has them too. The larger one stays the larger one under a scale that is not negative. A number or a constant
 ``v`` among the operands cannot be edited, so the units must leave it as it is: ``s*v + t = v``, as a scale does with 0,
-and a positive one with minus infinity.
+and a positive one with minus infinity. But where the same mask writes over it again, it does not matter what it
+becomes: see :mod:`bnfuse.rules.masks`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Node, Value
+from bnfuse.rules.masks import Mask, filled, is_written_over, mask_of
 from bnfuse.rules.registry import Trial, forbid, lift, lower, rule
 from bnfuse.units import Unit
 
@@ -39,20 +42,57 @@ def extremum(node: Node, trial: Trial) -> None:
 def choose(node: Node, trial: Trial) -> None:
     """The same units on both operands and on the result: each element is one of an operand.
 
-    A number or a constant among them must stay as it is: 0 under a scale, infinities under a positive one.
+    A number or a constant among them must stay as it is: 0 under a scale, infinities under a positive one. It need
+    not where the same condition replaces it again.
     """
-    forbid(node, trial, [node.bound["condition"]], reasons.NOTHING_PASSES)
-    if "self" in node.bound:
-        share(node, trial, [node.bound["self"], node.bound["other"]])
+    condition, y = node.bound["condition"], node.outputs[0]
+    forbid(node, trial, [condition], reasons.NOTHING_PASSES)
+    if "self" not in node.bound:
+        return
+    mask = mask_of(condition)
+    places = ((node.bound["self"], mask), (node.bound["other"], None if mask is None else ~mask))
+    share(node, trial, [operand for operand, where in places if not _is_idle(trial, operand, y, where)])
 
 
 @rule("masked_fill")
 def fill(node: Node, trial: Trial) -> None:
     """The same units on the input and on the result.
 
-    The number must stay as it is: 0 under a scale, infinities under a positive one.
+    The number must stay as it is: 0 under a scale, infinities under a positive one. It need not where the same mask
+    replaces it again.
     """
-    share(node, trial, [node.bound["self"], node.bound["value"]])
+    x, number = node.bound["self"], node.bound["value"]
+    idle = _is_idle(trial, number, node.outputs[0], filled(node))
+    share(node, trial, [x] if idle else [x, number])
+
+
+@rule("index_put")
+def fill_places(node: Node, trial: Trial) -> None:
+    """Any units where a mask tells the places of one number (``x[mask] = 0``) and the same mask replaces it again.
+
+    Else nothing, since the number may be made from the input.
+    """
+    x, number, y = node.bound["self"], node.bound["values"], node.outputs[0]
+    finite = number.tensor is not None and not number.shape and bool(torch.isfinite(number.tensor).all())
+    if not finite or not is_written_over(y, filled(node), trial):
+        forbid(node, trial, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)
+        return
+    share(node, trial, [x])
+
+
+def _is_idle(trial: Trial, operand: Value | float, y: Value, mask: Mask | None) -> bool:
+    """True for a number or constant whose places in the result are written over again."""
+    if not is_written_over(y, mask, trial):
+        return False
+    if not isinstance(operand, Value):
+        return math.isfinite(operand)
+    if operand.producer is not None and operand.producer.operator in _ZEROS_AND_ONES:
+        return True
+    known = operand.independent and operand.kind is not Kind.PARAMETER
+    return known and bool(torch.isfinite(trial.content(operand)).all())
+
+
+_ZEROS_AND_ONES = ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones")
 
 
 def share(node: Node, trial: Trial, operands: Sequence[Value | float]) -> Unit | None:
