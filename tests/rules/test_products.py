@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import BACKWARD, FORWARD, Case, Net, anything, check, check_removed, conv, no_shift, parameter
+from rule_cases import (
+    BACKWARD,
+    FORWARD,
+    Case,
+    Net,
+    Removal,
+    anything,
+    check,
+    check_goes,
+    check_removed,
+    conv,
+    dead_channel,
+    no_shift,
+    parameter,
+)
 from torch import nn
+from torch.nn.utils import prune
 
 
 class Standardised(nn.Conv2d):
@@ -21,6 +37,12 @@ def written(m, x):
     gain = torch.ones(2, 1, 1)
     gain.mul_(3)
     return m.u(m.n(F.silu(x)) * gain)
+
+
+def pruned(layer: nn.Module, *names: str) -> nn.Module:
+    for name in names or ("weight",):
+        prune.random_unstructured(layer, name, 0.5)  # type: ignore[no-untyped-call]
+    return layer
 
 
 CASES = [
@@ -105,6 +127,16 @@ CASES = [
         FORWARD,
         ["n: forward: mul in Net: its contents are written in place"],
     ),
+    Case(
+        lambda: Net(lambda m, x: m.u(m.v(x) / m.n(F.silu(x))), u=conv(), v=conv(), n=dead_channel()),
+        FORWARD,
+        ["n: forward: div in Net: it would have to undo a scale of (nearly) 0"],
+    ),
+    Case(
+        lambda: Net(lambda m, x: m.n(m.u(x)), u=pruned(conv(), "weight", "bias"), n=anything()),
+        BACKWARD,
+        ["n: backward: mul in u (Conv2d): no shift passes through a gate"],
+    ),
 ]
 
 
@@ -122,3 +154,30 @@ REMOVED = [
 @pytest.mark.parametrize(("function", "direction"), REMOVED)
 def test_norm_goes(function: Callable[..., Any], direction: str) -> None:
     check_removed(function, direction)
+
+
+DEAD = [
+    Removal(lambda: Net(lambda m, x: m.n(m.u(x)), u=pruned(conv()), n=nn.BatchNorm2d(2)), ("u",)),
+    Removal(lambda: Net(lambda m, x: m.n(m.u(x)), u=pruned(conv(bias=False)), n=nn.BatchNorm2d(2)), ("u",)),
+    Removal(lambda: Net(lambda m, x: m.n(m.u(x)), u=pruned(nn.ConvTranspose2d(2, 2, 2)), n=nn.BatchNorm2d(2)), ("u",)),
+    Removal(lambda: Net(lambda m, x: m.u(m.n(F.silu(x))), u=pruned(conv()), n=nn.BatchNorm2d(2)), ("u",)),
+    Removal(
+        lambda: Net(lambda m, x: m.n(m.u(x) * m.v(x).sigmoid()), u=conv(), v=conv(), n=nn.BatchNorm2d(2)),
+        ("u",),
+        shiftless=True,
+    ),
+    Removal(
+        lambda: Net(lambda m, x: m.v(m.n(F.silu(x)) * m.u(x).sigmoid()), u=conv(), v=conv(), n=nn.BatchNorm2d(2)),
+        ("v",),
+        shiftless=True,
+    ),
+    Removal(
+        lambda: Net(lambda m, x: m.n(m.u(x) / (2 + x.square())), u=conv(), n=nn.BatchNorm2d(2)), ("u",), shiftless=True
+    ),
+]
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.6])
+@pytest.mark.parametrize("case", DEAD)
+def test_a_factor_takes_a_scale_of_zero(case: Removal, dead: float) -> None:
+    check_goes(replace(case, dead=dead))

@@ -1,8 +1,9 @@
 r"""Products and quotients: gates, gains, LayerScale, numbers.
 
 ``z = x*y`` of two tensors that depend on the input: ``x_new = s*x``, ``y_new = r*y`` gives ``z_new = s*r*z``; a shift
-on either would leave a mixed term. If one factor ``p`` does not depend on the input, its contents are known, and a
-shift of the other passes: with ``x_new = s*x + t`` and ``p_new = r*p``,
+on either would leave a mixed term. Where the scales of z and of one factor are both 0, that of the other may be
+anything. If one factor ``p`` does not depend on the input, its contents are known, and a shift of the other passes:
+with ``x_new = s*x + t`` and ``p_new = r*p``,
 
     z_new = x_new*p_new = (s*r)*z + t*(r*p),        inverse: z_old = (s/r)*z_new + t*p  for  x_old = s*x_new + t.
 
@@ -222,7 +223,7 @@ class _Gain:
         """What p needs so that given units of x and z fit."""
         s, _ = of_x.direct()
         r, _ = of_z.direct()
-        ratio = r if s is None else multiply(reciprocal(s), r)
+        ratio = _ratio(r, s)
         if not self._forward(of_x.turned(False), ratio).same_as(of_z.turned(False)):
             self.trial.refuse_shift(self.node, reasons.SHIFTS_DO_NOT_FIT)
         return Unit() if ratio is None else self._factor(ratio)
@@ -265,25 +266,34 @@ def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> Non
         trial.refuse(node, reasons.UNDOES_ZERO_SCALE)
     if all(scale is None for scale in known.values()):
         return
-    rest: Tensor | None = None
+    sides: dict[int, Tensor | None] = {1: None, -1: None}
     for value, power in terms:
-        scale = known.get(value)
-        if scale is not None:
-            rest = multiply(rest, scale if power > 0 else reciprocal(scale))
-    if rest is not None and not bool(torch.isfinite(rest).all()):
-        trial.refuse(node, reasons.UNDOES_ZERO_SCALE)
-    if rest is not None and bool(((rest - 1).abs() < 1e-10).all()):
-        rest = None
+        sides[power] = multiply(sides[power], known.get(value))
+        if power > 0 and value is not z:
+            _ratio(None, known.get(value))  # nothing may be divided by 0
+    left, right = sides[1], sides[-1]
     open_terms = [(value, power) for value, power in terms if value not in known]
-    if rest is None:
-        return
     if not open_terms:
-        trial.refuse(node, reasons.SCALES_DO_NOT_FIT)
+        if not _equal(left, right):
+            trial.refuse(node, reasons.SCALES_DO_NOT_FIT)
+        return
+    if _equal(left, right):
+        return
     alternatives = []
+    reason: NotInvertibleError | None = None
     for value, power in sorted(open_terms, key=lambda term: 3 if term[0] is z else cost(term[0])):
-        unit = lower(Unit.of(reciprocal(rest) if power > 0 else rest, None, inverse), value, z)
+        try:
+            scale = _ratio(right, left) if power > 0 else _ratio(left, right)
+            if power > 0 and value is not z:
+                _ratio(None, scale)
+        except NotInvertibleError as error:
+            reason = error
+            continue
+        unit = lower(Unit.of(scale, None, inverse), value, z)
         if unit is not None:
             alternatives.append({value: unit})
+    if not alternatives and reason is not None:
+        raise reason
     if not alternatives:
         trial.refuse(node, reasons.FACTOR_IS_BROADCAST)
     if len(open_terms) == 1:
@@ -291,3 +301,16 @@ def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> Non
             trial.demand(value, unit)
     else:
         trial.choose(node, alternatives, scale=True)
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """True if two scales are the same up to rounding."""
+    return Unit(a).same_as(Unit(b))
+
+
+def _ratio(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """``a/b``, and 1 where both are 0, since there any scale fits; raises NotInvertibleError where b alone is 0."""
+    if a is None or b is None:
+        return a if b is None else reciprocal(b)
+    both = (a == 0) & (b == 0)
+    return torch.where(both, 1.0, a) * reciprocal(torch.where(both, 1.0, b))
