@@ -18,6 +18,7 @@ from bnfuse.graph.norms import Norm, Site
 from bnfuse.model import tree
 from bnfuse.reasons import Reason
 from bnfuse.rules.norm_statistics import is_step
+from bnfuse.rules.shapes import is_rearrangement, rearranged
 
 _DEPTH = 3
 """So many containers inside one another are searched for modules."""
@@ -147,26 +148,44 @@ def _parts(call: ModuleCall) -> tuple[Site, tuple[str, ...]] | None:
     for node in call.nodes:
         if all(output.independent for output in node.outputs) and node.outputs:
             continue  # prepares a scale or a shift from the module's own parameters
-        if not (node.operator == "batch_norm" or is_step(node)) or node.data is not value:
+        if not (node.operator == "batch_norm" or is_step(node) or is_rearrangement(node)) or node.data is not value:
             return None
-        if steps and value.consumers != [node]:
+        if steps and (value.consumers != [node] or value.pinned is not None):
             return None
         value = node.outputs[0]
         steps.append(node)
-    if not steps:
+    if all(map(is_rearrangement, steps)):
         return None
     site = Site(tuple(steps))
-    if site.x.dtype != site.y.dtype or site.x.shape != site.y.shape:
+    if site.x.dtype != site.y.dtype or site.x.shape != site.y.shape or not _comes_back(site):
         return None
     names = {id(module): name for name, module in call.module.named_children()}
     keep = []
     for child in call.children:
+        if child.outputs and all(output.independent for output in child.outputs):
+            continue  # prepares a parameter
         if not child.plain or child.inputs != [value] or len(child.outputs) != 1 or id(child.module) not in names:
             return None
         value = child.outputs[0]
         if not isinstance(child.module, nn.Identity):
             keep.append(names[id(child.module)])
     return (site, tuple(keep)) if call.outputs == [value] else None
+
+
+def _comes_back(site: Site) -> bool:
+    """True if what the operators of a norm rearrange stands at its first place in the end."""
+    moves = [node for node in site.nodes if is_rearrangement(node) and node.inputs[0].shape]
+    if not moves:
+        return True
+    if site.x.elements == 0 or any(len(node.inputs) > 1 for node in moves):
+        return False
+    places = torch.arange(site.x.elements).reshape(site.x.shape)
+    moved = places
+    for node in moves:
+        if moved.shape != node.inputs[0].shape:
+            return False
+        moved = rearranged(node, moved)
+    return torch.equal(moved, places)
 
 
 def _referenced_elsewhere(model: nn.Module) -> dict[int, str]:

@@ -11,7 +11,10 @@ from bnfuse.reasons import Reason
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """One place where a norm is applied: the operators, in turn, that make ``y = a*x + c``."""
+    """One place where a norm is applied: the operators, in turn, that make ``y = a*x + c``.
+
+    Some of them may rearrange elements, if all come back to their places.
+    """
 
     nodes: tuple[Node, ...]
 

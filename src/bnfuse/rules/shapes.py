@@ -14,14 +14,18 @@ from torch import Tensor
 
 from bnfuse import reasons
 from bnfuse.graph.graph import Node
+from bnfuse.rules.identity import HANDED_ON
 from bnfuse.rules.registry import Family, Trial, link, rule
 from bnfuse.units import Unit, shrink
 
-
-@rule(
+_RESHAPES = (
     "view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as",
-    "_reshape_alias", "atleast_1d", "atleast_2d", "atleast_3d", family=Family.REARRANGEMENT,
+    "_reshape_alias", "atleast_1d", "atleast_2d", "atleast_3d",
 )  # fmt: skip
+_PERMUTATIONS = ("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "adjoint")
+
+
+@rule(*_RESHAPES, family=Family.REARRANGEMENT)
 def reshape(node: Node, trial: Trial) -> None:
     """Any units, which are reshaped alike."""
     x, y = node.inputs[0], node.outputs[0]
@@ -36,10 +40,7 @@ def reshape(node: Node, trial: Trial) -> None:
     )
 
 
-@rule(
-    "permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "adjoint",
-    family=Family.REARRANGEMENT,
-)  # fmt: skip
+@rule(*_PERMUTATIONS, family=Family.REARRANGEMENT)
 def permute(node: Node, trial: Trial) -> None:
     """Any units, which are permuted alike."""
     x, y = node.inputs[0], node.outputs[0]
@@ -78,6 +79,20 @@ def _order(node: Node, rank: int) -> list[int]:
         second = bound["dim1"] if "dim1" in bound else bound["axis1"]
     axes[first], axes[second] = axes[second], axes[first]
     return axes
+
+
+def is_rearrangement(node: Node) -> bool:
+    """True for an operator that reshapes or permutes its input, or hands it on, possibly in another dtype."""
+    handed_on = node.operator in HANDED_ON and not node.operator.endswith("dropout")
+    return handed_on or node.operator in _RESHAPES or node.operator in _PERMUTATIONS
+
+
+def rearranged(node: Node, tensor: Tensor) -> Tensor:
+    """A tensor that broadcasts against the input of a rearrangement, as one that broadcasts against its output."""
+    x, y = node.inputs[0], node.outputs[0]
+    if node.operator in _RESHAPES:
+        return reshaped(tensor, x.shape, y.shape)
+    return tensor.permute(_order(node, len(x.shape))) if node.operator in _PERMUTATIONS else tensor
 
 
 @rule("expand", "expand_as", "broadcast_to")

@@ -16,6 +16,7 @@ from bnfuse import reasons
 from bnfuse.graph.graph import Graph, Kind, Node, Value
 from bnfuse.reasons import Reason
 from bnfuse.rules.norm_statistics import affine, affine_together, offset, offsets_together
+from bnfuse.rules.shapes import is_rearrangement, rearranged
 from bnfuse.solve.aliasing import Memory
 from bnfuse.solve.fixed_units import Limits
 from bnfuse.solve.layout import Layouts
@@ -69,13 +70,15 @@ class Network:
     def affine(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor, Unit | None]:
         """(a, c) of ``y = a*x + c``, of the steps of a norm, as it is at present; and the unit that they are, None if
         they are not finite."""
-        first, *rest = nodes
-        if not rest and first in self._affine:
-            return self._affine[first]
-        a, c = affine(first, self)
-        for node in rest:
-            factor, term = affine(node, self)
-            a, c = a * factor, c * factor + term
+        if len(nodes) == 1 and nodes[0] in self._affine:
+            return self._affine[nodes[0]]
+        a, c = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        for node in nodes:
+            if is_rearrangement(node):
+                a, c = (rearranged(node, part) if part.dim() else part for part in (a, c))
+            else:
+                factor, term = affine(node, self)
+                a, c = a * factor, c * factor + term
         if a.shape != c.shape:
             a, c = a.expand_as(c + a), c.expand_as(c + a)
         return a, c, Unit.of(a, c) if math.isfinite(a.sum() + c.sum()) else None

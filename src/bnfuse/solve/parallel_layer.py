@@ -30,6 +30,7 @@ from bnfuse.rules.layers import UNDEFORMED, Layer, layer_of
 from bnfuse.rules.norm_statistics import FARTHEST, magnitudes
 from bnfuse.rules.padding import PADDINGS, margins_of
 from bnfuse.rules.registry import FAMILIES, Family, Trial
+from bnfuse.rules.shapes import is_rearrangement
 from bnfuse.rules.sums import linear_terms
 from bnfuse.units import Entries, Unit, channel_vector
 
@@ -57,6 +58,8 @@ def siblings(site: Site, removed: Collection[Node]) -> Iterator[Sibling]:
     Args:
         removed: the operators of the norms that are gone.
     """
+    if any(map(is_rearrangement, site.nodes)):
+        return
     origin = _origin(site.x, removed)
     value, factor, sums = site.y, 1.0, []
     while value.pinned is None and len(value.consumers) == 1:

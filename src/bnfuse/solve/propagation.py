@@ -24,6 +24,7 @@ from bnfuse.graph.norms import Site
 from bnfuse.reasons import Cause, Reason
 from bnfuse.rules import ABSORBERS, RULES
 from bnfuse.rules.registry import Rule, link, same
+from bnfuse.rules.shapes import is_rearrangement
 from bnfuse.solve import parallel_layer
 from bnfuse.solve.checks import agree, check_edits, check_shifts, not_shared
 from bnfuse.solve.fixed_units import fixed
@@ -242,7 +243,10 @@ class Trial:
                 continue
             if node in self.network.removed:
                 assert node.data is not None
-                link(self, node.data, node.outputs[0], same, same)
+                if is_rearrangement(node):
+                    self._apply(RULES[node.operator], node)
+                else:
+                    link(self, node.data, node.outputs[0], same, same)
                 continue
             if all(
                 self.units.get(value, IDENTITY).is_identity for value in (*node.inputs, *node.absent, *node.outputs)

@@ -72,12 +72,12 @@ def solve(
         decisions[norm] = decision
         if decision.fused:
             replacements.append(Replacement(norm.names, norm.keep))
-    gone = {name for replacement in replacements for name in replacement.names}
+    gone = tuple(f"{name}." for replacement in replacements for name in replacement.names)
     edits = tuple(
         Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT, value.handler)
         for value, factors in network.edits.items()
         # A norm may be edited before it goes itself.
-        if value.handler is not None or not all(name.rpartition(".")[0] in gone for name in value.names)
+        if value.handler is not None or not all(name.startswith(gone) for name in value.names)
     )
     changes = Changes(edits=edits, replacements=tuple(replacements))
     return Solution(tuple(decisions[norm] for norm in norms), changes, tuple(network.memory.switched))

@@ -1,0 +1,116 @@
+"""Norms whose forward does something around the normalisation: those that go, and those that stay, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rule_cases import Case, Net, Removal, check, check_goes, norm
+from support import fused_and_checked, prepared
+from torch import Tensor, nn
+
+
+class TokensLast(nn.BatchNorm1d):
+    """Of (batch, tokens, features)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Flattened(nn.BatchNorm1d):
+    """Of any number of axes before the features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+class Permuted(nn.BatchNorm2d):
+    """Of (batch, height, width, channels)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+class Scaled(nn.BatchNorm1d):
+    """With arithmetic before and after, each in its own layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward((2 * x).transpose(1, 2))
+        return y.mul(self.bias[:, None]).transpose(1, 2) + self.weight
+
+
+class NotBack(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2))
+
+
+class BackAnotherWay(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).reshape(x.shape)
+
+
+class Stores(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = super().forward(x.transpose(1, 2))
+        return self.last.transpose(1, 2)
+
+
+def tokens() -> tuple[Tensor]:
+    return (torch.linspace(-1, 1, 48, dtype=torch.float64).sin().reshape(3, 4, 4),)
+
+
+def image_with_channels_last() -> tuple[Tensor]:
+    return (torch.linspace(-1, 1, 64, dtype=torch.float64).sin().reshape(2, 2, 4, 4),)
+
+
+GOES = [
+    (TokensLast, tokens),
+    (Flattened, tokens),
+    (Flattened, image_with_channels_last),
+    (Permuted, image_with_channels_last),
+    (Scaled, tokens),
+]
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.6])
+@pytest.mark.parametrize(("kind", "inputs"), GOES)
+def test_norm_goes(kind, inputs, dead) -> None:
+    check_goes(Removal(lambda: Net(lambda m, x: m.n(m.l(x)), l=nn.Linear(4, 4), n=kind(4)), ("l",), inputs, dead=dead))
+    check_goes(
+        Removal(
+            lambda: Net(lambda m, x: m.l(m.n(nn.functional.silu(x))), l=nn.Linear(4, 3), n=kind(4)),
+            ("l",),
+            inputs,
+            dead=dead,
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", [NotBack, BackAnotherWay, Stores])
+def test_norm_stays(kind) -> None:
+    ones = [1.0, 2.0, 3.0, 4.0]
+    check(
+        Case(
+            lambda: Net(lambda m, x: m.n(m.l(x)), l=nn.Linear(4, 4), n=norm(ones, ones, kind)),
+            None,
+            [f"n: {kind.__name__}.forward does more than normalise"],
+            inputs=lambda: (tokens()[0].float(),),
+        )
+    )
+
+
+def test_norms_pass_through_one_that_is_gone() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.v(m.third(m.second(m.first(m.u(x)))))
+
+    model = prepared(
+        Net(
+            forward,
+            u=nn.Linear(4, 4),
+            v=nn.Linear(4, 4),
+            first=TokensLast(4),
+            second=Flattened(4),
+            third=TokensLast(4),
+        )
+    )
+    plan, _ = fused_and_checked(model, tokens())
+    assert len(plan.fused) == 3
