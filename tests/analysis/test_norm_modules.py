@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule_cases import Case, Net, Removal, check, check_goes, norm
+from rule_cases import BACKWARD, Case, Net, Removal, check, check_goes, conv, image, norm
 from support import fused_and_checked, prepared
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 class TokensLast(nn.BatchNorm1d):
@@ -114,3 +115,72 @@ def test_norms_pass_through_one_that_is_gone() -> None:
     )
     plan, _ = fused_and_checked(model, tokens())
     assert len(plan.fused) == 3
+
+
+class Signed(nn.Module):
+    """A parametrisation: each channel is multiplied by a fixed number."""
+
+    def __init__(self, *signs: float) -> None:
+        super().__init__()
+        self.register_buffer("signs", torch.tensor(signs))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.signs
+
+
+class Noisy(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.rand_like(weight)
+
+
+def parametrised(place: str, parametrisation: nn.Module) -> nn.Module:
+    made = norm([2.0, 3.0], [1.0, -2.0])
+    parametrize.register_parametrization(made, place, parametrisation)
+    return made
+
+
+@pytest.mark.parametrize("place", ["weight", "bias"])
+@pytest.mark.parametrize("signs", [(-1.5, 0.5), (-0.5, 0.0)])
+def test_a_parametrised_norm_goes(place: str, signs: tuple[float, ...]) -> None:
+    def backward() -> nn.Module:
+        return Net(lambda m, x: m.n(m.u(x)), u=conv(), n=parametrised(place, Signed(*signs)))
+
+    def forward() -> nn.Module:
+        return Net(lambda m, x: m.u(m.n(nn.functional.silu(x))), u=conv(), n=parametrised(place, Signed(*signs)))
+
+    for make in (backward, forward):
+        check_goes(Removal(make, ("u",)))
+
+
+def test_a_parametrised_norm_takes_up_another_and_goes_itself() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return m.u(m.n(nn.functional.avg_pool2d(m.k(nn.functional.silu(x)), 2)))
+
+    made = Net(forward, u=conv(), n=parametrised("weight", Signed(-0.5, 2.0)), k=nn.BatchNorm2d(2))
+    plan, fused = fused_and_checked(prepared(made), image().double())
+    assert [set(decision.into) for decision in plan.decisions] == [{"u"}, {"n", "n.parametrizations.weight"}]
+    assert {edit.names[0] for edit in plan.edits} == {"u.weight", "u.bias"}
+    assert type(fused.n) is type(fused.k) is nn.Identity
+
+
+def test_a_parametrised_norm_stays() -> None:
+    reads = "its parameters are also read by mul in n.parametrizations.weight.0 (Signed)"
+    check(
+        Case(
+            lambda: Net(
+                lambda m, x: m.n(m.u(x)) + m.n.weight.sum(), u=conv(), n=parametrised("weight", Signed(1.0, 2.0))
+            ),
+            None,
+            [f"n: {reads}"],
+        )
+    )
+
+
+def test_a_parametrisation_with_random_numbers_stays() -> None:
+    check(
+        Case(
+            lambda: Net(lambda m, x: m.n(m.u(x)), u=conv(), n=parametrised("weight", Noisy())),
+            BACKWARD,
+            ["n: backward: rand_like in n.parametrizations.weight.0 (Noisy): its contents are random"],
+        )
+    )
