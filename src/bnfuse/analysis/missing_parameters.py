@@ -15,6 +15,7 @@ from bnfuse.analysis.parameter_routes import PLACES, Calls, Route, Step, find_ro
 from bnfuse.graph.graph import Graph, Kind, ModuleCall, Node, Storage, Value
 from bnfuse.model import tree
 from bnfuse.operators import operator_of
+from bnfuse.rules.identity import ZEROS
 
 
 def add_missing_parameters(model: nn.Module, graph: Graph) -> tuple[list[Value], bool]:
@@ -45,7 +46,7 @@ def add_missing_parameters(model: nn.Module, graph: Graph) -> tuple[list[Value],
 
 
 def _empty_places(graph: Graph) -> dict[tuple[int, str], Calls]:
-    """The operators that were given nothing where the module that ran them has an empty place.
+    """The operators that were given nothing, or zeros, where the module that ran them has an empty place.
 
     They are listed by the place and by the registry that has it, which two modules may share.
     """
@@ -53,9 +54,17 @@ def _empty_places(graph: Graph) -> dict[tuple[int, str], Calls]:
     for node in graph.nodes:
         parameters = node.call.module._parameters
         for place in PLACES.get(node.operator, ()):
-            if node.argument(place) is None and place in parameters and parameters[place] is None:
+            if _is_missing(node, place) and place in parameters and parameters[place] is None:
                 found.setdefault((id(parameters), place), {}).setdefault(node.call, []).append(node)
     return found
+
+
+def _is_missing(node: Node, place: str) -> bool:
+    """True if nothing is given, or for a bias zeros that were made for this alone."""
+    given = node.argument(place)
+    if given is None or place != "bias":
+        return given is None
+    return given.producer is not None and given.producer.operator in ZEROS and given.consumers == [node]
 
 
 def _dtype(node: Node, place: str) -> torch.dtype:

@@ -22,7 +22,8 @@ from bnfuse.model.sandbox import Mode, forked_random_state, leave_no_trace
 from bnfuse.operators import operator_of
 
 _BIASED = {
-    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "linear", "bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+    "torchvision::deform_conv2d",
 }  # fmt: skip
 
 PLACES = {**dict.fromkeys(_BIASED, ("bias",)), "batch_norm": ("weight", "bias")}
@@ -31,8 +32,8 @@ PLACES = {**dict.fromkeys(_BIASED, ("bias",)), "batch_norm": ("weight", "bias")}
 _KNOWN_FORWARDS = {
     kind.forward
     for kind in (
-        nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-        _BatchNorm, nn.SyncBatchNorm,
+        nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
+        nn.ConvTranspose3d, _BatchNorm, nn.SyncBatchNorm,
     )
 }  # fmt: skip
 
@@ -104,7 +105,7 @@ def _route(place: str, call: ModuleCall, nodes: list[Node], known: dict[tuple[An
 def _channels(node: Node) -> int:
     """The number of channels of what an operator makes."""
     shape = node.outputs[0].shape
-    if node.operator == "linear":
+    if node.operator in ("linear", "bilinear"):
         return shape[-1]
     if node.operator == "batch_norm":
         return shape[1]

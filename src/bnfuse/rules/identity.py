@@ -11,7 +11,7 @@ HANDED_ON = (
 )  # fmt: skip
 
 
-_ZEROS = ("zeros", "zeros_like", "new_zeros")
+ZEROS = ("zeros", "zeros_like", "new_zeros")
 
 
 @rule(*HANDED_ON, family=Family.REARRANGEMENT)
@@ -31,5 +31,5 @@ def shape_only(node: Node, trial: Trial) -> None:
     """
     for value in node.outputs:
         unit = trial.unit(value)
-        if unit is not None and not (unit.is_identity or (node.operator in _ZEROS and unit.shift is None)):
+        if unit is not None and not (unit.is_identity or (node.operator in ZEROS and unit.shift is None)):
             trial.refuse_unit(node, unit, MAKES_CONSTANT)
