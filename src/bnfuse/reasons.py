@@ -709,6 +709,12 @@ ADDED_ANY_NUMBER_OF_TIMES = _cause(
     "`scatter_add` and `index_add` add up what comes to the same place, and a shift with it.",
     "Put the norm behind the layer before it.",
 )
+EMPTY_BAG = _cause(
+    "empty-bag",
+    "a bag may be empty, and gives zeros",
+    "`nn.EmbeddingBag` with offsets or a padding index: a bag that holds no rows gives zeros, which are not shifted.",
+    "Pass a table of indices without padding.",
+)
 DEVIATION_SHIFT = _cause(
     "deviation-shift",
     "a deviation takes no shift",

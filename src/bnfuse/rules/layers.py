@@ -236,10 +236,10 @@ def absorb(node: Node, trial: Trial) -> None:
         if shift is not None and bool((shift.abs() > 1e-12 * _size(t, q)).any()):
             trial.refuse_shift(node, reasons.NO_BIAS)
     else:
-        trial.edit(node, layer.b, Unit(axis_out if shift is not None or _has_content(layer.b, trial) else None, shift))
+        trial.edit(node, layer.b, Unit(axis_out if shift is not None or has_content(layer.b, trial) else None, shift))
 
 
-def _has_content(bias: Value, trial: Trial) -> bool:
+def has_content(bias: Value, trial: Trial) -> bool:
     """False for a bias, or a part of one, that the layer was made without and that no accepted edit has created."""
     while bias.producer is not None and bias.producer.inputs:
         bias = bias.producer.inputs[0]
