@@ -11,6 +11,7 @@ from support import fused_and_checked
 from torch import Tensor, nn
 
 import bnfuse
+from bnfuse.analysis.norms import is_norm
 from bnfuse.tools.zoo.randomise import randomise_
 
 BACKWARD, FORWARD, BESIDE = "backward", "forward", "beside"
@@ -155,7 +156,8 @@ def check_goes(case: Removal) -> None:
     """The norm goes into these modules, and the outputs stay equal to 1e-12, of a larger batch too."""
     torch.manual_seed(0)
     model = randomise_(case.make().double(), 0, case.dead).eval()
-    [found] = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    [found] = [module for module in model.modules() if is_norm(module)]
+    assert isinstance(found, nn.modules.batchnorm._NormBase)
     if case.positive:
         found.weight.data.abs_()
     if case.shiftless:

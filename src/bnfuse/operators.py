@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,16 @@ class Operator:
     writes_if: str
     fresh: bool
     needs_contents: bool
+
+
+def known_as(operator: Operator, bound: Mapping[str, Any]) -> str:
+    """The name of an operator with these arguments: one that does the work of another has the other's name.
+
+    An instance norm that does not take its statistics from the input is a batch norm, with the same names of arguments.
+    """
+    if operator.name == "instance_norm" and bound.get("use_input_stats") is False:
+        return "batch_norm"
+    return operator.name
 
 
 _SUMS_AND_PRODUCTS: dict[str, Callable[..., Tensor]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rule_cases import BACKWARD, Case, Net, Removal, check, check_goes, conv, image, norm
@@ -182,5 +184,49 @@ def test_a_parametrisation_with_random_numbers_stays() -> None:
             lambda: Net(lambda m, x: m.n(m.u(x)), u=conv(), n=parametrised("weight", Noisy())),
             BACKWARD,
             ["n: backward: rand_like in n.parametrizations.weight.0 (Noisy): its contents are random"],
+        )
+    )
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.6])
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_instance_norm_with_running_statistics_goes(affine: bool, dead: float) -> None:
+    def tracked() -> nn.Module:
+        return nn.InstanceNorm2d(2, affine=affine, track_running_stats=True)
+
+    for case in (
+        Removal(lambda: Net(lambda m, x: m.n(m.u(x)), u=conv(), n=tracked()), ("u",)),
+        Removal(lambda: Net(lambda m, x: m.u(m.n(nn.functional.silu(x))), u=conv(bias=False), n=tracked()), ("u",)),
+        Removal(lambda: Net(lambda m, x: m.n(m.u(x[0])), u=conv(), n=tracked()), ("u",)),
+    ):
+        check_goes(replace(case, dead=dead))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_instance_norm_that_stays_takes_up_a_batch_norm(affine: bool) -> None:
+    model = Net(
+        lambda m, x: m.n(m.k(nn.functional.silu(x))).sin(),
+        k=nn.BatchNorm2d(2),
+        n=nn.InstanceNorm2d(2, affine=affine, track_running_stats=True),
+    )
+    plan, _ = fused_and_checked(prepared(model, dead=0.0), image().double())
+    assert [decision.fused for decision in plan.decisions].count(True) == 1
+
+
+def test_an_instance_norm_without_running_statistics_is_no_norm() -> None:
+    model = Net(lambda m, x: m.k(m.n(m.u(x))), u=conv(), n=nn.InstanceNorm2d(2, affine=True), k=nn.BatchNorm2d(2))
+    plan, _ = fused_and_checked(prepared(model), image().double())
+    assert [(decision.norm, decision.into) for decision in plan.decisions] == [("k", ("n",))]
+
+
+def test_an_instance_norm_called_as_a_function_stays() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        return nn.functional.instance_norm(m.u(x), torch.zeros(2), torch.ones(2), use_input_stats=False)
+
+    check(
+        Case(
+            lambda: Net(forward, u=conv()),
+            None,
+            ["batch_norm in Net: the norm is a function call in the code, not a module that can be replaced"],
         )
     )

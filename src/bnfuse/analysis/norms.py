@@ -58,13 +58,18 @@ def _matches(module: nn.Module, patterns: Sequence[str]) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """True for PyTorch's batch norms and for every class that keeps running statistics under the same names."""
+    """True for PyTorch's batch norms and for every class that keeps running statistics under the same names.
+
+    So does an instance norm with ``track_running_stats``, which uses them in evaluation.
+    """
     if isinstance(module, _BatchNorm):
         return True
     buffers, parameters = module._buffers, module._parameters
+    if isinstance(module, _InstanceNorm):
+        return buffers.get("running_mean") is not None
     if not ("running_var" in buffers or "running_var" in parameters):
         return False
-    return ("running_mean" in buffers or "running_mean" in parameters) and not isinstance(module, _InstanceNorm)
+    return "running_mean" in buffers or "running_mean" in parameters
 
 
 def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: str | None) -> Norm:

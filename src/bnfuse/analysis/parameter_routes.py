@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfuse.graph.graph import ModuleCall, Node
 from bnfuse.model import pytree, tree
@@ -33,7 +34,7 @@ _KNOWN_FORWARDS = {
     kind.forward
     for kind in (
         nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
-        nn.ConvTranspose3d, _BatchNorm, nn.SyncBatchNorm,
+        nn.ConvTranspose3d, _BatchNorm, nn.SyncBatchNorm, _InstanceNorm,
     )
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from bnfuse.capture.module_calls import ModuleCalls
 from bnfuse.capture.values import Values
 from bnfuse.graph.graph import Node, Storage, Value
 from bnfuse.model.sandbox import Mode, SavedState
-from bnfuse.operators import Operator, memory_of, operator_of, parts_of
+from bnfuse.operators import Operator, known_as, memory_of, operator_of, parts_of
 from bnfuse.reasons import IS_WRITTEN
 
 _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
@@ -127,7 +127,7 @@ class Recorder(Mode):
         whole = self._whole is None or operator.name in self._whole or written
         if whole or not self._record_parts(func, args, kwargs, result):
             call = self._calls.current
-            node = Node(len(self.nodes), operator.name, func, bound, inputs, [], call, written)
+            node = Node(len(self.nodes), known_as(operator, bound), func, bound, inputs, [], call, written)
             self._record(node, operator, tensors, independent, _flat(result))
         return result
 
