@@ -21,6 +21,8 @@ _STRICT = ("view", "view_as", "_unsafe_view", "as_strided")
 """Operators that fail, or give something else, on some layouts."""
 _LENIENT = ("reshape", "reshape_as", "flatten", "unflatten", "contiguous")
 """Operators that copy where they cannot give a view."""
+_DENSE = ("_pack_padded_sequence",)
+"""Operators that make the same dense tensor of every layout, and that do not run without contents."""
 
 
 class Layouts:
@@ -58,7 +60,7 @@ class Layouts:
 
     def _run(self, site: Site, changed: dict[Value, Tensor]) -> Node | None:
         for node in self._nodes[site.nodes[-1].index + 1 :]:
-            if not any(value in changed for value in node.inputs):
+            if node.operator in _DENSE or not any(value in changed for value in node.inputs):
                 continue
             try:
                 result = node.overload(**{name: _argument(value, changed) for name, value in node.bound.items()})
