@@ -259,6 +259,12 @@ IS_WRITTEN = _cause(
     "A parameter or buffer that the forward itself changes.",
     "Nothing; or keep such state out of the path.",
 )
+IS_MULTIPLIED_IN = _cause(
+    "is-multiplied-in",
+    "the run multiplies a parameter by it in place",
+    "A mask of zeros and ones in `weight.data *= mask`: a factor of it would count once more at every call.",
+    "Nothing.",
+)
 WRITTEN_THROUGH_VIEW = _cause(
     "written-through-view",
     "its memory is written through another view",

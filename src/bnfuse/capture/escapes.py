@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bnfuse.capture.module_calls import ModuleCalls
 from bnfuse.capture.shapes_only import NeedsContentsError
-from bnfuse.capture.values import Values
+from bnfuse.capture.values import Values, is_masking
 from bnfuse.model import pytree
 from bnfuse.model.sandbox import SavedState
-from bnfuse.reasons import LEAVES_PYTORCH
+from bnfuse.reasons import IS_MULTIPLIED_IN, LEAVES_PYTORCH
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -141,12 +142,17 @@ class EscapeWatch(TorchFunctionMode):
         elif func in READS_OF_ELEMENTS and not self.reads_elements:
             self.reads_elements = self._depends(args)
         if func == _GET_DATA:
-            data = func(*args)
+            with _disable_current_modes():  # an alias is no operator
+                data = func(*args)
             if self._values.add_alias(args[0], data):
                 return data
         how = _ESCAPES.get(func)
         if how is None:
             return func(*args, **(kwargs or {}))
+        if func == _SET_DATA and self._is_known_assignment(*args):
+            with _disable_current_modes():
+                self._state.save_memory(args[0])
+                return func(*args)
         given = pytree.tensors((args, kwargs) if kwargs else args)
         recorded = func in _FROM_A_TENSOR and isinstance(args[0] if args else (kwargs or {}).get("data"), Tensor)
         if not recorded:
@@ -167,6 +173,24 @@ class EscapeWatch(TorchFunctionMode):
         """True if one of the arguments depends on the input."""
         tensors = [argument for argument in args if isinstance(argument, Tensor)]
         return any((value := self._values.known(tensor)) is None or not value.independent for tensor in tensors)
+
+    def _is_known_assignment(self, tensor: Tensor, other: Tensor) -> bool:
+        """True if a parameter is given what it holds (the end of ``weight.data *= mask``), or itself times a mask."""
+        before, after = self._values.known(tensor), self._values.known(other)
+        if before is None or after is None or before is after:
+            return before is after is not None
+        node = after.producer
+        if node is None or node.operator != "mul" or node.written or before not in node.inputs:
+            return False
+        if (after.shape, after.dtype, after.pinned) != (before.shape, before.dtype, None):
+            return False
+        [mask] = [value for value in node.inputs if value is not before] or [before]
+        with _disable_current_modes():
+            masks = is_masking(before, mask)
+        if masks:
+            mask.pin(IS_MULTIPLIED_IN)
+            self._values.assign(tensor, after)
+        return masks
 
     def _escape(self, tensor: Tensor, how: str) -> None:
         value = self._values.known(tensor)

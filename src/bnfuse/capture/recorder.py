@@ -15,11 +15,11 @@ from torch import Tensor
 
 from bnfuse.capture import shapes_only as without_arithmetic
 from bnfuse.capture.module_calls import ModuleCalls
-from bnfuse.capture.values import Values
+from bnfuse.capture.values import Values, is_masking
 from bnfuse.graph.graph import Node, Storage, Value
 from bnfuse.model.sandbox import Mode, SavedState
 from bnfuse.operators import Operator, known_as, memory_of, operator_of, parts_of
-from bnfuse.reasons import IS_WRITTEN
+from bnfuse.reasons import IS_MULTIPLIED_IN, IS_WRITTEN
 
 _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
 
@@ -108,7 +108,7 @@ class Recorder(Mode):
         if operator.writes_if and bound.get(operator.writes_if):
             written += [bound[name] for name in _STATISTICS if isinstance(bound.get(name), Value)]
         if written:
-            self._save_before_write(written)
+            self._save_before_write(written, pinned=not _masks(operator, bound))
         if self._shapes_only and not independent:
             try:
                 result = without_arithmetic.compute(func, operator, args, kwargs)
@@ -142,12 +142,13 @@ class Recorder(Mode):
             return tuple(self._bind(item, tensors, inputs) for item in argument)
         return argument
 
-    def _save_before_write(self, written: Sequence[Value]) -> None:
-        """Pin and save parameters and buffers that are about to be written to, by themselves or through a view."""
+    def _save_before_write(self, written: Sequence[Value], pinned: bool) -> None:
+        """Save, and mostly pin, parameters and buffers that are about to be written to, or to a view of them."""
         for storage in {value.storage: None for value in written}:
             for leaf in storage.values:
                 if leaf.tensor is not None:
-                    leaf.pin(IS_WRITTEN)
+                    if pinned:
+                        leaf.pin(IS_WRITTEN)
                     self._state.save_contents(leaf.tensor)
 
     def _record(
@@ -208,6 +209,16 @@ class Recorder(Mode):
             if part is not None and self._values.known(tensor) is not part:
                 self._values.tag(tensor, part)
         return True
+
+
+def _masks(operator: Operator, bound: dict[str, Any]) -> bool:
+    """True if the operator multiplies a parameter by a mask in place; the mask is pinned then."""
+    if operator.name != "mul" or operator.written != ("self",) or not isinstance(bound["other"], Value):
+        return False
+    masks = is_masking(bound["self"], bound["other"])
+    if masks:
+        bound["other"].pin(IS_MULTIPLIED_IN)
+    return masks
 
 
 def _values(argument: Any) -> list[Value]:

@@ -126,13 +126,15 @@ class Values:
         fresh = new_value(next(self._indices), tensor, Kind.COMPUTED, value.storage)
         fresh.producer, fresh.independent = producer, independent
         if value.tensor is not None:
-            fresh.pin(reasons.IS_WRITTEN)
+            if value.pinned is not None:
+                fresh.pin(reasons.IS_WRITTEN)
+            self._replace(value.tensor, fresh)
         self._replace(tensor, fresh)
         return fresh
 
     def add_alias(self, tensor: Tensor, other: Tensor) -> bool:
-        """Give another tensor, of the same memory and shape, the same value; False for a parameter or buffer."""
-        if self.known(tensor) is None or id(tensor) in self.leaves:
+        """Give another tensor, of the same memory and shape, the same value; False if nothing is known of the first."""
+        if self.known(tensor) is None:
             return False
         self.tag(other, self.of(tensor))
         return True
@@ -163,6 +165,10 @@ class Values:
             self.forget(tensor)
         self._tagged.clear()
 
+    def assign(self, tensor: Tensor, value: Value) -> None:
+        """A parameter holds the memory of another value from now on."""
+        self._replace(tensor, value)
+
     # What others see --------------------------------------------------------------------------------------------
 
     def expose(self, structure: Any, cause: Cause, **fields: Any) -> list[Value]:
@@ -172,6 +178,20 @@ class Values:
             value.pin(cause, **fields)
             self.exposed.append(value.index)
         return found
+
+
+def is_masking(weight: Value, mask: Value) -> bool:
+    """True for a parameter and zeros and ones by which the run multiplies it, as in ``weight.data *= mask``.
+
+    If the parameter has other units before, by a scale alone, it has the same ones afterwards, and at every later run,
+    provided that the mask stays as it is.
+    """
+    versions = weight.storage.values
+    if weight.tensor is None or weight.kind is Kind.CONSTANT or mask.tensor is None or mask.storage.version != 0:
+        return False
+    if mask.storage is weight.storage or any(v.tensor is not weight.tensor or v.pinned is not None for v in versions):
+        return False
+    return bool(((mask.tensor == 0) | (mask.tensor == 1)).all())
 
 
 def _pin_all(storage: Storage, cause: Cause) -> None:

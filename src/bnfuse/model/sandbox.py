@@ -193,8 +193,9 @@ class SavedState:
         self.memory.setdefault(id(tensor), (tensor, tensor.data))
 
     def save_contents(self, tensor: Tensor) -> None:
-        """To be called before the tensor is written to."""
-        if id(tensor) not in self.contents:
+        """To be called before the tensor is written to. Memory that it was only given during the run is not saved."""
+        _, memory = self.memory.get(id(tensor), (tensor, tensor))
+        if id(tensor) not in self.contents and memory_of(memory) == memory_of(tensor):
             self.contents[id(tensor)] = (tensor, tensor.detach().clone())
 
     def stored(self) -> Iterator[tuple[str, Any]]:

@@ -124,7 +124,8 @@ def is_written_over(value: Value, mask: Mask | None, trial: Trial) -> bool:
     waiting, seen = [value], {value}
     while waiting:
         value = waiting.pop()
-        if value.pinned is not None or len(seen) > _MOST_READERS:
+        kept = value.tensor is not None  # a parameter that is written to, which the next run reads
+        if value.pinned is not None or kept or len(seen) > _MOST_READERS:
             return False
         for node in value.consumers:
             if len(node.outputs) != 1 or node.outputs[0].shape != value.shape:

@@ -146,7 +146,7 @@ class Network:
             return self.content(node.inputs[0])
         if torch.Tag.nondeterministic_seeded in node.overload.tags:
             raise Refusal(reasons.IS_RANDOM.reason(node.operator, node.call.label), scale=False)
-        if node.overload._schema.is_mutable and node.operator != "detach":
+        if (node.overload._schema.is_mutable and node.operator != "detach") or value.tensor is not None:
             raise Refusal(reasons.CONTENTS_ARE_WRITTEN.reason(node.operator, node.call.label), scale=False)
         result = node.overload(**{name: contents(argument) for name, argument in node.bound.items()})
         results = [result] if isinstance(result, Tensor) else list(result)
