@@ -189,7 +189,7 @@ def plan(
         contents = options.budget is not None
         planner = Planner(Problem.of(source, example_inputs, options, keep, contents, checked_calls(calls, source)))
         made = _made(planner, options)
-        made = replace(made, witness=planner.problem.witness(made))
+        made = replace(made, witness=planner.problem.witness())
         planner.release()
     report(made)
     return made

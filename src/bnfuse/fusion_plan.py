@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from bnfuse.changes import Changes, Decision
 from bnfuse.errors import FusionError
+from bnfuse.model.witness import Witness
 from bnfuse.model.wrappers import checked, unwrap
 from bnfuse.report.text import decisions_text
 from bnfuse.transaction import fused_copy, rewrite
@@ -25,13 +24,13 @@ class Plan(Changes):
         decisions: one for each norm, in the order of the model.
         unseen: what the calls that it was made from did not show, in words: arguments that were never given, norms that
             did not run. On such calls nothing is promised.
-        witness: for every tensor that the plan was made from, by name, a number that tells whether it has changed.
+        witness: what tells whether the model has changed since, None for a plan that was carried out at once.
     """
 
     model: str
     decisions: tuple[Decision, ...]
     unseen: tuple[str, ...] = ()
-    witness: dict[str, float] = field(default_factory=dict, repr=False)
+    witness: Witness | None = field(default=None, repr=False)
 
     @property
     def fused(self) -> tuple[Decision, ...]:
@@ -69,7 +68,8 @@ class Plan(Changes):
             The fused model, in evaluation mode.
 
         Raises:
-            FusionError: the model is not the one that the plan was made for, or its parameters have changed since.
+            FusionError: the model is not the one that the plan was made for, or its layers, or the contents of a
+                parameter, buffer or constant that took part in the run, have changed since.
         """
         inner, wrap = unwrap(checked(model))
         self._check(inner)
@@ -84,21 +84,11 @@ class Plan(Changes):
             raise FusionError(
                 f"The plan was made for another model:\n  got:      {type(model).__name__}\n  expected: {self.model}"
             )
-        for name, expected in self.witness.items():
-            path, _, place = name.rpartition(".")
-            try:
-                tensor = getattr(model.get_submodule(path), place)
-            except AttributeError:
-                raise FusionError(f"The plan does not fit the model: it holds no {name}. Make a new plan.") from None
-            if tensor is None or not (total(tensor) == expected or math.isnan(expected)):
-                raise FusionError(
-                    f"{name} has changed since the plan was made. Make a new plan for the model as it is."
-                )
+        change = "" if self.witness is None else self.witness.change(model)
+        if change:
+            raise FusionError(
+                f"The model is not as it was when the plan was made. {change}\nMake a new plan for the model as it is."
+            )
 
     def __str__(self) -> str:
         return decisions_text(self.model, self.decisions)
-
-
-def total(tensor: torch.Tensor) -> float:
-    """A number that tells whether a tensor has changed: the float64 sum of its elements."""
-    return float(tensor.detach().sum(dtype=torch.float64))

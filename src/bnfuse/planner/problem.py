@@ -17,11 +17,11 @@ from bnfuse.analysis.pins import pin_others, pin_shared_with_idle, pin_what_idle
 from bnfuse.capture.run import Recording
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.errors import InputError, NoNormError
-from bnfuse.fusion_plan import Plan, total
 from bnfuse.graph.norms import Norm
 from bnfuse.model.calls import Call
 from bnfuse.model.describe import first_line
 from bnfuse.model.inputs import candidates
+from bnfuse.model.witness import Witness
 from bnfuse.planner import inferred_calls
 from bnfuse.planner.assumptions import varying
 from bnfuse.planner.options import Options
@@ -87,16 +87,21 @@ class Problem:
             recorder.infer()
         return Problem(model, options, recording, keep, recorder.further, recorder.unseen)
 
-    def witness(self, plan: Plan) -> dict[str, float]:
-        """A number for every tensor that the plan was made from, by name."""
-        nodes = [node for norm in self.norms for site in norm.sites for node in site.nodes]
-        read = {name for node in nodes for value in node.inputs for name in value.names[:1]}
-        read |= {edit.names[0] for edit in plan.edits if not edit.created and edit.handler is None}
-        tensors = {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
+    def witness(self) -> Witness:
+        """What tells whether the model has changed: its layers, and all tensors that the run read.
+
+        What the run itself writes to is left out, since it is another thing after every call; plans for such models are
+        tried on two calls.
+        """
+        read = {id(value.tensor) for node in self.graph.nodes for value in node.inputs if value.tensor is not None}
+        written = {
+            id(other.tensor)
+            for node in self.graph.nodes
+            for value in node.written
+            for other in value.storage.values
+            if other.tensor is not None
         }
-        return {name: total(tensors[name]) for name in sorted(read)}
+        return Witness.of(self.model, read - written)
 
 
 def captured(model: nn.Module, example_inputs: Any, contents: bool = True, infer_calls: bool = True) -> Recording:
