@@ -133,8 +133,26 @@ def test_keep_with_a_typo(model: nn.Module, x: Tensor) -> None:
 
 
 def test_no_norm() -> None:
-    with pytest.raises(bnfuse.NoNormError, match="Linear holds no batch norm"):
-        bnfuse.fuse(nn.Linear(2, 2))
+    model = nn.Linear(2, 2)
+    with pytest.warns(bnfuse.NothingFusedWarning, match="Linear holds no batch norm, so nothing was fused"):
+        fused = bnfuse.fuse(model)
+    assert fused is not model
+    assert torch.equal(fused.weight, model.weight)
+    plan = bnfuse.plan(model)
+    assert str(plan) == "Linear: no batch norm"
+    assert plan.to_dict()["norms"] == 0
+    assert torch.equal(plan.apply(model).weight, model.weight)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fusing_twice_is_harmless(model: nn.Module, x: Tensor, inplace: bool) -> None:
+    fused = bnfuse.fuse(model, x)
+    before = fused.state_dict()
+    with pytest.warns(bnfuse.NothingFusedWarning, match="Model holds no batch norm"):
+        again = bnfuse.fuse(fused, x, inplace=inplace)
+    assert (again is fused) == inplace
+    assert again.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
 
 
 def test_not_a_module(model: nn.Module) -> None:
@@ -361,8 +379,6 @@ def test_result_can_be_pickled_scripted_and_exported(model: nn.Module, x: Tensor
     expected, fused = model(x), bnfuse.fuse(model, x)
     torch.testing.assert_close(pickle.loads(pickle.dumps(fused))(x), expected)
     torch.testing.assert_close(torch.export.export(fused, (x,)).module()(x), expected)
-    with pytest.raises(bnfuse.NoNormError):
-        bnfuse.fuse(fused, x)
 
 
 def test_fused_in_inference_mode_is_trainable(model: nn.Module, x: Tensor) -> None:
@@ -431,7 +447,8 @@ def test_a_tiny_gain_is_not_inverted() -> None:
     model = prepared(Net(), dead=0.0)
     model.n.weight.data[2] = 1e-11
     x = torch.randn(2, 6, 5, dtype=torch.float64)
-    fused = bnfuse.fuse(model, x, verify=False)
+    with pytest.warns(bnfuse.NothingFusedWarning, match="undo a scale of"):
+        fused = bnfuse.fuse(model, x, verify=False)
     torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
 
 

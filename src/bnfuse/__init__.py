@@ -6,7 +6,7 @@ from bnfuse.errors import (
     BnFuseError,
     FusionError,
     InputError,
-    NoNormError,
+    NothingFusedWarning,
     SpecError,
     VerificationError,
 )
@@ -25,7 +25,7 @@ __all__ = [
     "Decision",
     "FusionError",
     "InputError",
-    "NoNormError",
+    "NothingFusedWarning",
     "Options",
     "Plan",
     "Reason",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from bnfuse.errors import VerificationError
+from bnfuse.errors import NothingFusedWarning, VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model import tree
 from bnfuse.model.calls import Call, checked_calls
@@ -19,6 +20,7 @@ from bnfuse.model.copying import copy_model
 from bnfuse.model.wrappers import checked, unwrap
 from bnfuse.planner.budget import within_budget
 from bnfuse.planner.misfits import without_misfits
+from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.options import Options, checked_options, patterns
 from bnfuse.planner.planner import Planner, report
 from bnfuse.planner.problem import Problem
@@ -61,9 +63,11 @@ def fuse(
     Raises:
         InputError: no inputs could be inferred, or the model does not run on them, or ``keep`` or
             ``options.also`` matches nothing.
-        NoNormError: the model holds no batch norm.
         FusionError: a handler failed.
         VerificationError: the outputs differ; the model is as it was.
+
+    Warns:
+        NothingFusedWarning: no norm goes, or there is none; the text says why, and what to do.
 
     >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -74,9 +78,13 @@ def fuse(
       (2): ReLU()
     )
     """
-    return fuse_with_plan(
+    fused, made = fuse_with_plan(
         model, example_inputs, inplace=inplace, keep=keep, calls=calls, verify=verify, options=options
-    )[0]
+    )
+    warning = nothing_fused(made, unwrap(model)[0])
+    if warning:
+        warnings.warn(warning, NothingFusedWarning, stacklevel=2)
+    return fused
 
 
 def fuse_with_plan(
@@ -180,7 +188,7 @@ def plan(
         The plan. ``print(plan)`` shows one line for each norm; ``plan.apply(model)`` carries it out.
 
     Raises:
-        InputError, NoNormError, FusionError: as for :func:`fuse`.
+        InputError, FusionError: as for :func:`fuse`.
     """
     options, keep = checked_options(options), patterns("keep", keep)
     inner, _ = unwrap(checked(model))

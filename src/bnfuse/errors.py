@@ -1,4 +1,7 @@
-"""The errors that bnfuse raises: one base class, one subclass for each thing that a caller can do about it."""
+"""The errors that bnfuse raises: one base class, one subclass for each thing that a caller can do about it.
+
+And the one warning.
+"""
 
 
 class BnFuseError(Exception):
@@ -7,10 +10,6 @@ class BnFuseError(Exception):
 
 class InputError(BnFuseError):
     """The example inputs are missing, of the wrong form, or the model does not run on them."""
-
-
-class NoNormError(BnFuseError):
-    """The model holds no batch norm."""
 
 
 class FusionError(BnFuseError):
@@ -23,3 +22,7 @@ class VerificationError(BnFuseError):
 
 class SpecError(BnFuseError):
     """A model specification names nothing that can be built."""
+
+
+class NothingFusedWarning(UserWarning):
+    """The model that comes back has all the batch norms that it had, or had none."""

@@ -48,8 +48,10 @@ def test_a_plan_as_text() -> None:
     assert str(PLAN) == PLAN_TEXT
 
 
-def test_a_plan_without_norms_that_stay_or_go() -> None:
-    assert decisions_text("Net", ()).splitlines()[0] == "Net: 0 batch norms, 0 fused, 0 kept"
+def test_a_plan_without_norms_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert decisions_text("Net", ()) == "Net: no batch norm"
+    show(decisions_table("Net", ()))
+    assert capsys.readouterr().out == "Net: no batch norm\n\n"
 
 
 def test_one_row_for_each_norm() -> None:

@@ -138,6 +138,18 @@ def test_an_untrained_zoo_model_gets_random_norms_and_says_so(capsys: pytest.Cap
     assert captured.err == "bnfuse: no --weights, so weights and norms are random\n"
 
 
+def test_a_model_without_norms_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "networks.py:plain"]) == 0
+    assert capsys.readouterr().out == "Linear: no batch norm\n\n"
+    assert main(["fuse", "networks.py:plain", "-o", "plain.pt"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Linear: no batch norm\n\n")
+    assert captured.err.startswith("bnfuse: Linear holds no batch norm, so nothing was fused")
+    assert torch.load("plain.pt").keys() == {"weight", "bias"}
+    assert main(["fuse", "networks.py:plain", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["norms"] == 0
+
+
 def test_verbose_logs_each_norm(caplog: pytest.LogCaptureFixture) -> None:
     assert main(["plan", "networks.py:net", "--verbose"]) == 0
     assert [record.message.split(":")[0] for record in caplog.records if record.name == "bnfuse"] == [
@@ -151,7 +163,6 @@ def test_verbose_logs_each_norm(caplog: pytest.LogCaptureFixture) -> None:
     [
         (["plan", "timm:resnet1888"], "SpecError", "timm has no model 'resnet1888'; did you mean resnet18"),
         (["plan", "networks.py:ne"], "SpecError", "networks.py has no 'ne'; did you mean net"),
-        (["fuse", "networks.py:plain"], "NoNormError", "Linear holds no batch norm"),
         (["plan", "networks.py:net", "--input", "1xx3"], "InputError", "'1xx3' is no shape"),
         (["fuse", "networks.py:net", "--input", "2x5x9x9"], "InputError", ""),
         (["fuse", "networks.py:net", "--keep", "tail.*"], "InputError", ""),

@@ -16,7 +16,7 @@ from bnfuse.analysis.norms import find_norms
 from bnfuse.analysis.pins import pin_others, pin_shared_with_idle, pin_what_idle_modules_may_read
 from bnfuse.capture.run import Recording
 from bnfuse.capture.shapes_only import NeedsContentsError
-from bnfuse.errors import InputError, NoNormError
+from bnfuse.errors import InputError
 from bnfuse.graph.norms import Norm
 from bnfuse.model.calls import Call
 from bnfuse.model.describe import first_line
@@ -59,8 +59,6 @@ class Problem:
         self.varying = varying(recording.runs)
         add_custom_layers(model, self.graph, options.handlers or {})
         self.norms = find_norms(model, self.graph, options.also)
-        if not self.norms:
-            raise NoNormError(f"{type(model).__name__} holds no batch norm, so there is nothing to fuse.")
         _check_also(model, options.also)
         self.kept = _kept(self.norms, keep)
         created, _ = add_missing_parameters(model, self.graph)

@@ -34,7 +34,7 @@ class Table:
 
 
 def decisions_table(model: str, decisions: Sequence[Decision]) -> Table:
-    """One row for each norm: what it is fused into, or why it stays.
+    """One row for each norm: what it is fused into, or why it stays; no rows for a model without norms.
 
     Args:
         model: the class of the model.
@@ -44,7 +44,7 @@ def decisions_table(model: str, decisions: Sequence[Decision]) -> Table:
     columns = (Column("norm"), Column("kind"), Column("channels", number=True), Column("decision"))
     count, fused = len(decisions), sum(decision.fused for decision in decisions)
     norms = "batch norm" if count == 1 else "batch norms"
-    title = f"{model}: {count} {norms}, {fused} fused, {count - fused} kept"
+    title = f"{model}: {count} {norms}, {fused} fused, {count - fused} kept" if count else f"{model}: no batch norm"
     return Table(title, columns, rows)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def show(table: Table) -> None:
     """Print a table, with an empty line behind it."""
-    if sys.stdout.isatty():
+    if table.rows and sys.stdout.isatty():
         try:
             from rich.console import Console
         except ModuleNotFoundError:

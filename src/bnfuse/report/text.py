@@ -16,7 +16,12 @@ def decisions_text(model: str, decisions: Sequence[Decision]) -> str:
 
 
 def table_text(table: Table) -> str:
-    """Draw a table: title, headings, a rule, rows; a last column of words is as long as each of them is."""
+    """Draw a table: title, headings, a rule, rows; a last column of words is as long as each of them is.
+
+    Without rows there is only the title.
+    """
+    if not table.rows:
+        return table.title
     headings = tuple(column.heading for column in table.columns)
     widths = [max(map(len, cells)) for cells in zip(headings, *table.rows, strict=True)]
     if not table.columns[-1].number:

@@ -25,6 +25,7 @@ import bnfuse
 from bnfuse.api import fuse_with_plan
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.model.inputs import random_inputs, token_bound
+from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.problem import captured
 from bnfuse.report.tables import decisions_table
 from bnfuse.report.terminal import show
@@ -225,6 +226,8 @@ def _fuse(options: argparse.Namespace) -> None:
         _print_json(report | {"equivalent": True, "output": None if output is None else str(output)})
         return
     show(decisions_table(plan.model, plan.decisions))
+    if warning := nothing_fused(plan, model):
+        print(f"bnfuse: {warning}", file=sys.stderr)
     print(comparison)
     judged = "" if comparison.within_tolerance() else ", since the difference is rounding, judged in float64"
     print(f"\nequivalent{judged}: {len(plan.fused)} of {len(plan.decisions)} batch norms are gone")
