@@ -62,7 +62,7 @@ def fuse(
 
     Raises:
         InputError: no inputs could be inferred, or the model does not run on them, or ``keep`` or
-            ``options.also`` matches nothing.
+            ``options.also`` matches nothing, or no copy can be made that runs on parameters of its own.
         FusionError: a handler failed.
         VerificationError: the outputs differ; the model is as it was.
 
@@ -241,6 +241,7 @@ def _verify(plan: Plan, original: nn.Module, fused: nn.Module, problem: Problem,
         traces=main.traces or change is not None,
         writes=problem.stateful,
         separate=None if change is None else change.separate,
+        copied=change is None,
     )
     if not verdict.equal:
         raise VerificationError(verdict.message + _suspects(plan, original)) from verdict.error

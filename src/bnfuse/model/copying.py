@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ def copy_model(
     """Copy a model deeply, also where ``copy.deepcopy`` fails or loses shared memory.
 
     Tensors that are part of an autograd graph, which layers compute and keep as attributes (old-style weight_norm), are
-    copied without the graph. Parameters and buffers that share memory also share it in the copy.
+    copied without the graph. Parameters and buffers that share memory also share it in the copy. Functions in
+    attributes (a replaced forward, hooks) that hold parts of the model, in variables from around them or as default
+    arguments, are made anew for the copy, since ``copy.deepcopy`` would share them.
 
     Args:
         stand_ins: what the copy holds in place of some modules and parameters of the model, by their ``id``.
@@ -39,7 +42,7 @@ def copy_model(
                 memo[id(value)] = value.detach().clone()
     try:
         with torch.inference_mode(False), torch.no_grad():
-            copied: nn.Module = _copied(model, memo)
+            copied: nn.Module = _Copier(model, memo).copy(model)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} cannot be copied: {one_line(error)}. "
@@ -59,34 +62,125 @@ _DICTIONARIES = frozenset({dict, OrderedDict})
 _SEQUENCES = frozenset({list, tuple, set})
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """The same as ``copy.deepcopy``, but faster for modules and their registries."""
-    kind: Any = type(value)
-    if kind in SIMPLE:
-        return value
-    known = memo.get(id(value), memo)
-    if known is not memo:
-        return known
-    if kind in _DICTIONARIES:
-        memo[id(value)] = made = kind()
-        for key, item in value.items():
-            new_key = key if type(key) in SIMPLE else copy.deepcopy(key, memo)
-            made[new_key] = item if type(item) in SIMPLE else _copied(item, memo)
-        return made
-    if kind in _SEQUENCES and SIMPLE.issuperset(map(type, value)):
-        if kind is tuple:
+class _Copier:
+    """The same as ``copy.deepcopy`` for one model, but faster for modules, and for functions that hold parts of it."""
+
+    def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
+        self.model, self.memo = model, memo
+
+    def copy(self, value: Any) -> Any:
+        kind: Any = type(value)
+        if kind in SIMPLE:
             return value
-        memo[id(value)] = copied = value.copy()
-        return copied
-    if not isinstance(value, nn.Module) or not _is_copied_by_state(kind):
-        return copy.deepcopy(value, memo)
-    state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
-    if type(state) is not dict:
-        return copy.deepcopy(value, memo)
-    memo.setdefault(id(memo), []).append(state)  # held, so that no new object gets the same id
-    memo[id(value)] = module = object.__new__(kind)
-    module.__setstate__({name: item if type(item) in SIMPLE else _copied(item, memo) for name, item in state.items()})
-    return module
+        memo = self.memo
+        known = memo.get(id(value), memo)
+        if known is not memo:
+            return known
+        if kind in _DICTIONARIES:
+            memo[id(value)] = made = kind()
+            for key, item in value.items():
+                new_key = key if type(key) in SIMPLE else copy.deepcopy(key, memo)
+                made[new_key] = item if type(item) in SIMPLE else self.copy(item)
+            return made
+        if kind in _SEQUENCES:
+            return self._sequence(value, kind)
+        if kind is types.FunctionType:
+            return self._function(value) if self._holds_parts(value, {}) else value
+        if kind is types.MethodType:
+            return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
+        if kind is functools.partial:
+            new = functools.partial(self.copy(value.func), *self.copy(value.args), **self.copy(value.keywords))
+            new.__dict__.update(self.copy(value.__dict__))
+            return new
+        if not isinstance(value, nn.Module) or not _is_copied_by_state(kind):
+            return copy.deepcopy(value, memo)
+        state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
+        if type(state) is not dict:
+            return copy.deepcopy(value, memo)
+        memo.setdefault(id(memo), []).append(state)  # held, so that no new object gets the same id
+        memo[id(value)] = module = object.__new__(kind)
+        module.__setstate__({n: item if type(item) in SIMPLE else self.copy(item) for n, item in state.items()})
+        return module
+
+    def _sequence(self, value: Any, kind: Any) -> Any:
+        plain = SIMPLE.issuperset(map(type, value))
+        if kind is list:
+            made: list[Any] = []
+            self.memo[id(value)] = made
+            made.extend(value if plain else map(self.copy, value))
+            return made
+        if plain:
+            return value if kind is tuple else self.memo.setdefault(id(value), value.copy())
+        items = [self.copy(item) for item in value]
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return self.memo.setdefault(id(value), value if same and kind is tuple else kind(items))
+
+    def _function(self, old: types.FunctionType) -> types.FunctionType:
+        """The same function with the copies of the parts that it holds."""
+        cells = None if old.__closure__ is None else tuple(map(self._cell, old.__closure__))
+        new = types.FunctionType(old.__code__, old.__globals__, old.__name__, None, cells)
+        self.memo[id(old)] = new  # before what it holds is copied, which may hold the function
+        new.__defaults__, new.__kwdefaults__ = self._kept_parts(old.__defaults__), self._kept_parts(old.__kwdefaults__)
+        for name in functools.WRAPPER_ASSIGNMENTS:
+            if hasattr(old, name):
+                setattr(new, name, getattr(old, name))
+        new.__dict__.update({name: self._part(item) for name, item in old.__dict__.items()})
+        for cell, made in zip(old.__closure__ or (), cells or (), strict=True):
+            if made is not cell and not _is_filled(made) and _is_filled(cell):
+                made.cell_contents = self._part(cell.cell_contents)
+        return new
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        """A cell for the copy, still empty; the cell itself if it holds no part of the model."""
+        if not _is_filled(cell) or not self._holds_parts(cell.cell_contents, {}):
+            return cell
+        made: types.CellType = self.memo.setdefault(id(cell), types.CellType())
+        return made
+
+    def _part(self, value: Any) -> Any:
+        return self.copy(value) if self._holds_parts(value, {}) else value
+
+    def _kept_parts(self, held: Any) -> Any:
+        if isinstance(held, tuple):
+            return tuple(map(self._part, held))
+        return {name: self._part(item) for name, item in held.items()} if isinstance(held, dict) else held
+
+    def _holds_parts(self, value: Any, seen: dict[int, Any]) -> bool:
+        """Whether a value is a part of the model, or a function, method or container that holds one."""
+        if isinstance(value, (nn.Module, Tensor)):
+            return id(value) in self._parts
+        if type(value) in SIMPLE or id(value) in seen:
+            return False
+        seen[id(value)] = value
+        return any(self._holds_parts(item, seen) for item in _held_by(value))
+
+    @functools.cached_property
+    def _parts(self) -> set[int]:
+        """Modules, parameters and buffers of the model, by their ``id``."""
+        return {*map(id, tree.modules(self.model)), *held_tensors(self.model)}
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    """What functions, bound methods, partial functions and containers hold; nothing for any other value."""
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return (*cells, *defaults, *value.__dict__.values())
+    if isinstance(value, types.MethodType):
+        return (value.__func__, value.__self__)
+    if isinstance(value, functools.partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if type(value) in _DICTIONARIES:
+        return tuple(value.values())
+    return tuple(value) if type(value) in _SEQUENCES else ()
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018 (raises where there is nothing)
+    except ValueError:
+        return False
+    return True
 
 
 _COPYING = {

@@ -35,12 +35,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from bnfuse.errors import InputError
 from bnfuse.model.describe import dtype_name, first_line
 from bnfuse.model.sandbox import run
 from bnfuse.verify import verdict
 from bnfuse.verify.comparison import TOLERANCE, Comparison, tolerance_of
 from bnfuse.verify.float64 import float64_copy
 from bnfuse.verify.measure import compare_outputs
+from bnfuse.verify.own_memory import MemoryWatch
 from bnfuse.verify.reference import Reference, compare_in_float64
 from bnfuse.verify.rounding import wrongly_rounded
 from bnfuse.verify.verdict import Verdict
@@ -77,6 +79,7 @@ def same_outputs(
     traces: bool = True,
     writes: bool = True,
     separate: Callable[[], nn.Module] | None = None,
+    copied: bool = False,
 ) -> Verdict:
     """Run a fused model and decide whether it computes what the original computes.
 
@@ -88,19 +91,34 @@ def same_outputs(
         traces, writes: as for `bnfuse.model.sandbox.run`, of ``fused``.
         separate: for a model fused in place, where ``fused`` is the original itself: turns it into the original again
             and returns a fused copy. Called only if the outputs need a closer look.
+        copied: ``fused`` is a copy, which must run on parameters and buffers of its own.
 
     Raises:
+        InputError: it runs on those of the original.
         Exception: what ``fuse_in_float64`` or ``separate`` raises. A model that raises is part of the verdict.
     """
     args, kwargs = reference.inputs
+    watch = MemoryWatch(reference.original) if copied else None
     try:
-        output = run(fused, args, kwargs, reference.seed, traces=traces, writes=writes)
+        output = run(fused, args, kwargs, reference.seed, watch, traces=traces, writes=writes)
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
+        _check_apart(watch, fused)
         return verdict.does_not_run(type(fused).__name__, dtype_name(reference.precision), error)
+    _check_apart(watch, fused)
     comparison = compare_outputs(reference.output, output)
     if separate is not None and not comparison.within_tolerance():
         fused = separate()
     return judge(reference, comparison, fused, fuse_in_float64, algebra_only)
+
+
+def _check_apart(watch: MemoryWatch | None, fused: nn.Module) -> None:
+    if watch is not None and watch.seen is not None:
+        raise InputError(
+            f"A copy of {type(fused).__name__} still runs layers of the model itself: it reads {watch.seen} of the "
+            f"original.\nA function that both share refers to the original: a forward that was replaced, a hook, a "
+            f"method of the class, or a variable outside of the model.\nFuse it in place, "
+            f"bnfuse.fuse(model, inputs, inplace=True); or undo the replacement first, as with del model.forward."
+        )
 
 
 def judge(
