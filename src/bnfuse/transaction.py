@@ -94,6 +94,7 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
     def roll_back() -> None:
         while undo:
             undo.pop()()
+        torch.clear_autocast_cache()
 
     try:
         with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could not be trained
@@ -122,6 +123,7 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
     except BaseException:
         roll_back()
         raise
+    torch.clear_autocast_cache()  # which holds casts of the old weights, if this runs under autocast
     return roll_back
 
 
