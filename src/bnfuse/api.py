@@ -15,6 +15,7 @@ from torch import nn
 from bnfuse.errors import NothingFusedWarning, VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model import tree
+from bnfuse.model.alone import one_at_a_time
 from bnfuse.model.calls import Call, checked_calls
 from bnfuse.model.copying import copy_model
 from bnfuse.model.wrappers import checked, unwrap
@@ -87,6 +88,7 @@ def fuse(
     return fused
 
 
+@one_at_a_time
 def fuse_with_plan(
     model: nn.Module,
     example_inputs: Any = None,
@@ -171,6 +173,7 @@ def carry_out(
         made = better
 
 
+@one_at_a_time
 def plan(
     model: nn.Module,
     example_inputs: Any = None,

@@ -9,6 +9,7 @@ from torch import nn
 
 from bnfuse.changes import Changes, Decision
 from bnfuse.errors import FusionError
+from bnfuse.model.alone import one_at_a_time
 from bnfuse.model.witness import Witness
 from bnfuse.model.wrappers import checked, unwrap
 from bnfuse.report.text import decisions_text
@@ -57,6 +58,7 @@ class Plan(Changes):
             "unseen": list(self.unseen),
         }
 
+    @one_at_a_time
     def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
         """Carry the plan out on the model that it was made for, or on a copy of it.
 

@@ -62,7 +62,7 @@ def unchanging(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         if not outer:
-            _unchanging.pop(id(model), None)  # may be gone already: another thread may fuse the same model
+            del _unchanging[id(model)]
 
 
 def _walk(module: nn.Module, name: str, prefix: str, found: list[tuple[str, nn.Module]]) -> None:

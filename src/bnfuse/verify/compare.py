@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.errors import InputError
+from bnfuse.model.alone import one_at_a_time
 from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import dtype_name
 from bnfuse.model.pytree import tensors
@@ -18,6 +19,7 @@ from bnfuse.verify.measure import Accumulator
 from bnfuse.verify.several_calls import SeveralCalls
 
 
+@one_at_a_time
 def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
     """Run two models on the same inputs in evaluation mode and measure how far their outputs lie apart.
 
