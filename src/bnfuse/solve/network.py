@@ -150,7 +150,8 @@ class Network:
             raise Refusal(reasons.CONTENTS_ARE_WRITTEN.reason(node.operator, node.call.label), scale=False)
         result = node.overload(**{name: contents(argument) for name, argument in node.bound.items()})
         results = [result] if isinstance(result, Tensor) else list(result)
-        return results[node.outputs.index(value)]
+        found = results[node.outputs.index(value)]
+        return found.double() if found.is_floating_point() else found  # zeros(n), for one, has float32 of its own
 
     def _assume(self, nodes: Collection[Node]) -> None:
         """A table that the code makes itself may depend on the size of the input."""
