@@ -9,7 +9,8 @@
    - *precision*: is the fused model at most `PRECISION_FACTOR` times as far from the float64 output as the original is
      in its own precision?
 
-   A model that casts to float32 by itself is run with those casts widened to float64 (`InFloat64`).
+   A model that casts to float32 by itself is run with those casts widened to float64 (`InFloat64`), and with the
+   constants that it makes in its own precision (`Constants`), since the plan was made for these.
 
    A model that makes discrete choices (which box is best, which class wins) is not continuous: where two scores nearly
    tie, the last bit tells which comes first, and whole rows of the output change places. No limit on errors fits that,

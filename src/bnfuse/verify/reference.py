@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from bnfuse.model.describe import first_line
 from bnfuse.model.pytree import map_tensors
 from bnfuse.model.sandbox import is_writable, run
 from bnfuse.verify.comparison import Comparison
+from bnfuse.verify.constants import Constants
 from bnfuse.verify.discrete_choices import DiscreteChoices
 from bnfuse.verify.float64 import InFloat64, float64_copy, to_float64
 from bnfuse.verify.measure import compare_outputs
@@ -82,7 +83,15 @@ class Reference:
         """What a float64 model gives on the inputs in float64, while its choices are recorded or replaced."""
         args, kwargs = map_tensors(self.inputs, to_float64)
         self.in_float64.lifted = []
-        return run(model, args, kwargs, self.seed, _both(self.in_float64, choices))
+        constants = Constants(model, self.constants) if self.constants.made else None
+        return run(model, args, kwargs, self.seed, _all(self.in_float64, constants, choices))
+
+    @cached_property
+    def constants(self) -> Constants:
+        """The constants that the original's code makes in its own precision."""
+        constants = Constants(self.original)
+        run(self.original, *self.inputs, self.seed, constants)
+        return constants
 
     @cached_property
     def output(self) -> Any:
@@ -202,6 +211,9 @@ def compare_in_float64(expected: object, got: object) -> Comparison:
 
 
 @contextmanager
-def _both(first: AbstractContextManager[object], second: AbstractContextManager[object] | None) -> Iterator[None]:
-    with first, second or nullcontext():
+def _all(*contexts: AbstractContextManager[object] | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            if context is not None:
+                stack.enter_context(context)
         yield
