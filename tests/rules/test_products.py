@@ -27,6 +27,8 @@ from rule_cases import (
 from torch import nn
 from torch.nn.utils import prune
 
+import bnfuse
+
 
 class Standardised(nn.Conv2d):
     def forward(self, x):
@@ -181,3 +183,19 @@ DEAD = [
 @pytest.mark.parametrize("case", DEAD)
 def test_a_factor_takes_a_scale_of_zero(case: Removal, dead: float) -> None:
     check_goes(replace(case, dead=dead))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_constant_factor_stays_whatever_the_rounding_of_the_scale(seed: int) -> None:
+    """The scale goes past it, and s * (1/s) is not always 1."""
+    torch.manual_seed(seed)
+    model = Net(
+        lambda m, x: torch.sin(m.n(m.u(x) * torch.full((64,), 1.3, dtype=x.dtype))),
+        u=nn.Linear(3, 64),
+        n=nn.BatchNorm1d(64),
+    )
+    nn.init.normal_(model.n.weight)
+    model, x = model.double().eval(), torch.randn(5, 3, dtype=torch.float64)
+    fused = bnfuse.fuse(model, x)
+    assert type(fused.n) is nn.Identity
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)

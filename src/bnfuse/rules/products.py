@@ -226,7 +226,8 @@ class _Gain:
         ratio = _ratio(r, s)
         if not self._forward(of_x.turned(False), ratio).same_as(of_z.turned(False)):
             self.trial.refuse_shift(self.node, reasons.SHIFTS_DO_NOT_FIT)
-        return Unit() if ratio is None else self._factor(ratio)
+        same = ratio is None or bool(((ratio - 1).abs() < 1e-10).all())  # s * (1/s) is not always 1
+        return Unit() if ratio is None or same else self._factor(ratio)
 
     def _demand(self, value: Value, unit: Unit) -> None:
         lowered = lower(Unit.of(unit.scale, unit.shift, unit.inverse), value, self.z)
