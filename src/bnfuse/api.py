@@ -53,7 +53,8 @@ def fuse(
         calls: further calls that the fused model is to take: with other arguments, or of other methods
             (``[Call(x, mask=m), Call(x, method="forward_features")]``). Many are inferred; ``print(plan)`` says what
             was not seen.
-        verify: compare the outputs before and after on the inputs, and raise if they differ.
+        verify: compare the outputs before and after on the inputs, and raise if they differ, or if the copy runs on
+            parameters of the original.
         options: what few need: further modules to fold, the only layers that may change, handlers for layers of your
             own, a budget of precision; see :class:`bnfuse.Options`.
 

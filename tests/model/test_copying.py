@@ -235,6 +235,11 @@ def a_global_parameter(model: Any) -> None:
     model.helper = lambda x: F.conv2d(x, OUTSIDE["weight"])
 
 
+def a_global_in_a_list(model: Any) -> None:
+    OUTSIDE["bias"] = model.d.bias
+    model.helper = lambda x: x + torch.stack([torch.zeros(4), OUTSIDE["bias"]])[1][:, None, None]
+
+
 def a_view(model: Any) -> None:
     OUTSIDE["view"] = model.d.weight.detach().flatten(1).unsqueeze(2)
     model.helper = lambda x: F.conv1d(x.flatten(2), OUTSIDE["view"]).reshape(x.shape)
@@ -249,7 +254,9 @@ def an_object(model: Any) -> None:
     model.helper = functools.partial(lambda held, x: held.function(x), model.held)
 
 
-@pytest.mark.parametrize("replace", [a_class, a_global, a_global_parameter, a_view, a_cache, an_object])
+@pytest.mark.parametrize(
+    "replace", [a_class, a_global, a_global_parameter, a_global_in_a_list, a_view, a_cache, an_object]
+)
 def test_what_no_copy_can_have_of_its_own_is_refused(
     replace: Callable[[Any], None], x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
