@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -90,7 +91,31 @@ def test_no_file_imports_itself_by_a_detour(graph: dict[str, set[str]]) -> None:
     assert not left, f"a circle of imports among {sorted(left)}"
 
 
+def without_device(text: str) -> list[str]:
+    """The calls by which a text makes a tensor on the caller's default device."""
+    makers = {function.__name__ for function in _device_constructors()}
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and (node.func.value.id, node.func.attr in makers) == ("torch", True)
+        and not {"device", None} & {keyword.arg for keyword in node.keywords}
+    ]
+
+
+def test_tensors_are_made_on_a_device_that_the_code_names() -> None:
+    found = {
+        name: calls
+        for name, path in files().items()
+        if room(name) != "tools" and (calls := without_device(path.read_text()))
+    }
+    assert not found, f"the caller's default device may be another: {found}"
+
+
 def test_the_checks_can_fail() -> None:
+    assert without_device("torch.ones(2, dtype=d) + torch.zeros(2, device='cpu')") == ["torch.ones(2, dtype=d)"]
     known = {"bnfuse.api", "bnfuse.solve.search", "bnfuse.model.tree", "bnfuse.model"}
     lazy = "def f():\n    from bnfuse.api import fuse\n"
     assert imports(lazy, known) == {"bnfuse.api"}

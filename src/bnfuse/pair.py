@@ -65,7 +65,7 @@ def _names(layer: nn.Module, norm: nn.Module) -> str:
 
 def _example(layer: nn.Module) -> torch.Tensor:
     """The smallest input that the layer takes."""
-    reference = next(layer.parameters(), torch.empty(0))
+    reference = next(layer.parameters(), torch.empty(0, device="cpu"))
     options: dict[str, Any] = {"dtype": reference.dtype, "device": reference.device}
     generator = torch.Generator().manual_seed(0)
     if isinstance(layer, nn.Linear):
@@ -83,7 +83,7 @@ def _example(layer: nn.Module) -> torch.Tensor:
             f"A convolution, a transposed convolution or a linear layer can take up a norm; "
             f"got {type(layer).__name__}. For anything else call bnfuse.fuse on the module that holds both."
         )
-    return torch.randn(shape, generator=generator).to(**options)
+    return torch.randn(shape, generator=generator, device="cpu").to(**options)
 
 
 def _check(layer: nn.Module, norm: nn.Module) -> None:

@@ -223,7 +223,7 @@ def _sum(tensor: Tensor) -> float:
 
 
 def _scratch() -> Tensor:
-    return torch.empty(PIECE, dtype=torch.float64)
+    return torch.empty(PIECE, dtype=torch.float64, device="cpu")
 
 
 def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
@@ -296,8 +296,8 @@ def _handle(layer: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[
     """Let the caller's handler fold scale and shift into its layer."""
     undo.extend(_restorer_of_module(module) for module in layer.modules())
     for unit in edit.factors:
-        scale = torch.ones(edit.shape, dtype=torch.float64) if unit.scale is None else unit.scale
-        shift = torch.zeros(edit.shape, dtype=torch.float64) if unit.shift is None else unit.shift
+        scale = torch.ones(edit.shape, dtype=torch.float64, device="cpu") if unit.scale is None else unit.scale
+        shift = torch.zeros(edit.shape, dtype=torch.float64, device="cpu") if unit.shift is None else unit.shift
         shapes = _shapes(layer)
         try:
             with torch.no_grad():
@@ -351,7 +351,8 @@ def _create(modules: _Modules, edit: Edit, undo: list[Callable[[], None]]) -> No
     unit = _composed(edit.factors)
     contents = unit.shift  # a new bias is the shift alone, since the scale of zeros is zero
     if place == "weight" or contents is None or unit.entries is not None:
-        contents = _edited(torch.full(edit.shape, 1.0 if place == "weight" else 0.0, dtype=torch.float64), unit)
+        fill = 1.0 if place == "weight" else 0.0
+        contents = _edited(torch.full(edit.shape, fill, dtype=torch.float64, device="cpu"), unit)
     data = contents.expand(edit.shape).to(device=like.device, dtype=like.dtype, copy=True).contiguous()
     if not math.isfinite(_sum(data)) and not bool(torch.isfinite(data).all()):
         raise FusionError(f"{edit.names[0]} would leave the range of {like.dtype}. Convert the model to float32 first.")

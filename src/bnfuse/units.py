@@ -199,7 +199,7 @@ def per_channel(vector: Tensor | None, axis: int, dimensions: int) -> Tensor | N
 def channel_vector(tensor: Tensor | None, axis: int, channels: int, default: float) -> Tensor:
     """The (channels,) vector of a tensor that varies along ``axis`` alone; ``default`` where there is none."""
     if tensor is None:
-        return torch.full((channels,), default, dtype=torch.float64)
+        return torch.full((channels,), default, dtype=torch.float64, device="cpu")
     return tensor.reshape(-1).expand(channels) if tensor.numel() == 1 else tensor.reshape(channels)
 
 
@@ -269,5 +269,5 @@ def _close(a: Tensor | None, b: Tensor | None, default: float) -> bool:
     assert a is not None
     if b is not None and a.shape == b.shape and torch.equal(a, b):
         return True
-    other = torch.full((), default, dtype=a.dtype) if b is None else b
+    other = torch.full((), default, dtype=a.dtype, device="cpu") if b is None else b
     return bool(((a - other).abs() <= _EQUAL * torch.maximum(a.abs(), other.abs())).all())

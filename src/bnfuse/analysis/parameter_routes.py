@@ -128,7 +128,7 @@ def _try(call: ModuleCall, nodes: list[Node], place: str, size: int) -> Route | 
     if arguments is None:
         return None
     reference = next(module.parameters(recurse=False), None)
-    device = reference.device if reference is not None else None
+    device = reference.device if reference is not None else torch.device("cpu")
     found = _traced(module, place, size, device, arguments)
     if found is None:
         return None
@@ -200,7 +200,7 @@ def _arguments(call: ModuleCall) -> tuple[tuple[Any, ...], dict[str, Any]] | Non
     return call.arguments
 
 
-def _with_contents(tensor: Tensor, device: torch.device | None) -> Tensor:
+def _with_contents(tensor: Tensor, device: torch.device) -> Tensor:
     """Random contents for a tensor that has none."""
     if not tensor.is_meta:
         return tensor.clone()
@@ -209,7 +209,7 @@ def _with_contents(tensor: Tensor, device: torch.device | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def _created(module: nn.Module, place: str, size: int, device: torch.device | None) -> Iterator[Tensor]:
+def _created(module: nn.Module, place: str, size: int, device: torch.device) -> Iterator[Tensor]:
     """The module has a parameter that changes nothing."""
     weight = module._parameters.get("weight")
     dtype = None if weight is None else weight.dtype

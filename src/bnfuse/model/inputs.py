@@ -130,9 +130,10 @@ def random_inputs(model: nn.Module, shapes: Sequence[Sequence[int]], integers_be
     """
     dtype, device = _dtype_and_device(model)
     generator = torch.Generator().manual_seed(_SEED)
+    on_cpu: dict[str, Any] = {"generator": generator, "device": "cpu"}
     if integers_below is not None:
-        return [torch.randint(integers_below, tuple(shape), generator=generator).to(device) for shape in shapes]
-    return [torch.randn(tuple(shape), generator=generator).to(device, dtype) for shape in shapes]
+        return [torch.randint(integers_below, tuple(shape), **on_cpu).to(device) for shape in shapes]
+    return [torch.randn(tuple(shape), **on_cpu).to(device, dtype) for shape in shapes]
 
 
 def token_bound(model: nn.Module) -> int | None:

@@ -37,7 +37,10 @@ def affine(node: Node, contents: Contents) -> tuple[Tensor, Tensor]:
     left, right = node.bound["self"], node.bound["other"]
     swapped = not isinstance(left, Value) or left.independent
     other = left if swapped else right
-    k = contents.content(other).double() if isinstance(other, Value) else torch.tensor(float(other)).double()
+    if isinstance(other, Value):
+        k = contents.content(other).double()
+    else:
+        k = torch.tensor(float(other), dtype=torch.float64, device="cpu")
     k = k.reshape([1] * (rank - k.dim()) + list(k.shape))
     one, zero = torch.ones_like(k), torch.zeros_like(k)
     alpha = node.argument("alpha", 1)
@@ -106,15 +109,15 @@ def _statistics_together(nodes: Sequence[Node], contents: Mapping[Value, Tensor]
         torch.cat([contents[node.bound[place]] for node in nodes]) for place in ("running_mean", "running_var")
     )
     sizes = [contents[node.bound["running_mean"]].numel() for node in nodes]
-    eps = torch.tensor([node.bound["eps"] for node in nodes], dtype=torch.float64)
-    return mean, torch.sqrt(variance + eps.repeat_interleave(torch.tensor(sizes))), sizes
+    eps = torch.tensor([node.bound["eps"] for node in nodes], dtype=torch.float64, device="cpu")
+    return mean, torch.sqrt(variance + eps.repeat_interleave(torch.tensor(sizes, device="cpu"))), sizes
 
 
 def offset(node: Node, contents: Contents) -> float:
     """The largest distance of a mean from 0, in standard deviations; 0 for a norm that is written as arithmetic."""
     if node.operator != "batch_norm":
         return 0.0
-    return distance(node, contents, torch.zeros((), dtype=torch.float64))
+    return distance(node, contents, torch.zeros((), dtype=torch.float64, device="cpu"))
 
 
 def distance(node: Node, contents: Contents, point: Tensor) -> float:
@@ -142,7 +145,7 @@ def magnitudes(node: Node, contents: Contents) -> tuple[Tensor, Tensor]:
     Both are 1 for a norm that is written as arithmetic.
     """
     if node.operator != "batch_norm":
-        return torch.ones((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        return (torch.ones((), dtype=torch.float64, device="cpu"),) * 2
     mean, sigma = _statistics(node, contents)
     shape = [1, -1] + [1] * (len(node.outputs[0].shape) - 2)
     return torch.hypot(mean, sigma).reshape(shape), sigma.reshape(shape)

@@ -109,6 +109,6 @@ def _widened(tensor: Tensor, margins: _Margins, fill: float) -> Tensor:
             if size > 0:
                 shape = list(tensor.shape)
                 shape[axis] = size
-                parts.insert(place, torch.full(shape, fill, dtype=tensor.dtype))
+                parts.insert(place, torch.full(shape, fill, dtype=tensor.dtype, device="cpu"))
         tensor = torch.cat(parts, axis)
     return tensor

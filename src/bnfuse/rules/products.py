@@ -118,7 +118,11 @@ def gated_half(node: Node, trial: Trial) -> None:
             return unit
         shape = list(scale.shape)
         shape[axis] = y.shape[axis]
-        return Unit(torch.cat([scale.expand(shape), torch.ones(shape, dtype=scale.dtype)], axis), None, unit.inverse)
+        return Unit(
+            torch.cat([scale.expand(shape), scale.new_ones(shape)], axis),
+            None,
+            unit.inverse,
+        )
 
     link(trial, x, y, forward, backward)
 

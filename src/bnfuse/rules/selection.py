@@ -107,7 +107,7 @@ def share(node: Node, trial: Trial, operands: Sequence[Value | float]) -> Unit |
     unit = lift(present, given, z)
     for operand in (z, *operands):
         if not isinstance(operand, Value):
-            _check_fixed(node, trial, torch.tensor(float(operand), dtype=torch.float64), unit)
+            _check_fixed(node, trial, torch.tensor(float(operand), dtype=torch.float64, device="cpu"), unit)
         elif operand.independent and operand.kind is not Kind.PARAMETER:
             contents = trial.content(operand).double()
             _check_fixed(

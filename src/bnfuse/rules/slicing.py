@@ -272,7 +272,7 @@ def _joined(units: list[tuple[_Piece, Unit]], whole: Value, axis: int) -> Unit:
             return None
         shape = [max(sizes) for sizes in zip(*(t.shape for _, t in given), strict=True)]
         shape[axis] = whole.shape[axis]
-        tensor = torch.full(shape, default, dtype=torch.float64)
+        tensor = torch.full(shape, default, dtype=torch.float64, device="cpu")
         for p, t in given:
             tensor[(slice(None),) * axis + (p.elements,)] = t.expand(
                 [size if i != axis else p.size for i, size in enumerate(shape)]

@@ -120,7 +120,7 @@ class Network:
         if value.kind is not Kind.PARAMETER or source is None or source.numel() <= PIECE or source.device.type != "cpu":
             yield self.content(value)
             return
-        scratch = torch.empty(0, dtype=torch.float64)
+        scratch = torch.empty(0, dtype=torch.float64, device="cpu")
         for start, size in row_ranges(source):
             rows = source.detach().narrow(0, start, size)
             scratch = scratch if scratch.numel() >= rows.numel() else scratch.new_empty(rows.numel())
@@ -209,7 +209,7 @@ _NOTHING = (None, None)
 def _initial(value: Value) -> Tensor:
     if value.kind is Kind.ABSENT:
         fill = 1.0 if value.names[0].endswith("weight") else 0.0
-        return torch.full(value.shape, fill, dtype=torch.float64)
+        return torch.full(value.shape, fill, dtype=torch.float64, device="cpu")
     if value.tensor is None:
         raise Refusal(reasons.CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
     tensor = value.tensor.detach()

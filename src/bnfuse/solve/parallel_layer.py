@@ -151,7 +151,7 @@ def absorb(sibling: Sibling, site: Site, a: Tensor, c: Tensor, trial: Trial) -> 
 
     channels = layer.channels_in
     factor = sibling.factor
-    own = torch.arange(channels)
+    own = torch.arange(channels, device="cpu")
     places = (own, own % (channels // layer.groups), *(torch.full_like(own, tap) for tap in taps))
     values = channel_vector((a - 1) * (factor / layer.factor), layer.axis, channels, 0.0)
     if bool(values.any()):

@@ -195,7 +195,7 @@ def noise(model: nn.Module, expected: object, run: Callable[[nn.Module], Any]) -
     comparisons = []
     for _ in range(_NOISE_RUNS):
         for tensor, exact in movable:
-            signs = torch.randint(0, 2, exact.shape, generator=generator).to(exact) * 2 - 1
+            signs = torch.randint(0, 2, exact.shape, generator=generator, device="cpu").to(exact) * 2 - 1
             moved = exact * (1 + torch.finfo(tensor.dtype).eps * signs)
             if not isinstance(tensor, nn.Parameter):
                 moved = torch.where(exact == exact.round(), exact, moved)
