@@ -153,7 +153,7 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _traced(
-    module: nn.Module, place: str, size: int, device: torch.device | None, arguments: _Arguments
+    module: nn.Module, place: str, size: int, device: torch.device, arguments: _Arguments
 ) -> tuple[_Trace, Tensor] | None:
     """Run the forward without and with the parameter; None if it does not run, or gives something else with it."""
     with leave_no_trace(tree.modules(module)):
@@ -166,7 +166,7 @@ def _traced(
     return (trace, parameter) if _equal(without, with_parameter) else None
 
 
-def _runs(module: nn.Module, device: torch.device | None, arguments: _Arguments) -> bool:
+def _runs(module: nn.Module, device: torch.device, arguments: _Arguments) -> bool:
     with leave_no_trace(tree.modules(module)):
         try:
             _forward(module, device, arguments)
@@ -175,7 +175,7 @@ def _runs(module: nn.Module, device: torch.device | None, arguments: _Arguments)
     return True
 
 
-def _forward(module: nn.Module, device: torch.device | None, arguments: _Arguments) -> object:
+def _forward(module: nn.Module, device: torch.device, arguments: _Arguments) -> object:
     with forked_random_state():  # the same numbers each time
         args, kwargs = pytree.map_tensors(arguments, lambda tensor: _with_contents(tensor, device))
         return module.forward(*args, **kwargs)

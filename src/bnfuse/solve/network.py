@@ -6,6 +6,7 @@ It is only read and added to; the tensors of the model are never written to.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ class Network:
         self._placed: dict[Value, tuple[Tensor | None, Tensor | None]] = {}
         self._contents = _statistics(graph.nodes)
         self._products: dict[tuple[Value, bool, int], tuple[Tensor, Tensor]] = {}
+        self._replays: dict[Value, Tensor] = {}
         self._affine = affine_together(graph.nodes, self._contents)
         self._offsets: dict[Node, float] = {}
 
@@ -131,27 +133,57 @@ class Network:
 
     def _replayed(self, value: Value) -> Tensor:
         """What the recorded operators make, in float64, of the present parameters."""
-        node = value.producer
-        if node is None or not value.independent or value.pinned is not None:
-            raise Refusal(reasons.CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
+        known = self._replays.get(value)
+        if known is not None:
+            return known
+        nodes = self._replay_order(value)
+        uses = Counter(operand for node in nodes for operand in _operands(node))
+        contents = {operand: self.content(operand) for operand in uses if not self._is_replayed(operand)}
+        for node in nodes:
+            contents.update(_replay(node, contents))
+            for operand in _operands(node):
+                uses[operand] -= 1
+                if not uses[operand]:
+                    contents.pop(operand, None)  # weights may be large, and chains of operators long
+            self._replays.update(
+                (made, contents[made]) for made in node.outputs if made in contents and made.elements <= _SMALL
+            )
+        return contents[value]
 
+    def _replay_order(self, value: Value) -> list[Node]:
+        """The operators that make a value, each after those whose results it reads.
+
+        Raises:
+            Refusal: one of them cannot be run again.
+        """
+        order: dict[Node, None] = {}
+        entered: set[Node] = set()
+        waiting = [value]
+        while waiting:
+            node = waiting[-1].producer
+            if node is None or not waiting[-1].independent or waiting[-1].pinned is not None:
+                raise Refusal(reasons.CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
+            if node in order:
+                waiting.pop()
+            elif node in entered:
+                order[node] = None
+            else:
+                self._check_replay(node)
+                entered.add(node)
+                waiting += [operand for operand in reversed(_operands(node)) if self._is_replayed(operand)]
+        return list(order)
+
+    def _is_replayed(self, value: Value) -> bool:
+        return value.kind is Kind.COMPUTED and value not in self._contents and value not in self._replays
+
+    def _check_replay(self, node: Node) -> None:
         self._assume([node])
-
-        def contents(argument: Any) -> Any:
-            if isinstance(argument, Value):
-                return self.content(argument)
-            return type(argument)(map(contents, argument)) if isinstance(argument, (tuple, list)) else argument
-
-        if node.operator in ("to", "_to_copy", "type_as") and node.outputs[0].dtype.is_floating_point:
-            return self.content(node.inputs[0])
         if torch.Tag.nondeterministic_seeded in node.overload.tags:
             raise Refusal(reasons.IS_RANDOM.reason(node.operator, node.call.label), scale=False)
-        if (node.overload._schema.is_mutable and node.operator != "detach") or value.tensor is not None:
+        if (node.overload._schema.is_mutable and node.operator != "detach") or any(
+            made.tensor is not None for made in node.outputs
+        ):
             raise Refusal(reasons.CONTENTS_ARE_WRITTEN.reason(node.operator, node.call.label), scale=False)
-        result = node.overload(**{name: contents(argument) for name, argument in node.bound.items()})
-        results = [result] if isinstance(result, Tensor) else list(result)
-        found = results[node.outputs.index(value)]
-        return found.double() if found.is_floating_point() else found  # zeros(n), for one, has float32 of its own
 
     def _assume(self, nodes: Collection[Node]) -> None:
         """A table that the code makes itself may depend on the size of the input."""
@@ -183,6 +215,8 @@ class Network:
                 self.limits.unite(node.data, node.outputs[0])
         self._placed.update(composed)
         self._products = {weight: known for weight, known in self._products.items() if weight[0] not in edits}
+        if edits:
+            self._replays.clear()
         for value, unit in edits.items():
             self.edits.setdefault(value, []).append(unit)
             self._contents.pop(value, None)
@@ -204,6 +238,48 @@ class Network:
 
 
 _NOTHING = (None, None)
+
+
+def _operands(node: Node) -> list[Value]:
+    """The values that a replay of an operator reads."""
+    return list(dict.fromkeys(node.inputs))
+
+
+def _replay(node: Node, contents: Mapping[Value, Tensor]) -> Iterator[tuple[Value, Tensor]]:
+    """What an operator makes of these contents, on the CPU."""
+
+    def replaced(argument: Any) -> Any:
+        if isinstance(argument, Value):
+            return contents[argument]
+        return type(argument)(map(replaced, argument)) if isinstance(argument, (tuple, list)) else argument
+
+    if node.operator in _CASTS and node.outputs[0].dtype.is_floating_point:
+        yield node.outputs[0], contents[node.inputs[0]]
+        return
+    arguments = {name: replaced(argument) for name, argument in node.bound.items()}
+    if arguments.get("device") is not None:
+        arguments["device"] = torch.device("cpu")
+    try:
+        made = _tensors(node.overload(**arguments))
+    except Exception as error:  # (an operator that does not take float64, or no memory)
+        raise Refusal(reasons.CONTENTS_DEPEND_ON_RUN.reason(), scale=False) from error
+    if len(made) != len(node.outputs):  # some of them are what it was given
+        raise Refusal(reasons.CONTENTS_DEPEND_ON_RUN.reason(), scale=False)
+    for output, tensor in zip(node.outputs, made, strict=True):
+        yield output, tensor.double() if tensor.is_floating_point() else tensor  # zeros(n) has float32 of its own
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, (tuple, list)):
+        return [tensor for item in result for tensor in _tensors(item)]
+    return [result] if isinstance(result, Tensor) else []
+
+
+_CASTS = ("to", "_to_copy", "type_as")
+"""Operators that round, which a replay in float64 does not."""
+
+_SMALL = 1 << 12
+"""Replayed contents of up to so many elements are kept, since rules ask for those along a chain one after the other."""
 
 
 def _initial(value: Value) -> Tensor:
