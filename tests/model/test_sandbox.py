@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import numpy
 import pytest
@@ -130,3 +131,23 @@ def test_a_mode_sees_the_forward_and_not_the_copy_of_the_inputs() -> None:
 
     run(nn.ReLU(), (torch.ones(2),), {}, mode=Listing())
     assert seen == ["aten::relu"]
+
+
+def test_a_model_that_just_fits_on_the_stack_runs_while_it_is_watched() -> None:
+    limit = sys.getrecursionlimit()
+    x = torch.randn(2, 2, 3, 3)
+    model: nn.Module = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    inner = 0
+    for _ in range(limit):
+        deeper = nn.Sequential(model)
+        try:
+            deeper.eval()(x)
+        except RecursionError:
+            break
+        model, inner = deeper, inner + 1
+    assert inner > 50
+    for _ in range(20):  # the calls of the test itself
+        model = model[0]  # type: ignore[index]
+    fused = bnfuse.fuse(model, x)
+    assert isinstance(fused.get_submodule(".".join(["0"] * (inner - 20)) + ".1"), nn.Identity)
+    assert sys.getrecursionlimit() == limit

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import random
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_
@@ -99,8 +100,31 @@ def _in_evaluation(modules: Sequence[nn.Module], seed: int, inference: bool) -> 
         _evaluation_mode(modules),
         forked_random_state(seed),
         _eager(),
+        _deeper_stack(),
     ):
         yield
+
+
+_DEEPER = 2
+"""Hooks and modes add frames to every call of a module, up to as many as the call takes by itself."""
+
+_stack = threading.Lock()
+_stacks: list[int] = []  # the limits to go back to, of all threads
+
+
+@contextlib.contextmanager
+def _deeper_stack() -> Iterator[None]:
+    """A model that just fits on the stack also does so while it is watched."""
+    with _stack:
+        _stacks.append(sys.getrecursionlimit() if not _stacks else _stacks[0])
+        sys.setrecursionlimit(_DEEPER * _stacks[0])
+    try:
+        yield
+    finally:
+        with _stack:
+            limit = _stacks.pop()
+            if not _stacks:
+                sys.setrecursionlimit(limit)
 
 
 @contextlib.contextmanager
