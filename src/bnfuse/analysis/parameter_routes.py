@@ -8,6 +8,7 @@ must be equal, and the parameter must arrive at the layer's own operators, whole
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +91,8 @@ def find_routes(place: str, calls: Calls, known: dict[tuple[Any, ...], bool]) ->
 def _route(place: str, call: ModuleCall, nodes: list[Node], known: dict[tuple[Any, ...], bool]) -> Route | None:
     module = call.module
     whole = Route(_channels(nodes[0]), call, [(node, None) for node in nodes], [])
-    own_forward = "forward" in module.__dict__
-    if not own_forward and type(module).forward in _KNOWN_FORWARDS:
+    own_forward = _has_methods_of_its_own(module)
+    if not own_forward and _is_known(type(module)):
         return whole
     key = (type(module), place, *(node.operator for node in call.all_nodes))
     if key in known and not own_forward and len(nodes) == 1:
@@ -101,6 +102,26 @@ def _route(place: str, call: ModuleCall, nodes: list[Node], known: dict[tuple[An
     if route is None or not route.steps:
         known[key] = route is not None
     return route
+
+
+def _has_methods_of_its_own(module: nn.Module) -> bool:
+    """True if methods of the object stand before those of its class."""
+    return any(callable(getattr(type(module), name, None)) for name in module.__dict__)
+
+
+@functools.cache
+def _is_known(kind: type[nn.Module]) -> bool:
+    """True for a class of PyTorch's, and for one that adds to it without a change to what its forward calls."""
+    if kind.forward not in _KNOWN_FORWARDS:
+        return False
+    added = [base for base in kind.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+    known = [base for base in kind.__mro__ if base.__module__.startswith("torch.")]
+    return not any(_is_method(name, base) for own in added for name in vars(own) for base in known)
+
+
+def _is_method(name: str, kind: type[nn.Module]) -> bool:
+    looks_up = name in ("__getattr__", "__getattribute__")
+    return looks_up or (not name.startswith("__") and callable(vars(kind).get(name)))
 
 
 def _channels(node: Node) -> int:
