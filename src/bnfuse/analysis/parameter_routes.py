@@ -92,7 +92,8 @@ def _route(place: str, call: ModuleCall, nodes: list[Node], known: dict[tuple[An
     module = call.module
     whole = Route(_channels(nodes[0]), call, [(node, None) for node in nodes], [])
     own_forward = _has_methods_of_its_own(module)
-    if not own_forward and _is_known(type(module)):
+    kind: Any = type(module)
+    if not own_forward and _is_known(kind):
         return whole
     key = (type(module), place, *(node.operator for node in call.all_nodes))
     if key in known and not own_forward and len(nodes) == 1:
