@@ -253,6 +253,12 @@ LEAVES_PYTORCH = _cause(
     "`.numpy()`, `.tolist()`, `.data` and the like: what is done with them is not seen.",
     "Use PyTorch's operators; `.detach()` in place of `.data`.",
 )
+IS_CHOSEN = _cause(
+    "is-chosen",
+    "{how} chooses by contents what becomes of it, or makes it",
+    "`torch.cond` and `while_loop` may do something else with it, or something else more often, for other inputs.",
+    "Nothing; or write it as Python code, which is followed.",
+)
 IS_WRITTEN = _cause(
     "is-written",
     "it is written to during the run",

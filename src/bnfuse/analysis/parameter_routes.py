@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -284,6 +285,8 @@ class _Trace(Mode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self.unrolled(func, args, kwargs)
         result = func(*args, **kwargs)
         operator = operator_of(func)
         given = [tensor for _, tensor in pytree.tensors((args, kwargs))]

@@ -6,12 +6,14 @@ Under ``torch.inference_mode`` a ``TorchDispatchMode`` sees composite operators 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container, Sequence
 from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
 from bnfuse.capture import shapes_only as without_arithmetic
 from bnfuse.capture.module_calls import ModuleCalls
@@ -19,7 +21,7 @@ from bnfuse.capture.values import Values, is_masking
 from bnfuse.graph.graph import Node, Storage, Value
 from bnfuse.model.sandbox import Mode, SavedState
 from bnfuse.operators import Operator, known_as, memory_of, operator_of, parts_of
-from bnfuse.reasons import IS_MULTIPLIED_IN, IS_WRITTEN
+from bnfuse.reasons import IS_CHOSEN, IS_MULTIPLIED_IN, IS_WRITTEN
 
 _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
 
@@ -41,6 +43,9 @@ def _goes_by_sizes(node: Node) -> bool:
     sizes = node.argument(_TO_SHAPES.get(node.operator, ""), ())
     return any(size not in (-1, 0, 1) for size in sizes) and not node.call.is_standard
 
+
+_CHOOSING = ("cond", "while_loop")
+"""Operators of a higher order that go by contents."""
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -83,6 +88,8 @@ class Recorder(Mode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            return self._run_functions(func, args, kwargs or {})
         if not torch._C._is_torch_function_mode_enabled():
             return self._run(func, args, kwargs or {})
         with torch._C.DisableTorchFunction():  # sizes that are read here are not read by the model
@@ -129,6 +136,23 @@ class Recorder(Mode):
             call = self._calls.current
             node = Node(len(self.nodes), known_as(operator, bound), func, bound, inputs, [], call, written)
             self._record(node, operator, tensors, independent, _flat(result))
+        return result
+
+    def _run_functions(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator that is given functions, and record their operators; of a choice, those of both sides."""
+        self.looks = True
+        result = self.unrolled(func, args, kwargs)
+        name = func.name()
+        if name not in _CHOOSING:
+            return result
+        seen = [args, kwargs, result]
+        if name == "cond":
+            condition, on_true, on_false, operands = args
+            with torch._C.DisableTorchFunction():
+                other = on_false if condition else on_true
+            with contextlib.suppress(Exception), self:
+                seen.append(other(*operands))
+        self._values.expose(seen, IS_CHOSEN, how=name)
         return result
 
     def _bind(self, argument: Any, tensors: list[Tensor], inputs: list[Value]) -> Any:

@@ -10,6 +10,7 @@ import itertools
 import random
 import sys
 import threading
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.model import tree
@@ -310,7 +312,13 @@ def _differs(container: Any, before: Any) -> bool:
 
 
 class Mode(TorchDispatchMode):
-    """A dispatch mode for use inside `leave_no_trace`, where compiled code runs eagerly."""
+    """A dispatch mode for use inside `leave_no_trace`, where compiled code runs eagerly.
+
+    Operators of a higher order (``torch.cond``, ``scan``, ``flex_attention``) are given functions. They run as Python
+    code, so that a mode sees the operators of these functions; each mode calls `unrolled` for them.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -318,6 +326,18 @@ class Mode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # True would wrap every call, which takes longer than the call and loads the compiler
+
+    def unrolled(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator of a higher order as the operators that it is made of."""
+        kernel = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        if kernel is None:
+            raise NotImplementedError(f"{func.name()} has no implementation in Python, so it cannot be watched")
+        # They refuse to run under a mode, so each is given names by which it sees none.
+        names = {**kernel.__globals__, "_get_current_dispatch_mode": lambda: None}
+        watched = types.FunctionType(kernel.__code__, names, None, kernel.__defaults__, kernel.__closure__)
+        watched.__kwdefaults__ = kernel.__kwdefaults__
+        with self:
+            return watched(*args, **kwargs)
 
 
 class _SaveBeforeWrites(Mode):
@@ -341,6 +361,8 @@ class _SaveBeforeWrites(Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self.unrolled(func, args, kwargs)
         operator = operator_of(func)
         if operator.written or operator.writes_if:
             for _, tensor in tensors((args, kwargs)):

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
 from bnfuse.model.pytree import tensors
 from bnfuse.model.sandbox import Mode
@@ -78,6 +79,8 @@ class DiscreteChoices(Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self.unrolled(func, args, kwargs)
         floating = [tensor for _, tensor in tensors((args, kwargs)) if _is_floating(tensor)]
         if not floating or not isinstance(func, torch._ops.OpOverload) or _reads_no_values(func):
             return func(*args, **kwargs)

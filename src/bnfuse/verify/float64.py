@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 
 from bnfuse.model.copying import copy_model
 from bnfuse.model.pytree import map_tensors, tensors
@@ -32,6 +33,8 @@ class InFloat64(Mode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self.unrolled(func, args, kwargs)
         if not isinstance(func, torch._ops.OpOverload) or func is torch.ops.aten.view.dtype:
             return func(*args, **kwargs)
         aliased = {argument.name for argument in func._schema.arguments if argument.alias_info is not None}
