@@ -53,10 +53,18 @@ def known_as(operator: Operator, bound: Mapping[str, Any]) -> str:
     return operator.name
 
 
+def _sparse_product(term: Tensor, mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any) -> Tensor:
+    """What ``torch.sparse.mm`` computes, where ``term`` stands for nothing, and ``torch.sparse.addmm``."""
+    product = torch.matmul(mat1, mat2)
+    product = product if alpha == 1 else torch.mul(product, alpha)
+    return product if beta == 0 else torch.add(product, torch.mul(term, beta))
+
+
 _SUMS_AND_PRODUCTS: dict[str, Callable[..., Tensor]] = {
     "addcmul": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.mul(tensor1, tensor2), alpha=value),
     "addcdiv": lambda self, tensor1, tensor2, value=1: torch.add(self, torch.div(tensor1, tensor2), alpha=value),
     "lerp": lambda self, end, weight: torch.add(self, torch.mul(torch.sub(end, self), weight)),
+    "_sparse_addmm": lambda self, mat1, mat2, beta=1, alpha=1: _sparse_product(self, mat1, mat2, beta, alpha),
     "baddbmm": lambda self, batch1, batch2, beta=1, alpha=1: torch.add(
         torch.mul(self, beta), torch.bmm(batch1, batch2), alpha=alpha
     ),
@@ -110,3 +118,15 @@ def memory_of(tensor: Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None  # a sparse tensor, for one
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has one size along each axis and a place in memory for each element."""
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The sizes of a tensor; of a nested one that keeps no table of them, the number of its parts and nothing else."""
+    if tensor.is_nested and tensor.layout == torch.strided:
+        return (tensor.size(0),)
+    return tuple(tensor.shape)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -184,7 +183,7 @@ def _comes_back(site: Site) -> bool:
         return True
     if site.x.elements == 0 or any(len(node.inputs) > 1 for node in moves):
         return False
-    places = torch.arange(site.x.elements).reshape(site.x.shape)
+    places = torch.arange(site.x.elements, device="cpu").reshape(site.x.shape)
     moved = places
     for node in moves:
         if moved.shape != node.inputs[0].shape:
@@ -194,27 +193,11 @@ def _comes_back(site: Site) -> bool:
 
 
 def _referenced_elsewhere(model: nn.Module) -> dict[int, str]:
-    """Plain attributes that also hold a module (in a list, as a bound method), by the ``id`` of the module."""
-    found: dict[int, str] = {}
-    for place, value in tree.plain_attributes(model):
-        for other in _modules_in(value, _DEPTH):
-            found[id(other)] = place
-    return found
-
-
-def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
-    """The modules that an attribute is, is a method of, or holds in containers down to a depth."""
-    if isinstance(value, nn.Module):
-        yield value
-        return
-    if isinstance(getattr(value, "__self__", None), nn.Module):
-        yield value.__self__
-        return
-    if depth == 0 or tree.holds_no_object(value):
-        return
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from _modules_in(item, depth - 1)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from _modules_in(item, depth - 1)
+    """Plain attributes that also refer to a module (in a list, as a bound method, from a function's closure), by the
+    ``id`` of the module."""
+    return {
+        id(other): place
+        for place, value in tree.plain_attributes(model)
+        for other in tree.referred(value, _DEPTH)
+        if isinstance(other, nn.Module)
+    }

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from bnfuse import reasons
 from bnfuse.graph.graph import Kind, Storage, Value, may_overlap
-from bnfuse.operators import memory_of
+from bnfuse.operators import is_dense, memory_of, shape_of
 from bnfuse.reasons import Reason
 
 _PLAIN_CLASSES = (Tensor, nn.Parameter, nn.Buffer)
@@ -17,9 +16,11 @@ _PLAIN_CLASSES = (Tensor, nn.Parameter, nn.Buffer)
 
 def new_value(index: int, tensor: Tensor, kind: Kind, storage: Storage) -> Value:
     """A value with the shape, dtype and strides of a tensor, at the present version of its memory."""
-    value = Value(index, kind, tuple(tensor.shape), tensor.dtype, storage, storage.version)
-    if tensor.layout == torch.strided:
+    value = Value(index, kind, shape_of(tensor), tensor.dtype, storage, storage.version)
+    if is_dense(tensor):
         value.strides = tensor.stride()
+    elif tensor.is_nested:
+        value.pin(reasons.IS_SUBCLASS, kind="a nested tensor")
     storage.values.append(value)
     return value
 
@@ -142,7 +143,7 @@ def _same_elements(a: Tensor, b: Tensor) -> bool:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.numel() == 0 or b.numel() == 0 or a.is_sparse or b.is_sparse:
+    if a.numel() == 0 or b.numel() == 0 or not (is_dense(a) and is_dense(b)):
         return False
     (a_start, a_end), (b_start, b_end) = _bytes(a), _bytes(b)
     return a_start < b_end and b_start < a_end
@@ -156,6 +157,6 @@ def _bytes(tensor: Tensor) -> tuple[int, int]:
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided:
+    if not is_dense(tensor):
         return True
     return not tensor.is_contiguous() and may_overlap(tensor.shape, tensor.stride())

@@ -14,6 +14,7 @@ from torch.nn.modules import module as module_hooks
 from bnfuse.capture.values import Values
 from bnfuse.graph.graph import ModuleCall
 from bnfuse.model import pytree
+from bnfuse.operators import is_dense
 from bnfuse.reasons import HOOK_READS
 
 _OWN_HOOKS: set[int] = set()
@@ -128,7 +129,8 @@ def _has_global_hooks() -> bool:
 
 
 def _without_contents(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype that keeps no memory alive; a few whole numbers are copied."""
-    if tensor.numel() <= _FEW and not tensor.is_floating_point():
+    """A tensor of the same shape and dtype that keeps no memory alive; a few whole numbers are copied, as is what is
+    sparse or nested."""
+    if not is_dense(tensor) or (tensor.numel() <= _FEW and not tensor.is_floating_point()):
         return tensor.detach().clone()
     return torch.empty_like(tensor, device="meta")

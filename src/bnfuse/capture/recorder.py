@@ -20,7 +20,7 @@ from bnfuse.capture.module_calls import ModuleCalls
 from bnfuse.capture.values import Values, is_masking
 from bnfuse.graph.graph import Node, Storage, Value
 from bnfuse.model.sandbox import Mode, SavedState
-from bnfuse.operators import Operator, known_as, memory_of, operator_of, parts_of
+from bnfuse.operators import Operator, known_as, memory_of, operator_of, parts_of, shape_of
 from bnfuse.reasons import IS_CHOSEN, IS_MULTIPLIED_IN, IS_WRITTEN
 
 _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
@@ -220,7 +220,7 @@ class Recorder(Mode):
             made = _flat(parts(*args, **kwargs))
         values = [self._values.known(tensor) for tensor in made]
         fits = len(results) == len(values) and all(
-            value is not None and value.shape == tuple(tensor.shape) and value.dtype == tensor.dtype
+            value is not None and value.shape == shape_of(tensor) and value.dtype == tensor.dtype
             for tensor, value in zip(results, values, strict=True)
         )
         if not fits:

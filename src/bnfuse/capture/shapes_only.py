@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfuse.operators import Operator
+from bnfuse.model import pytree
+from bnfuse.operators import Operator, is_dense
 
 
 class NeedsContentsError(BaseException):
@@ -39,7 +40,7 @@ def compute(func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[s
     if operator.needs_contents or (name == "index" and _masked(args[1])):
         raise NeedsContentsError(func._schema.name)
     make = _MADE.get(name)
-    if make is None:
+    if make is None or not all(is_dense(tensor) for _, tensor in pytree.tensors(args)):
         return func(*args, **kwargs)
     if not operator.written:
         made = make(*args, **kwargs)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from bnfuse.errors import InputError
 from bnfuse.model import pytree, tree
 from bnfuse.model.describe import one_line
 from bnfuse.model.tree import SIMPLE
+from bnfuse.operators import is_dense
 
 
 def copy_model(
@@ -24,9 +27,7 @@ def copy_model(
     """Copy a model deeply, also where ``copy.deepcopy`` fails or loses shared memory.
 
     Tensors that are part of an autograd graph, which layers compute and keep as attributes (old-style weight_norm), are
-    copied without the graph. Parameters and buffers that share memory also share it in the copy. Functions in
-    attributes (a replaced forward, hooks) that hold parts of the model, in variables from around them or as default
-    arguments, are made anew for the copy, since ``copy.deepcopy`` would share them.
+    copied without the graph. Parameters and buffers that share memory also share it in the copy.
 
     Args:
         stand_ins: what the copy holds in place of some modules and parameters of the model, by their ``id``.
@@ -40,15 +41,16 @@ def copy_model(
         for _, value in pytree.tensors(attribute):
             if not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    held = held_tensors(model) if held is None else held
+    own = {*map(id, tree.modules(model)), *held}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            copied: nn.Module = _Copier(model, memo).copy(model)
+            copied: nn.Module = _Copier(memo, own).copy(model)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} cannot be copied: {one_line(error)}. "
             f"Fuse it in place: bnfuse.fuse(model, inputs, inplace=True)."
         ) from error
-    held = held_tensors(model) if held is None else held
     if not held.keys().isdisjoint(held_tensors(copied)):
         raise InputError(
             f"A copy of {type(model).__name__} shares parameters with it (a __deepcopy__ of its own), so it would "
@@ -60,13 +62,23 @@ def copy_model(
 
 _DICTIONARIES = frozenset({dict, OrderedDict})
 _SEQUENCES = frozenset({list, tuple, set})
+_TENSORS = frozenset({Tensor, nn.Parameter, nn.Buffer})
 
 
 class _Copier:
-    """The same as ``copy.deepcopy`` for one model, but faster for modules, and for functions that hold parts of it."""
+    """Copies one model: the same as ``copy.deepcopy``, but faster, and for more than that copies.
 
-    def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
-        self.model, self.memo = model, memo
+    What refers to a module, parameter or buffer of the model without holding it (a weak reference, a function with the
+    module in its closure) refers to the copy of it in the copy.
+    """
+
+    def __init__(self, memo: dict[int, Any], own: Collection[int]) -> None:
+        """
+        Args:
+            memo: what the copy holds in place of an object, by its ``id``. It is added to.
+            own: the ``id`` of every module, parameter and buffer of the model.
+        """
+        self.memo, self.own = memo, own
 
     def copy(self, value: Any) -> Any:
         kind: Any = type(value)
@@ -79,108 +91,146 @@ class _Copier:
         if kind in _DICTIONARIES:
             memo[id(value)] = made = kind()
             for key, item in value.items():
-                new_key = key if type(key) in SIMPLE else copy.deepcopy(key, memo)
+                new_key = key if type(key) in SIMPLE else self.copy(key)
                 made[new_key] = item if type(item) in SIMPLE else self.copy(item)
             return made
-        if kind in _SEQUENCES:
-            return self._sequence(value, kind)
-        if kind is types.FunctionType:
-            return self._function(value) if self._holds_parts(value, {}) else value
-        if kind is types.MethodType:
-            return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
-        if kind is functools.partial:
-            new = functools.partial(self.copy(value.func), *self.copy(value.args), **self.copy(value.keywords))
-            new.__dict__.update(self.copy(value.__dict__))
-            return new
-        if not isinstance(value, nn.Module) or not _is_copied_by_state(kind):
+        if kind in _SEQUENCES and SIMPLE.issuperset(map(type, value)):
+            if kind is tuple:
+                return value
+            memo[id(value)] = copied = value.copy()
+            return copied
+        if isinstance(value, nn.Module) and kind not in weakref.ProxyTypes and _is_copied_by_state(kind):
+            state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
+            if type(state) is dict:
+                return self._module(value, kind, state)
+        by_kind = _BY_KIND.get(kind)
+        if by_kind is not None:
+            return by_kind(self, value)
+        if kind in _TENSORS and (not is_dense(value) or value.is_quantized):
+            return self._not_dense(value)
+        try:
             return copy.deepcopy(value, memo)
-        state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
-        if type(state) is not dict:
-            return copy.deepcopy(value, memo)
-        memo.setdefault(id(memo), []).append(state)  # held, so that no new object gets the same id
-        memo[id(value)] = module = object.__new__(kind)
-        module.__setstate__({n: item if type(item) in SIMPLE else self.copy(item) for n, item in state.items()})
+        except Exception:
+            if isinstance(value, (nn.Module, Tensor)) or self._holds_parts_of_the_model(value):
+                raise
+            memo.pop(id(value), None)
+            return value  # a lock, an open file
+
+    def _holds_parts_of_the_model(self, value: Any) -> bool:
+        return bool(pytree.tensors(value)) or any(id(item) in self.own for item in tree.referred(value))
+
+    def _module(self, value: nn.Module, kind: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+        self.memo.setdefault(id(self.memo), []).append(state)  # held, so that no new object gets the same id
+        self.memo[id(value)] = module = object.__new__(kind)
+        module.__setstate__({name: item if type(item) in SIMPLE else self.copy(item) for name, item in state.items()})
         return module
 
-    def _sequence(self, value: Any, kind: Any) -> Any:
-        plain = SIMPLE.issuperset(map(type, value))
-        if kind is list:
-            made: list[Any] = []
-            self.memo[id(value)] = made
-            made.extend(value if plain else map(self.copy, value))
-            return made
-        if plain:
-            return value if kind is tuple else self.memo.setdefault(id(value), value.copy())
-        items = [self.copy(item) for item in value]
-        same = all(new is old for new, old in zip(items, value, strict=True))
-        return self.memo.setdefault(id(value), value if same and kind is tuple else kind(items))
-
-    def _function(self, old: types.FunctionType) -> types.FunctionType:
-        """The same function with the copies of the parts that it holds."""
-        cells = None if old.__closure__ is None else tuple(map(self._cell, old.__closure__))
-        new = types.FunctionType(old.__code__, old.__globals__, old.__name__, None, cells)
-        self.memo[id(old)] = new  # before what it holds is copied, which may hold the function
-        new.__defaults__, new.__kwdefaults__ = self._kept_parts(old.__defaults__), self._kept_parts(old.__kwdefaults__)
-        for name in functools.WRAPPER_ASSIGNMENTS:
-            if hasattr(old, name):
-                setattr(new, name, getattr(old, name))
-        new.__dict__.update({name: self._part(item) for name, item in old.__dict__.items()})
-        for cell, made in zip(old.__closure__ or (), cells or (), strict=True):
-            if made is not cell and not _is_filled(made) and _is_filled(cell):
-                made.cell_contents = self._part(cell.cell_contents)
-        return new
-
-    def _cell(self, cell: types.CellType) -> types.CellType:
-        """A cell for the copy, still empty; the cell itself if it holds no part of the model."""
-        if not _is_filled(cell) or not self._holds_parts(cell.cell_contents, {}):
-            return cell
-        made: types.CellType = self.memo.setdefault(id(cell), types.CellType())
+    def _not_dense(self, value: Tensor) -> Tensor:
+        """A sparse, nested or quantised tensor, some of which ``copy.deepcopy`` does not take."""
+        made = value.detach().clone()
+        if isinstance(value, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=value.requires_grad)
+        elif type(value) is not Tensor:
+            made = nn.Buffer(made)
+        self.memo[id(value)] = made
+        made.__dict__.update(self.copy(value.__dict__))
         return made
 
-    def _part(self, value: Any) -> Any:
-        return self.copy(value) if self._holds_parts(value, {}) else value
+    def in_list(self, value: list[Any]) -> list[Any]:
+        made: list[Any] = []
+        self.memo[id(value)] = made
+        made.extend(map(self.copy, value))
+        return made
 
-    def _kept_parts(self, held: Any) -> Any:
-        if isinstance(held, tuple):
-            return tuple(map(self._part, held))
-        return {name: self._part(item) for name, item in held.items()} if isinstance(held, dict) else held
+    def in_tuple(self, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        made = tuple(map(self.copy, value))
+        if all(map(is_, made, value)):
+            return value
+        known: tuple[Any, ...] = self.memo.setdefault(id(value), made)  # one of its members may hold it
+        return known
 
-    def _holds_parts(self, value: Any, seen: dict[int, Any]) -> bool:
-        """Whether a value is a part of the model, or a function, method or container that holds one."""
-        if isinstance(value, (nn.Module, Tensor)):
-            return id(value) in self._parts
-        if type(value) in SIMPLE or id(value) in seen:
-            return False
-        seen[id(value)] = value
-        return any(self._holds_parts(item, seen) for item in _held_by(value))
+    # References ---------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def _parts(self) -> set[int]:
-        """Modules, parameters and buffers of the model, by their ``id``."""
-        return {*map(id, tree.modules(self.model)), *held_tensors(self.model)}
+    def refer(self, target: Any) -> Any:
+        """What the copy refers to instead of an object: the copy of what the model holds, else the object itself."""
+        return self.copy(target) if id(target) in self.own or id(target) in self.memo else target
+
+    def reference(self, value: weakref.ref[Any]) -> weakref.ref[Any]:
+        target = value()
+        new = self.refer(target)
+        return value if new is target else weakref.ref(new, value.__callback__)
+
+    def method_reference(self, value: weakref.WeakMethod[Any]) -> weakref.WeakMethod[Any]:
+        target = value()
+        if target is None:
+            return value
+        return weakref.WeakMethod(types.MethodType(target.__func__, self.refer(target.__self__)))
+
+    def proxy(self, value: Any) -> Any:
+        try:
+            target = value.__init__.__self__  # of the object that it stands for
+        except ReferenceError:
+            return value
+        new = self.refer(target)
+        return value if new is target else weakref.proxy(new)
+
+    def by_key(self, value: Any) -> Any:
+        self.memo[id(value)] = made = type(value)()
+        made.update((self.refer(key), self.copy(item)) for key, item in list(value.items()))
+        return made
+
+    def by_value(self, value: Any) -> Any:
+        self.memo[id(value)] = made = type(value)()
+        made.update((self.copy(key), self.refer(item)) for key, item in list(value.items()))
+        return made
+
+    def weak_set(self, value: Any) -> Any:
+        self.memo[id(value)] = made = type(value)(map(self.refer, list(value)))
+        return made
+
+    def method(self, value: types.MethodType) -> types.MethodType:
+        return types.MethodType(self.copy(value.__func__), self.copy(value.__self__))
+
+    def partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
+        made = functools.partial(self.copy(value.func), *map(self.copy, value.args), **self.copy(value.keywords))
+        made.__dict__.update(self.copy(value.__dict__))
+        return made
+
+    def function(self, value: types.FunctionType) -> types.FunctionType:
+        """A function is shared, unless its closure or its defaults hold something of the model."""
+        if not any(id(item) in self.own for item in tree.referred(value)):
+            return value
+        cells = tuple(map(self._cell, value.__closure__ or ()))
+        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+        self.memo[id(value)] = made
+        for name in functools.WRAPPER_ASSIGNMENTS:
+            if hasattr(value, name):
+                setattr(made, name, getattr(value, name))
+        for cell, old in zip(cells, value.__closure__ or (), strict=True):
+            if tree.is_filled(old):
+                cell.cell_contents = self.copy(old.cell_contents)
+        made.__defaults__, made.__kwdefaults__ = self.copy(value.__defaults__), self.copy(value.__kwdefaults__)
+        made.__dict__.update(self.copy(value.__dict__))
+        return made
+
+    def _cell(self, cell: types.CellType) -> types.CellType:
+        """Functions that share a variable also do so in the copy."""
+        return self.memo.setdefault(id(cell), types.CellType())  # type: ignore[no-any-return]
 
 
-def _held_by(value: Any) -> Iterable[Any]:
-    """What functions, bound methods, partial functions and containers hold; nothing for any other value."""
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
-        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-        return (*cells, *defaults, *value.__dict__.values())
-    if isinstance(value, types.MethodType):
-        return (value.__func__, value.__self__)
-    if isinstance(value, functools.partial):
-        return (value.func, *value.args, *value.keywords.values())
-    if type(value) in _DICTIONARIES:
-        return tuple(value.values())
-    return tuple(value) if type(value) in _SEQUENCES else ()
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 (raises where there is nothing)
-    except ValueError:
-        return False
-    return True
+_BY_KIND: dict[type[Any], Callable[[_Copier, Any], Any]] = {
+    list: _Copier.in_list,
+    tuple: _Copier.in_tuple,
+    weakref.ref: _Copier.reference,
+    weakref.WeakMethod: _Copier.method_reference,
+    **dict.fromkeys(weakref.ProxyTypes, _Copier.proxy),
+    weakref.WeakKeyDictionary: _Copier.by_key,
+    weakref.WeakValueDictionary: _Copier.by_value,
+    weakref.WeakSet: _Copier.weak_set,
+    types.MethodType: _Copier.method,
+    types.FunctionType: _Copier.function,
+    functools.partial: _Copier.partial,
+}
 
 
 _COPYING = {
@@ -213,7 +263,7 @@ def shared_memory(held: Mapping[int, Tensor]) -> dict[int, int]:
     """Those of the tensors that share their storage with another: the storage's address by the ``id`` of the tensor."""
     storages: dict[int, list[Tensor]] = {}
     for tensor in held.values():
-        if tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor):
+        if is_dense(tensor) and not nn.parameter.is_lazy(tensor):
             storages.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
     return {id(tensor): storage for storage, tensors in storages.items() if len(tensors) > 1 for tensor in tensors}
 

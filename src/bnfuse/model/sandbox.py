@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.model import tree
 from bnfuse.model.pytree import map_tensors, tensors
-from bnfuse.operators import memory_of, operator_of
+from bnfuse.operators import is_dense, memory_of, operator_of, shape_of
 
 _MISSING = object()
 
@@ -269,7 +269,7 @@ class SavedState:
             if memory_of(tensor) != memory_of(memory):
                 tensor.data = memory
         for tensor, contents in self.contents.values():
-            if tensor.shape == contents.shape:
+            if shape_of(tensor) == shape_of(contents):
                 tensor.data.copy_(contents)
 
 
@@ -373,12 +373,11 @@ class _SaveBeforeWrites(Mode):
 
 def is_writable(tensor: Tensor) -> bool:
     """True if the tensor is dense and no two of its elements share memory, as they do in an expanded one."""
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+    if not is_dense(tensor) or tensor.is_quantized:
         return False
     return all(stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _address(tensor: Tensor) -> int:
     """Where a tensor's storage begins; 0 where it has none of its own (sparse tensors)."""
-    own = tensor.layout == torch.strided and not tensor.is_nested
-    return tensor.untyped_storage().data_ptr() if own else 0
+    return tensor.untyped_storage().data_ptr() if is_dense(tensor) else 0

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -118,3 +121,50 @@ def holds_no_object(value: Any) -> bool:
     if type(value) not in _CONTAINERS:
         return False
     return not value or SIMPLE.issuperset(map(type, value.values() if isinstance(value, dict) else value))
+
+
+def referred(value: Any, deepest: int = 8) -> Iterator[Any]:
+    """A value, and what it refers to as an object: as a container, a method, a weak reference, a function in whose
+    closure or defaults something stands.
+
+    Modules are not entered.
+
+    >>> unit = nn.ReLU()
+    >>> unit in list(referred({"act": [lambda x, act=unit: act(x)]}))
+    True
+    """
+    waiting = [(value, deepest)]
+    seen: dict[int, Any] = {}  # held, so that no new object gets the same id
+    while waiting:
+        item, depth = waiting.pop()
+        if type(item) in SIMPLE or id(item) in seen:
+            continue
+        seen[id(item)] = item
+        if type(item) in weakref.ProxyTypes:
+            with contextlib.suppress(ReferenceError):
+                item = item.__init__.__self__  # the object that it stands for
+        yield item
+        if depth and not isinstance(item, nn.Module):
+            waiting += [(inner, depth - 1) for inner in _inside(item)]
+
+
+def _inside(item: Any) -> Iterable[Any]:
+    if isinstance(item, (dict, list, tuple, set)):
+        return () if holds_no_object(item) else item.values() if isinstance(item, dict) else item
+    if isinstance(item, types.FunctionType):
+        cells = (cell.cell_contents for cell in item.__closure__ or () if is_filled(cell))
+        return (*cells, *(item.__defaults__ or ()), *(item.__kwdefaults__ or {}).values())
+    if isinstance(item, types.MethodType):
+        return item.__self__, item.__func__
+    if isinstance(item, functools.partial):
+        return item.func, *item.args, *item.keywords.values()
+    return (item(),) if isinstance(item, weakref.ref) else ()
+
+
+def is_filled(cell: types.CellType) -> bool:
+    """Whether a variable of a function's closure has a value."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

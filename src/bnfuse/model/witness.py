@@ -111,8 +111,10 @@ def _sum(data: Tensor) -> int:
 
 @functools.cache
 def _weights() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=generator, dtype=torch.int64) | 1
+    with torch.inference_mode(False):
+        generator = torch.Generator("cpu").manual_seed(0)
+        random = torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=generator, dtype=torch.int64, device="cpu")
+        return random | 1
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -74,7 +74,7 @@ class Network:
         they are not finite."""
         if len(nodes) == 1 and nodes[0] in self._affine:
             return self._affine[nodes[0]]
-        a, c = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        a, c = (torch.full((), number, dtype=torch.float64, device="cpu") for number in (1.0, 0.0))
         for node in nodes:
             if is_rearrangement(node):
                 a, c = (rearranged(node, part) if part.dim() else part for part in (a, c))

@@ -68,7 +68,7 @@ class Constants(Mode):
                 self._constant.pop(tensor, None)
             return output
         if isinstance(output, float) and given:
-            taken = self._taken(str(func), torch.tensor(output, dtype=torch.float64), given[0].dtype)
+            taken = self._taken(str(func), torch.tensor(output, dtype=torch.float64, device="cpu"), given[0].dtype)
             return output if taken is None else taken.item()
         if isinstance(output, Tensor) and output.is_floating_point() and not given:
             taken = self._taken(str(func), output.double(), output.dtype)

@@ -46,7 +46,7 @@ class Accumulator:
                 accumulator = self.outputs.setdefault(path, _OutputAccumulator(path))
                 accumulator.add(first.get(path), second.get(path), self.batches)
         if first and next(iter(first.values())).ndim:
-            self.samples += next(iter(first.values())).shape[0]
+            self.samples += next(iter(first.values())).size(0)
         self.batches += 1
         if labels is not None:
             self.classify(first, second, labels)
@@ -96,6 +96,8 @@ class _OutputAccumulator:
         self.expected = self.got = math.nan
 
     def add(self, before: Tensor | None, after: Tensor | None, batch: int) -> None:
+        # One that is nested has no shape, unless it is padded.
+        before, after = (None if tensor is None else _padded(tensor) for tensor in (before, after))
         only = before if before is not None else after
         assert only is not None
         if self.dtype is None:
@@ -201,13 +203,18 @@ def _ratio(error: float, reference: float) -> float:
 
 def _strided(tensor: Tensor) -> Tensor:
     """The same values as a dense, strided tensor on the CPU."""
-    if tensor.is_nested:
-        tensor = tensor.to_padded_tensor(0.0)
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    return tensor.detach().cpu()
+    with torch.inference_mode(tensor.is_inference()):  # some conversions write to the tensor
+        if tensor.is_quantized:
+            tensor = tensor.dequantize()
+        if tensor.layout != torch.strided:
+            tensor = tensor.to_dense()
+        return tensor.detach().cpu()
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """A nested tensor as a dense one."""
+    with torch.inference_mode(tensor.is_inference()):
+        return tensor.to_padded_tensor(0.0) if tensor.is_nested else tensor
 
 
 def _widest(tensor: Tensor) -> Tensor:
