@@ -234,11 +234,10 @@ MEETS_UNSEEN_ARGUMENT = _cause(
     "Give such a call too: `fuse(model, x, calls=[bnfuse.Call(x, mask=mask)])`. If the argument is never used, "
     "`Options(infer_calls=False)` leaves it out of account.",
 )
-IDLE_MODULE_MAY_READ = _cause(
-    "idle-module-may-read",
+IDLE_NORM_MAY_READ = _cause(
+    "idle-norm-may-read",
     "{name}, which did not run, may read it another time",
-    "A module beside those that ran takes as many channels, and took no part: one of several norms, heads or branches "
-    "of which the code chooses one.",
+    "A norm beside those that ran takes as many channels, and took no part: one of several of which one is chosen.",
     "Give calls that reach it: `fuse(model, x, calls=[bnfuse.Call(x, domain=1)])`.",
 )
 HOOK_READS = _cause(

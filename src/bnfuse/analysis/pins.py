@@ -8,7 +8,7 @@ from torch import nn
 
 from bnfuse.graph.graph import Graph, ModuleCall, Value
 from bnfuse.model import tree
-from bnfuse.reasons import IDLE_MODULE_MAY_READ, LAYER_NOT_NAMED, MODULE_DID_NOT_RUN
+from bnfuse.reasons import IDLE_NORM_MAY_READ, LAYER_NOT_NAMED, MODULE_DID_NOT_RUN
 
 
 def pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
@@ -24,62 +24,58 @@ def pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
                 value.pin(MODULE_DID_NOT_RUN, name=idle[0])
 
 
-def pin_what_idle_modules_may_read(model: nn.Module, graph: Graph) -> None:
-    """Keep what a module that did not run could have been given in place of one that did.
+def pin_what_idle_norms_may_read(model: nn.Module, graph: Graph) -> list[str]:
+    """Keep what a norm that did not run could have been given in place of one that did.
 
-    A model may choose one of several norms, heads or branches (``self.norms[domain]``). So the module that would have
-    called it keeps every tensor that it handles itself and that has as many channels as the idle one takes.
+    A model may choose one of several norms (``self.norms[domain]``). So the module that would have called an idle one
+    keeps every tensor that it handles itself and that has as many channels.
+
+    Returns:
+        The names of the outermost modules of which nothing took part.
     """
     ran = {id(call.module) for call in graph.calls}
     read = {name for name, value in graph.leaves.items() if value.consumers}
-    calls: dict[int, list[ModuleCall]] | None = None
     named = dict(tree.named_modules(model))
-    for name, sizes in _idle(model, ran, read):
+    idle = list(_idle(model, ran, read))
+    calls: dict[int, list[ModuleCall]] = {}
+    for call in graph.calls if idle else ():
+        calls.setdefault(id(call.module), []).append(call)
+    for name in idle:
+        channels = _channels_of_norm(named[name])
         path = name
-        while path:
+        while channels is not None and path:
             path = path.rpartition(".")[0]
             if id(named[path]) in ran:
                 break
-        if calls is None:
-            calls = {}
-            for call in graph.calls:
-                calls.setdefault(id(call.module), []).append(call)
-        for call in calls.get(id(named[path]), ()):
+        for call in calls.get(id(named[path]), ()) if channels is not None else ():
             for value in _handled(call):
-                if value.shape and not value.independent and sizes & {value.shape[-1], *value.shape[1:2]}:
-                    value.pin(IDLE_MODULE_MAY_READ, name=name)
+                if value.shape and not value.independent and channels in (value.shape[-1], *value.shape[1:2]):
+                    value.pin(IDLE_NORM_MAY_READ, name=name)
+    return idle
 
 
-def _idle(model: nn.Module, ran: set[int], read: set[str]) -> Iterator[tuple[str, set[int]]]:
-    """The outermost modules of which nothing took part, with the numbers of channels that they may take."""
+def _idle(model: nn.Module, ran: set[int], read: set[str]) -> Iterator[str]:
+    """The outermost modules with parameters or buffers of which nothing took part."""
     stack = [(name, child) for name, child in model.named_children()]
     while stack:
         name, module = stack.pop()
-        modules = tree.modules(module)
         inside = [*module.named_parameters(name), *module.named_buffers(name)]
-        if id(module) not in ran and not any(id(part) in ran for part in modules):
+        if id(module) not in ran and not any(id(part) in ran for part in tree.modules(module)):
             if inside and not any(place in read for place, _ in inside):
-                yield name, {size for part in modules for size in _channels(part)}
+                yield name
         else:
             stack += [(f"{name}.{place}", child) for place, child in module.named_children()]
 
 
-def _channels(module: nn.Module) -> Iterator[int]:
-    """The number of channels that a layer or norm takes."""
-    for attribute in ("in_channels", "in_features", "num_features", "input_size", "num_channels"):
-        size = getattr(module, attribute, None)
-        if isinstance(size, int):
-            yield size
-            return
-    statistics = module._buffers.get("running_mean")
-    if statistics is not None:
-        yield statistics.numel()
-        return
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.dim() == 2:
-            yield parameter.shape[1]
-        elif parameter is not None and parameter.dim():
-            yield max(parameter.shape)
+def _channels_of_norm(module: nn.Module) -> int | None:
+    """The number of channels that a norm takes, or a module that begins with one; None for any other module."""
+    for part in tree.modules(module):
+        if any(tensor is not None for tensor in (*part._parameters.values(), *part._buffers.values())):
+            if "norm" not in type(part).__name__.lower() and "running_mean" not in part._buffers:
+                return None
+            held = [*part._buffers.values(), *part._parameters.values()]
+            return max((tensor.numel() for tensor in held if tensor is not None), default=None)
+    return None
 
 
 def _handled(call: ModuleCall) -> Iterator[Value]:

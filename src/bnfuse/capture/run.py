@@ -125,13 +125,14 @@ class Recording:
             Exception: ``shapes_only``, and whatever else it raised.
         """
         mark = self._mark(True, shapes_only)
+        copies = [call.map(lambda tensor: tensor.detach().clone()) for call in calls]
         watch = _MethodWatch(self.model, self._methods)
         try:
             with watch, leave_no_trace(self._modules, watch_writes=False) as state:  # the recorder sees writes anyway
                 values = Values(self._leaves, self._indices, self.graph.exposed, state.held)
                 for call in calls:
                     begins = len(self.runs) == mark.runs
-                    self.runs.append(self._run(call, values, state, watch, begins, shapes_only))
+                    self.runs.append(self._run(call, copies.pop(0), values, state, watch, begins, shapes_only))
                 made = self.runs[mark.runs :]
                 if leftovers.take_care(values, [run.output for run in made], state, shapes_only):
                     made[-1].stateful = made[-1].traces = True
@@ -146,9 +147,16 @@ class Recording:
         return made
 
     def _run(
-        self, call: Call, values: Values, state: SavedState, watch: _MethodWatch, begins: bool, shapes_only: bool
+        self,
+        call: Call,
+        own: Call,
+        values: Values,
+        state: SavedState,
+        watch: _MethodWatch,
+        begins: bool,
+        shapes_only: bool,
     ) -> Run:
-        own = call.map(lambda tensor: tensor.detach().clone())
+        """Make one call with tensors of its own."""
         graph = self.graph
         run = Run(call, start=self._mark(begins, shapes_only))
         nodes, done = len(graph.nodes), len(graph.calls)

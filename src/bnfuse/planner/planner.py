@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from bnfuse.changes import Decision
 from bnfuse.fusion_plan import Plan
 from bnfuse.graph.norms import Norm
 from bnfuse.planner.assumptions import needed_in_place
@@ -16,7 +15,6 @@ from bnfuse.planner.culprits import culprits
 from bnfuse.planner.problem import Problem
 from bnfuse.planner.trying_plans import Trials
 from bnfuse.reasons import (
-    DID_NOT_RUN,
     FAILS_ON_OTHER_INPUTS,
     FAILS_ON_OTHER_INPUTS_TOGETHER,
     FAILS_ON_OTHER_INPUTS_WITH_OTHERS,
@@ -59,16 +57,16 @@ class Planner:
             edits=made.changes.edits,
             replacements=made.changes.replacements,
             out_of_place=tuple(names[id(module)] for module in made.out_of_place),
-            unseen=tuple(self._unseen(made.decisions)),
+            unseen=tuple(self._unseen()),
         )
 
-    def _unseen(self, decisions: Sequence[Decision]) -> Iterator[str]:
+    def _unseen(self) -> Iterator[str]:
         """What the recorded calls did not show, in words."""
         yield from self.problem.unseen
-        idle = [decision.norm for decision in decisions if any(r.code == DID_NOT_RUN.code for r in decision.reasons)]
+        idle = self.problem.idle
         if idle:
             more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
-            yield f"{idle[0]}{more} did not run: the layers around are kept as they are where it could take part"
+            yield f"{idle[0]}{more} did not run: what the model does with it is not known"
 
     def without_failing(self, plan: Plan) -> Plan | None:
         """A plan that holds on the further calls, where this one does not; None if this one holds.

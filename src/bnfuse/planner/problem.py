@@ -13,7 +13,7 @@ from torch import nn
 from bnfuse.analysis.custom_layers import add_custom_layers
 from bnfuse.analysis.missing_parameters import add_missing_parameters
 from bnfuse.analysis.norms import find_norms
-from bnfuse.analysis.pins import pin_others, pin_shared_with_idle, pin_what_idle_modules_may_read
+from bnfuse.analysis.pins import pin_others, pin_shared_with_idle, pin_what_idle_norms_may_read
 from bnfuse.capture.run import Recording
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.errors import InputError
@@ -38,6 +38,7 @@ class Problem:
         main: the run of the first call.
         further: calls that run in another way than the first, on which a plan must hold too.
         unseen: what was not seen, in words.
+        idle: the outermost modules that did not run.
         norms: the norms of the model.
         kept: those that the caller wants to keep, with the reason.
         varying: operators whose numbers are others in another call.
@@ -63,7 +64,7 @@ class Problem:
         self.kept = _kept(self.norms, keep)
         created, _ = add_missing_parameters(model, self.graph)
         pin_shared_with_idle(model, self.graph)
-        pin_what_idle_modules_may_read(model, self.graph)
+        self.idle = pin_what_idle_norms_may_read(model, self.graph)
         if options.layers is not None:
             pin_others(model, [*self.graph.leaves.values(), *created], tuple(options.layers))
         self.stateful = self.main.stateful

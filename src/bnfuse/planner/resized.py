@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.model.calls import Call
+from bnfuse.operators import is_dense
 
 _ALIGNMENT = 32
 """Networks halve images up to five times, so a size that divides by 32 is changed by 32."""
@@ -42,8 +43,12 @@ class Resizing:
             values: tells how the contents change, too.
         """
         changed = call.map(lambda tensor: _resized(_with_other_values(tensor, values), self.axes, self.size))
-        same = [tensor.shape for tensor in changed.tensors] == [tensor.shape for tensor in call.tensors]
+        same = all(map(_same_shape, changed.tensors, call.tensors))
         return None if same else changed
+
+
+def _same_shape(a: Tensor, b: Tensor) -> bool:
+    return not is_dense(a) or a.shape == b.shape
 
 
 def resizings(call: Call) -> list[Resizing]:
@@ -94,7 +99,7 @@ def _round_down(axis: int, size: int) -> int:
 
 
 def _resized(tensor: Tensor, axes: frozenset[int], size: Callable[[int, int], int]) -> Tensor:
-    for axis in axes:
+    for axis in axes if is_dense(tensor) else ():
         if axis < tensor.dim() and tensor.shape[axis]:
             wanted = size(axis, tensor.shape[axis])
             while tensor.shape[axis] < wanted:
@@ -106,7 +111,7 @@ def _resized(tensor: Tensor, axes: frozenset[int], size: Callable[[int, int], in
 
 def _with_other_values(tensor: Tensor, number: int) -> Tensor:
     """The tensor with other contents, in one of a few ways: scaled, rolled; masks filled and emptied."""
-    if tensor.layout != torch.strided or not tensor.dim() or not tensor.numel():
+    if not is_dense(tensor) or not tensor.dim() or not tensor.numel() or tensor.is_quantized:
         return tensor
     if tensor.dtype == torch.bool or _is_mask(tensor):
         filled = (torch.ones_like(tensor), torch.zeros_like(tensor), tensor.roll(1, -1))
