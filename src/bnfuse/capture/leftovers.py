@@ -62,9 +62,10 @@ def _held(values: Values, outputs: Sequence[Any], state: SavedState) -> list[Ten
     alive = values.alive()
     if not alive:
         return []
-    known = {id(tensor) for _, tensor in pytree.tensors(outputs)}
+    held = [tensor for _, tensor in pytree.tensors(outputs)]
     for _, stored in state.stored():
-        known.update(id(tensor) for _, tensor in pytree.tensors(stored))
+        held += [tensor for _, tensor in pytree.tensors(stored)]
+    known = {id(tensor) for tensor in held} | {id(tensor._base) for tensor in held}  # a view holds what it is part of
     return [tensor for tensor in alive if id(tensor) not in known and id(tensor) not in values.leaves]
 
 
