@@ -1,4 +1,4 @@
-"""``python -m fuzz --count 20000 --seed 0``: make networks, fuse them, compare."""
+"""``python -m fuzz --count 20000 --seed 0``: make networks, fuse them, compare. With ``--calls``, on several calls each."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fuzz.calls_command import show_calls, try_calls
 from fuzz.check import Outcome, bare_algebra, check
 from fuzz.generate import draw
 from fuzz.program import Program
@@ -23,6 +24,9 @@ from fuzz.shrink import shrink
 
 THOROUGH_EVERY = 8
 """One network in so many is also fused with verification, in place and by ``Plan.apply``."""
+
+SAMPLED_EVERY = 20
+"""For so many networks, the command also tries one with several calls."""
 
 
 @dataclass
@@ -114,9 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--without", help="leave out networks whose program matches this expression")
     parser.add_argument("--bare", action="store_true", help="do not let plans be tried on other inputs")
     parser.add_argument("--coverage", action="store_true", help="count what crossed which rule (one process)")
+    parser.add_argument("--calls", action="store_true", help="networks that go by more than the recorded call")
+    parser.add_argument("--kind", help="with --calls, only kinds whose names match this expression")
     parser.add_argument("--failures", type=int, default=3, help="how many failures of one class to print")
     options = parser.parse_args(arguments)
     _start()
+    if options.calls:
+        return show_calls(options.seed) if options.show else _try_calls(options, options.count)
     if options.show:
         return _show(options.seed)
     if options.coverage:
@@ -137,7 +145,13 @@ def main(arguments: list[str] | None = None) -> int:
             told = now
             _say(f"... {tally} ({tally.networks / (now - begun):.0f}/s)", sys.stderr)
     _summary(tally, time.monotonic() - begun)
-    return 1 if tally.wrong or tally.crashed else 0
+    failed = _try_calls(options, options.count // SAMPLED_EVERY)
+    return 1 if tally.wrong or tally.crashed or failed else 0
+
+
+def _try_calls(options: argparse.Namespace, count: int) -> int:
+    seeds = range(options.seed, options.seed + count)
+    return try_calls(seeds, options.jobs, options.seconds, options.shrink, options.failures, options.kind)
 
 
 def _report(seed: int, outcome: Outcome, seconds: float) -> None:

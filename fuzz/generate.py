@@ -174,7 +174,7 @@ class Builder:
         step = Step(names, code, operands)
         try:
             with torch.no_grad():
-                exec(str(step), _GLOBALS, self.variables)
+                self.execute(str(step))
         except (
             LookupError,
             RuntimeError,
@@ -199,6 +199,9 @@ class Builder:
             self.read.discard(operands[0])
             return operands[0]
         return names[0] if outputs == 1 else names
+
+    def execute(self, line: str) -> None:
+        exec(line, _GLOBALS, self.variables)
 
     def apply(self, layer: str, x: str) -> str:
         """Call a module on one variable, and remember that it may be called again."""

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 __all__ = [
     "BatchNormAct2d", "BiasBlindConv", "Combined", "DetectronFrozenNorm", "DoublingNorm", "F", "FrozenBatchNorm2d",
     "FrozenBatchNormAct2d", "NormWithActivation", "PartedConv", "ScaledConv", "Scaling", "SquashingNorm", "StandardisedConv",
-    "SummedConv", "fill", "functional_norm", "lazy_norm", "nn", "spectral_norm", "torch", "weight_norm", "weight_norm_by_hook",
+    "SummedConv", "drawn", "fill", "functional_norm", "lazy_norm", "nn", "spectral_norm", "torch", "weight_norm", "weight_norm_by_hook",
 ]  # fmt: skip
 
 DRESSINGS = (
@@ -158,6 +158,14 @@ class DetectronFrozenNorm(nn.Module):
 def functional_norm(x: Tensor, norm: nn.Module) -> Tensor:
     """A norm whose tensors are handed to the function by other code."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps)
+
+
+def drawn(seed: int, shape: tuple[int, ...], high: int = 0) -> Tensor:
+    """An argument of a call: normal numbers, or indices below ``high``."""
+    generator = torch.Generator().manual_seed(seed)
+    if high:
+        return torch.randint(0, high, shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def fill(net: nn.Module, seed: int, dressings: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from fuzz.generate import without_unused_layers
 from fuzz.program import Program, Step
+from fuzz.protocol import CalledProgram
 
 Failing = Callable[[Program], bool]
 
@@ -44,6 +45,8 @@ def shrink(program: Program, failing: Failing, seconds: float = 30.0) -> Program
 
 def _candidates(program: Program) -> Iterator[Program]:
     """Programs with something left out, the largest savings first."""
+    if isinstance(program, CalledProgram):
+        yield from program.smaller()
     operands = program.returned.operands
     if len(operands) > 1 or program.returned.code != "$0":
         for operand in operands:
