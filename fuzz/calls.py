@@ -44,6 +44,7 @@ class Variation:
         pack: how the inputs are passed, if not as on the recorded call.
         count: how many inputs, if not as many as on the recorded call.
         arguments: the arguments, where they are not the inputs.
+        mode: ``torch.``... in which the call is made.
     """
 
     batch: int = 0
@@ -54,6 +55,7 @@ class Variation:
     pack: Pack | None = None
     count: int = 0
     arguments: tuple[str, ...] | None = None
+    mode: str = "no_grad"
 
 
 class CallBuilder(Builder):
@@ -165,7 +167,7 @@ class CallBuilder(Builder):
         shape = _shape(self.inputs[0], variation.batch, variation.size)
         passed = tuple((name, code(shape) if callable(code) else code) for name, code in options.items())
         if variation.arguments is not None:
-            return Call(variation.arguments, passed, variation.method)
+            return Call(variation.arguments, passed, variation.method, variation.mode)
         codes = []
         inputs = self.inputs if not variation.count else self.inputs[:1] * variation.count
         for index, argument in enumerate(inputs):
@@ -173,7 +175,7 @@ class CallBuilder(Builder):
             seed = index + 1 if recorded else 100 + self.drawn
             code = _written(argument, seed, _shape(argument, variation.batch, variation.size))
             codes.append(code if argument.high else variation.form.format(code))
-        return Call(tuple((variation.pack or self.pack)(codes)), passed, variation.method)
+        return Call(tuple((variation.pack or self.pack)(codes)), passed, variation.method, variation.mode)
 
     def finish(self) -> CalledProgram:
         plain = super().finish()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfuse
-from fuzz.check import AMPLIFIED, EXACT, MOVED, ROUNDED, Failed, _is_norm, _Noise, _reported, distance
+from fuzz.check import AMPLIFIED, EXACT, MOVED, ROUNDED, Failed, Snapshot, _is_norm, _Noise, _reported, distance
 from fuzz.protocol import Call, CalledProgram
 
 ROUNDING = 1e-5
@@ -57,10 +57,13 @@ def check(program: CalledProgram) -> CallsOutcome:
 def _check(program: CalledProgram, outcome: CallsOutcome) -> None:
     model = program.build()
     outcome.norms = _norms(model)
+    before = Snapshot(model)
     with _reported("fuse"):
         fused = fuse(program, model)
     outcome.removed = outcome.norms - _norms(fused)
-    _ruin(model)
+    if not program.in_place:
+        before.compare("fuse")
+        _ruin(model)
     for sequence in ((program.recorded,), *program.further):
         _compare(program, sequence, _fresh(program, fused), outcome)
     if program.trained:
@@ -70,15 +73,8 @@ def _check(program: CalledProgram, outcome: CallsOutcome) -> None:
 def fuse(program: CalledProgram, model: nn.Module) -> nn.Module:
     """The network fused on its recorded call, and on those that have to be given where the library takes them."""
     _reset(program, model)
-    names = _names(model)
-    example = eval(program.example, names)
-    if program.given and hasattr(bnfuse, "Call"):
-        calls = []
-        for call in program.given:
-            arguments, options = _evaluated(call, names)
-            calls.append(bnfuse.Call(*arguments, method=call.method, **options))
-        return bnfuse.fuse(model, example, calls=calls)
-    return bnfuse.fuse(model, example)
+    fused: nn.Module = eval(program.fusion, _names(model) | {"bnfuse": bnfuse})
+    return fused
 
 
 def _norms(model: nn.Module) -> int:
@@ -116,8 +112,7 @@ def _reset(program: CalledProgram, net: nn.Module) -> None:
 
 def _evaluated(call: Call, names: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     names = {**names, "collected": lambda *arguments, **options: (arguments, options)}
-    with torch.no_grad():
-        evaluated: tuple[tuple[Any, ...], dict[str, Any]] = eval(f"collected({call.passed})", names)
+    evaluated: tuple[tuple[Any, ...], dict[str, Any]] = eval(f"collected({call.passed})", names)
     return evaluated
 
 
@@ -130,16 +125,24 @@ class Run:
 
     def call(self, call: Call) -> dict[str, Any]:
         """Everything that a call gives: what it returns, what becomes of its arguments, what it keeps elsewhere."""
-        with torch.no_grad():
+        with getattr(torch, call.mode)():
             arguments, options = _evaluated(call, _names(self.net))
-            method = getattr(self.net, call.method) if call.method else self.net
-            found = {"output": method(*arguments, **options), "arguments": arguments, "options": options}
-            found |= {expression: eval(expression, _names(self.net)) for expression in self.kept}
-        return {
-            path: leaf.clone() if isinstance(leaf, Tensor) else leaf
-            for name, value in found.items()
-            for path, leaf in leaves(value, name).items()
-        }
+            found = called(getattr(self.net, call.method) if call.method else self.net, *arguments, **options)
+            for expression in self.kept:
+                found |= copied(eval(expression, _names(self.net)), expression)
+        return found
+
+
+def called(function: Any, /, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """What a call returns, and what has become of its arguments."""
+    output = function(*arguments, **options)
+    return copied(output, "output") | copied(arguments, "arguments") | copied(options, "options")
+
+
+def copied(value: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a value, which later calls do not change."""
+    found = leaves(value, path)
+    return {place: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for place, leaf in found.items()}
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:

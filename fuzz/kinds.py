@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fuzz.blocks import dressing, layer_on, norm, source, target
-from fuzz.calls import CallBuilder, Shape, Variation, around, begin
+from fuzz.calls import CallBuilder, Pack, Shape, Variation, around, begin
 from fuzz.generate import Unfit
 from fuzz.operators import width
 from fuzz.passing import pass_through
@@ -239,6 +239,24 @@ def layout(g: CallBuilder) -> None:
     )  # fmt: skip
 
 
+@kind
+def grad_mode(g: CallBuilder) -> None:
+    """Whether gradients are wanted."""
+    begin(g)
+    around(g)
+    condition = g.one_of(
+        "torch.is_grad_enabled()",
+        "$0.requires_grad",
+        "torch.is_inference_mode_enabled()",
+        "$0.is_inference()",
+        "$0.grad_fn is None",
+    )
+    fork(g, condition)
+    for mode in ("enable_grad", "inference_mode"):
+        g.vary(Variation(mode=mode))
+        g.vary(Variation(5, mode=mode))
+
+
 # Contents -----------------------------------------------------------------------------------------------------------
 
 LOOKS = (
@@ -432,6 +450,56 @@ def optional_input(g: CallBuilder) -> None:
         seed = 900 + index
         variation.options = {name: lambda s, seed=seed: f"drawn({seed}, {s})"}  # type: ignore[misc]
         g.vary(variation)
+
+
+@kind
+def keyword_arguments(g: CallBuilder) -> None:
+    """Further arguments by name that no signature lists."""
+    begin(g)
+    around(g)
+    g.signature.append("**options")
+    g.variables["options"] = {}
+    mask = g.one_of(
+        "'mask' not in options",
+        "options.get('mask') is None",
+        "not options",
+        "options.get('mask', None) is None",
+        "len(options) == 0",
+    )
+    y = features(g)
+    if g.chance(0.5):
+        y = g.choose(mask, "$0", g.one_of("$0 * options['mask']", "$0 + options['mask']", "F.relu($0)"), y)
+        norm(g, y)
+    else:
+        g.order.remove(y)
+        fork(g, mask)
+    for variation in (Variation(), Variation(5)):
+        variation.options = {"mask": "torch.tensor(-0.5).double()"}
+        g.vary(variation)
+
+
+@kind
+def optional_key(g: CallBuilder) -> None:
+    """One argument, a dictionary that may hold more than it did."""
+    begin(g)
+    key = g.one_of("image", "pixel_values", "x")
+    g.positional = ("batch",)
+    g.variables["batch"] = {key: g.variables["x0"]}
+    x = g.emit(f"batch['{key}']")
+    g.order = [x]
+    around(g)
+    shape = g.inputs[0].shape
+    y = features(g)
+    missing = g.one_of(
+        "'mask' not in batch", "batch.get('mask') is None", "len(batch) == 1", f"set(batch) == {{'{key}'}}"
+    )
+    other = g.one_of("$0 * batch['mask']", "$0 + batch['mask']", "$0.masked_fill(batch['mask'] > 0, 0.0)")
+    norm(g, g.choose(missing, "$0", other, y))
+    g.pack = lambda codes: [f"{{'{key}': {codes[0]}}}"]
+    ones = ", 1" * (len(shape) - 1)
+    for batch in (0, 5):
+        pack: Pack = lambda codes, n=batch or shape[0]: [f"{{'{key}': {codes[0]}, 'mask': drawn(3, ({n}{ones}))}}"]  # type: ignore[misc] # noqa: E731
+        g.vary(Variation(batch, pack=pack))
 
 
 @kind
@@ -908,15 +976,16 @@ def list_of_tensors(g: CallBuilder) -> None:
     twice = g.chance(0.5)
     if twice:
         g.variables["x1"] = g.variables["x0"]
-    g.positional = ("xs",)
-    g.variables["xs"] = [g.variables["x0"], g.variables["x1"]]
+    star = g.chance(0.25)
+    g.positional = ("*xs",) if star else ("xs",)
+    g.variables["xs"] = (tuple if star else list)([g.variables["x0"], g.variables["x1"]])
 
     def listed(codes: list[str]) -> list[str]:
-        return [f"[{', '.join(codes)}]"]
+        return codes if star else [f"[{', '.join(codes)}]"]
 
     g.pack = (lambda codes: listed(_in_list(codes))) if twice else listed
     c, d = same_size(g, "x0"), same_size(g, "x0")
-    way = g.weighted(beside=3, sum=4, length=3, changed=2)
+    way = g.weighted(beside=3, sum=4, length=3, changed=0 if star else 2)
     if way == "beside":
         y = g.emit(f"{c}(xs[0])")
         z = g.emit(f"{plain_norm(g, 'x0')}(xs[1])")

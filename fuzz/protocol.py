@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import bnfuse
 from fuzz.program import INDENT, Program, Step
 
 
@@ -19,18 +20,24 @@ class Call:
         arguments: what is passed by position, as source; it may refer to the network as ``net``.
         options: what is passed by name, as pairs of name and source.
         method: empty for the network itself.
+        mode: ``torch.``... in which the call is made.
     """
 
     arguments: tuple[str, ...] = ()
     options: tuple[tuple[str, str], ...] = ()
     method: str = ""
+    mode: str = "no_grad"
 
     @property
     def passed(self) -> str:
         return ", ".join([*self.arguments, *(f"{name}={code}" for name, code in self.options)])
 
+    @property
+    def name(self) -> str:
+        return f"net.{self.method}" if self.method else "net"
+
     def __str__(self) -> str:
-        return f"net{'.' if self.method else ''}{self.method}({self.passed})"
+        return f"{self.name}({self.passed})" + (f" under {self.mode}" if self.mode != "no_grad" else "")
 
 
 @dataclass(frozen=True)
@@ -129,24 +136,40 @@ class CalledProgram(Program):
         return super().mentions() | set(re.findall(r"\bm\.(\w+)", lines))
 
     def __str__(self) -> str:
-        imports = "import bnfuse\nfrom fuzz.check_calls import difference\nfrom fuzz.layers import *"
+        imports = "import bnfuse\nfrom fuzz.check_calls import called, difference\nfrom fuzz.layers import *"
         lines = ["", "def make():", INDENT + "net = Net().eval()"]
         lines += [INDENT + f"fill(net, {self.seed}, {self.dressings})", INDENT + "return net", ""]
-        fuse = f"fused = bnfuse.fuse(net, {self.example}{self.given_calls})"
         for sequence in self.further or ((self.recorded,),):
             lines += ["", "def calls(net):"]
             lines += [INDENT + f"global {name}\n{INDENT}{name} = {code}" for name, code in self.memory]
             lines += [INDENT + "results = []"]
             for call in sequence:
-                lines += [INDENT + f"results.append({call})"]
+                indent = INDENT if call.mode == "no_grad" else 2 * INDENT
+                lines += [INDENT + f"with torch.{call.mode}():"] * (call.mode != "no_grad")
+                lines += [indent + f"results.append(called({', '.join(filter(None, (call.name, call.passed)))}))"]
                 lines += [INDENT + f"results.append({expression})" for expression in self.kept]
-            lines += [INDENT + "return results", "", "", "net = make()", fuse]
-            if self.ending:
+            lines += [INDENT + "return results", "", "", "net = make()", f"fused = {self.fusion}"]
+            if self.ending and not self.in_place:
                 lines += ["for tensor in net.parameters():", INDENT + "tensor.data.fill_(0.0)"]
             lines += ["with torch.no_grad():", INDENT + "print(difference(calls(make()), calls(fused)))"]
         if self.trained:
             lines += [f"net.train()({self.recorded.passed}).sum().backward()"]
         return "\n".join([imports, "", self.source, "torch.set_default_dtype(torch.float64)", *lines, ""])
+
+    @property
+    def fusion(self) -> str:
+        """How ``net`` is fused: mostly by ``bnfuse.fuse``."""
+        arguments = f"net, {self.example}{self.given_calls}"
+        ways = {
+            0: f"bnfuse.fuse({arguments}, inplace=True)",
+            1: f"bnfuse.plan({arguments}).apply(net)",
+            2: f"bnfuse.fuse({arguments}, verify=False)",
+        }
+        return ways.get(self.seed % 10, f"bnfuse.fuse({arguments})")
+
+    @property
+    def in_place(self) -> bool:
+        return "inplace" in self.fusion
 
     @property
     def example(self) -> str:
@@ -162,7 +185,7 @@ class CalledProgram(Program):
         calls = [
             f"bnfuse.Call({', '.join(filter(None, (call.passed, f'method={call.method!r}')))})" for call in self.given
         ]
-        return f", calls=[{', '.join(calls)}]" if calls else ""
+        return f", calls=[{', '.join(calls)}]" if calls and hasattr(bnfuse, "Call") else ""
 
     def smaller(self) -> Iterator[CalledProgram]:
         """The same network with fewer calls, or with less around it."""
