@@ -58,6 +58,16 @@ class Variation:
     mode: str = "no_grad"
 
 
+CHOICES = (
+    "({1}, {0})[bool({2})]", "({2} and [{0}] or [{1}])[0]", "torch.where(torch.tensor(bool({2})), {0}, {1})",
+    "({0}) * bool({2}) + ({1}) * (not ({2}))", "sum([{0}] * bool({2}) + [{1}] * (not ({2})))",
+    "{{True: lambda: {0}, False: lambda: {1}}}[bool({2})]()", "next(iter([{0}] if {2} else [{1}]))",
+    "torch.lerp({1}, {0}, float(bool({2})))", "[{0} for _ in range(bool({2}))][0] if {2} else {1}",
+    "(lambda: {0})() if {2} else (lambda: {1})()",
+)  # fmt: skip
+"""Other ways to write ``{0} if {2} else {1}``."""
+
+
 class CallBuilder(Builder):
     """A network in the making, with its calls."""
 
@@ -145,7 +155,8 @@ class CallBuilder(Builder):
         """A step that is ``now`` on the recorded call, and ``other`` where the condition comes out otherwise."""
         if not self.holds(condition, *operands):
             now, other = other, now
-        return str(self.emit(f"{now} if {condition} else {other}", *operands))
+        form = "{0} if {2} else {1}" if self.chance(0.6) else self.one_of(*CHOICES)
+        return str(self.emit(form.format(now, other, condition), *operands))
 
     def cut(self, x: str, method: str, head: str = "", repeated: bool = False) -> str:
         """What was built so far, up to x, is a public method; what follows sees only x."""

@@ -163,12 +163,13 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def runs(program: CalledProgram) -> bool:
-    """True if the network runs on the recorded call, and what it gives is finite."""
+    """True if the network holds a norm and runs on the recorded call, and what it gives is finite."""
     try:
-        found = Run(program, program.build()).call(program.recorded)
+        net = program.build()
+        found = Run(program, net).call(program.recorded)
     except Exception:  # noqa: BLE001 - whatever it raises, it cannot be used
         return False
-    return bool(found) and all(map(_finite, found.values()))
+    return bool(found) and _norms(net) > 0 and all(map(_finite, found.values()))
 
 
 def _finite(leaf: Any) -> bool:

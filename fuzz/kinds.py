@@ -587,6 +587,45 @@ def index(g: CallBuilder) -> None:
     g.vary(*(Variation(5, options={name: value}) for value in (("'c'", "'a'") if by_name else ("2", "0"))))
 
 
+@kind
+def number_of_layers(g: CallBuilder) -> None:
+    """How deep the network is, or what it returns on its way, is an argument."""
+    begin(g)
+    around(g)
+    x = g.pick(2, 3, 4)
+    shape = g.shape(x)
+    n = len(shape) - 2
+    layer = (
+        f"nn.Conv{n}d({shape[1]}, {shape[1]}, {g.one_of('1', '3, padding=1')})"
+        if n
+        else f"nn.Linear({shape[1]}, {shape[1]})"
+    )
+    norm_code = f"nn.BatchNorm{max(n, 1)}d({shape[1]})"
+    stage = g.one_of(
+        f"nn.Sequential({layer}, {norm_code})",
+        f"nn.Sequential({layer}, {norm_code}, nn.ReLU())",
+        layer,
+        f"nn.Sequential({norm_code}, {layer})",
+    )
+    stages = g.layer("stages", f"nn.ModuleList([{', '.join([stage] * 3)}])", "positive")
+    g.preamble.append("import functools, itertools")
+    g.execute(g.preamble[-1])
+    default = g.one_of("3", "2", "1", "None")
+    recorded = g.one_of("1", "2", "3") if g.chance(0.3) else None
+    name = g.parameter_of_forward(f"{g.one_of('depth', 'upto', 'n')}={default}", recorded)
+    code = g.one_of(
+        f"functools.reduce(lambda h, stage: stage(h), {stages}[:{name}], $0)", f"functools.reduce(lambda h, stage: stage(h), [*{stages}][:{name}], $0)",
+        f"functools.reduce(lambda h, i: {stages}[i](h) if {name} is None or i < {name} else h, range(3), $0)",
+        f"list(itertools.accumulate({stages}, lambda h, stage: stage(h), initial=$0))[-1 if {name} is None else {name}]",
+        f"nn.Sequential(*{stages}[:{name}])($0)", f"sum(stage($0) for stage in {stages}[:{name}])",
+    )  # fmt: skip
+    y = g.emit(code, x)
+    if g.chance(0.7):
+        norm(g, y)
+    for value in ("1", "2", "3", "0"):
+        g.vary(Variation(options={name: value}))
+
+
 # Methods ------------------------------------------------------------------------------------------------------------
 
 
@@ -938,7 +977,16 @@ def one_tensor_twice(g: CallBuilder) -> None:
     """The recorded call passes one tensor for two parameters."""
     begin(g, count=2)
     g.variables["x1"] = g.variables["x0"]
-    g.pack = _twice
+    twice = g.one_of(
+        _twice,
+        _twice,
+        _twice,
+        lambda codes: [f"a := {codes[0]}", "a.view_as(a)"],
+        lambda codes: [f"a := {codes[0]}", "a[...]"],
+    )
+    g.pack = twice
+    if twice is not _twice:
+        g.variables["x1"] = g.variables["x0"].view_as(g.variables["x0"])
     layer, other = same_size(g, "x0"), same_size(g, "x0")
     way = g.weighted(beside=4, same=2, condition=3, written=1)
     if way == "beside":

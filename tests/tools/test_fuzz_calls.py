@@ -96,7 +96,7 @@ def folded_blindly(model: nn.Module, example: Any, **_: Any) -> nn.Module:
 def _trials(net: nn.Module, name: str) -> Iterator[nn.Module]:
     """Copies without a norm, whose work each layer in turn has taken up: once, or as one of several terms."""
     for place, layer in net.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)) and "weight" in layer._parameters:
             for terms in (1, 2, 3, 4):
                 trial = copy.deepcopy(net)
                 norm, layer = trial.get_submodule(name), trial.get_submodule(place)
