@@ -62,6 +62,29 @@ def test_a_seed_gives_the_same_network_and_calls() -> None:
     assert str(calls.draw(0)) != str(calls.draw(len(KINDS)))
 
 
+class GivenCall:
+    """What bnfuse.Call is to be."""
+
+    def __init__(self, *arguments: Any, method: str = "forward", **options: Any) -> None:
+        self.arguments, self.options, self.method = arguments, options, method
+
+
+def test_calls_of_methods_are_given_where_the_library_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = next(p for p in (drawn("method_given", index) for index in range(30)) if ".apply" not in p.fusion)
+    given: list[GivenCall] = []
+
+    def fuse(model: nn.Module, example: Any, *, calls: list[GivenCall], **_: Any) -> nn.Module:
+        given.extend(calls)
+        return copy.deepcopy(model)
+
+    monkeypatch.setattr(bnfuse, "Call", GivenCall, raising=False)
+    monkeypatch.setattr(bnfuse, "fuse", fuse)
+    assert not check(program).failure
+    names = {call.method for sequence in program.further for call in sequence} - {""}
+    assert {call.method for call in given} == names
+    assert all(isinstance(call.arguments[0], torch.Tensor) and not call.options for call in given)
+
+
 # Mutants: what the adversary must find ------------------------------------------------------------------------------
 
 
@@ -144,6 +167,19 @@ def test_blind_folding_is_right_where_all_calls_are_alike() -> None:
             removed += outcome.removed
             assert not outcome.failure, outcome.detail
     assert removed > 3, "it folds nothing, so that it proves nothing"
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"forward_replaced"}))  # whose copies lean on the original
+def test_a_fusion_that_does_nothing_is_right(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnfuse, "fuse", lambda net, example, **_: copy.deepcopy(net))
+    monkeypatch.setattr(bnfuse, "plan", lambda *_, **__: SimpleNamespace(apply=copy.deepcopy))
+    compared = 0
+    for index in range(3):
+        if "by_hook" not in drawn(kind, index).source:
+            outcome = check(drawn(kind, index))
+            assert not outcome.failure, outcome.detail
+            compared += outcome.calls
+    assert compared > 8
 
 
 def leaves_inference_tensors(model: nn.Module, example: Any, **_: Any) -> nn.Module:
