@@ -21,18 +21,30 @@ from bnfuse.capture.values import Values, is_masking
 from bnfuse.graph.graph import Node, Storage, Value
 from bnfuse.model.sandbox import Mode, SavedState
 from bnfuse.operators import Operator, known_as, memory_of, operator_of, parts_of, shape_of
-from bnfuse.reasons import IS_CHOSEN, IS_MULTIPLIED_IN, IS_WRITTEN
+from bnfuse.reasons import IS_CHOSEN, IS_MULTIPLIED_IN, IS_WRITTEN, MEETS_UNSEEN_ARGUMENT
 
 _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
 
 _INDEPENDENT = attrgetter("independent")
 _IS_INFERENCE = methodcaller("is_inference")
 
+_UNSEEN = attrgetter("unseen")
+
 _INTO_PARTS = frozenset({"unbind", "split", "split_with_sizes", "chunk", "tensor_split"})
 """Operators that give one tensor or more, by the size of what they are given."""
 
 _TO_SHAPES = {"view": "size", "reshape": "shape", "expand": "size", "unflatten": "sizes", "_unsafe_view": "size"}
 """Operators that are told sizes, with the argument."""
+
+
+def _meet(node: Node) -> None:
+    """Pin what meets an argument of which nothing is known; what is made of such alone is as little known."""
+    alone = all(value.unseen or value.independent for value in node.inputs)
+    for value in node.outputs:
+        value.unseen = alone
+    for value in (*node.inputs, *(() if alone else node.outputs)):
+        if not value.unseen:
+            value.pin(MEETS_UNSEEN_ARGUMENT)
 
 
 def _goes_by_sizes(node: Node) -> bool:
@@ -196,6 +208,8 @@ class Recorder(Mode):
                 value.consumers.append(node)
         if not independent and not self.looks:
             self.looks = _goes_by_sizes(node)
+        if not independent and any(map(_UNSEEN, node.inputs)):
+            _meet(node)
         self.nodes.append(node)
         node.call.nodes.append(node)
 

@@ -125,14 +125,15 @@ class Recording:
             Exception: ``shapes_only``, and whatever else it raised.
         """
         mark = self._mark(True, shapes_only)
-        copies = [call.map(lambda tensor: tensor.detach().clone()) for call in calls]
+        guessed: set[int] = set()  # by the ``id`` of the copies, which live as long
+        copies = [_own(call, guessed) for call in calls]
         watch = _MethodWatch(self.model, self._methods)
         try:
             with watch, leave_no_trace(self._modules, watch_writes=False) as state:  # the recorder sees writes anyway
                 values = Values(self._leaves, self._indices, self.graph.exposed, state.held)
                 for call in calls:
                     begins = len(self.runs) == mark.runs
-                    self.runs.append(self._run(call, copies.pop(0), values, state, watch, begins, shapes_only))
+                    self.runs.append(self._run(call, copies.pop(0), guessed, values, state, watch, begins, shapes_only))
                 made = self.runs[mark.runs :]
                 if leftovers.take_care(values, [run.output for run in made], state, shapes_only):
                     made[-1].stateful = made[-1].traces = True
@@ -150,6 +151,7 @@ class Recording:
         self,
         call: Call,
         own: Call,
+        guessed: set[int],
         values: Values,
         state: SavedState,
         watch: _MethodWatch,
@@ -166,6 +168,7 @@ class Recording:
         for tensor in own.tensors:
             values.add_input(tensor)
             run.inputs.append(values.of(tensor))
+            run.inputs[-1].unseen = id(tensor) in guessed
         try:
             with contextlib.ExitStack() as around:
                 for context in (
@@ -293,6 +296,24 @@ class _MethodWatch(contextlib.AbstractContextManager["_MethodWatch"]):
             return output
 
         return call
+
+
+def _own(call: Call, guessed: set[int]) -> Call:
+    """The call with copies of its tensors.
+
+    Args:
+        guessed: the ``id`` of each tensor that stands for an unseen argument is added.
+    """
+
+    def put_in(value: Any) -> Any:
+        if isinstance(value, unseen.Guess):
+            made = value.tensor.detach().clone()
+            guessed.add(id(made))
+            return made
+        return {name: put_in(item) for name, item in value.items()} if type(value) is dict else value
+
+    own = call.map(lambda tensor: tensor.detach().clone())
+    return own.with_inputs(map(put_in, own.args), {name: put_in(value) for name, value in own.kwargs.items()})
 
 
 def _same_arguments(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ from torch import Tensor
 from bnfuse.capture.values import Values
 from bnfuse.model import pytree
 from bnfuse.reasons import MEETS_UNSEEN_ARGUMENT
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A tensor in place of an unseen argument, for code that takes nothing but tensors. It pins what it meets, too."""
+
+    tensor: Tensor
 
 
 class UnseenError(Exception):
@@ -74,6 +82,12 @@ class Unseen:
 
     def __getitem__(self, place: Any) -> Unseen:
         return Unseen()
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        _result((value,), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _result((value,), {})
 
     def __bool__(self) -> bool:
         raise UnseenError("whether it is true")

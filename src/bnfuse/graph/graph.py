@@ -40,6 +40,7 @@ class Value:
         names: every name of a parameter or buffer (a tied one has several), else empty.
         pinned: why its units cannot change, None if they can.
         independent: True if it does not depend on the model's inputs.
+        unseen: True for what stands for an argument that was never given, or is made of such alone.
         strides: of the tensor in memory, in elements, None for one that has none.
         handler: for a layer with a handler of the caller's, that function, which folds units into the layer.
         tensor: the tensor itself for parameters and constants, never written to.
@@ -56,6 +57,7 @@ class Value:
     names: tuple[str, ...] = ()
     pinned: Reason | None = None
     independent: bool = False
+    unseen: bool = False
     strides: tuple[int, ...] | None = None
     tensor: Tensor | None = None
     handler: Any = None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from bnfuse.capture.unseen import Unseen
+from bnfuse.capture.unseen import Guess, Unseen
 from bnfuse.model.calls import Call
+from bnfuse.operators import is_dense
 
 METHODS = (
     "forward_features",
@@ -28,7 +33,7 @@ RESETS = ("reset", "reset_state", "reset_states", "reset_hidden", "reset_memory"
 """Methods by which models forget."""
 
 _MOST = 8
-"""So many optional arguments are tried."""
+"""So many names of keywords or keys are tried."""
 
 
 def methods(model: nn.Module) -> list[str]:
@@ -48,19 +53,89 @@ def resets(model: nn.Module) -> list[str]:
     return found
 
 
-def optional_arguments(model: nn.Module, call: Call) -> Iterator[tuple[str, Any, bool]]:
-    """The arguments that a call leaves at their defaults: the name, the default, and whether it is a flag."""
+@dataclass(frozen=True)
+class Variation:
+    """One argument of a call, and other values for it.
+
+    Attributes:
+        what: the argument, in words.
+        calls: the call with these values.
+        all_of_them: whether each value may lead somewhere else; else the first that does is enough.
+    """
+
+    what: str
+    calls: list[Call]
+    all_of_them: bool = False
+
+
+def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
+    """Other values of every argument that is no tensor, given or left at its default.
+
+    A flag is flipped, a number is counted up and down. What is None, or may be there and is not, becomes a tensor or an
+    object of which nothing is known, or a flag.
+    """
     method = getattr(type(model), call.method, None) if call.method not in model.__dict__ else None
-    if method is None:
-        return
-    parameters = _parameters(method)[1:]
+    parameters = _parameters(method)[1:] if method is not None else []
+    words = _words(model)
+    for place, value in enumerate(call.args):
+        yield from _of_value(
+            f"argument {place}", value, _guesses(call), words,
+            functools.partial(_at, call, place),
+        )  # fmt: skip
+    for name, value in call.kwargs.items():
+        yield from _of_value(name, value, _guesses(call), words, functools.partial(_with, call, name))
     for place, parameter in enumerate(parameters):
-        given = place < len(call.args) or parameter.name in call.kwargs
-        if parameter.default is parameter.empty or parameter.kind in _VARIABLE or given:
-            continue
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            continue
-        yield parameter.name, parameter.default, isinstance(parameter.default, bool) or _says_bool(parameter.annotation)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            more = [call.with_inputs((*call.args, value), call.kwargs) for value in (*_guesses(call), True)]
+            yield Variation("one more argument", more)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            known = {parameter.name for parameter in parameters} | set(call.kwargs)
+            for name in [word for word in words if word not in known][:_MOST]:
+                yield Variation(name, [_with(call, name, value) for value in (*_guesses(call), True)])
+        elif place >= len(call.args) and parameter.name not in call.kwargs and parameter.default is not parameter.empty:
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                continue
+            flag = parameter.default is None and _says_bool(parameter.annotation)
+            yield from _of_value(
+                parameter.name, False if flag else parameter.default, _guesses(call), words,
+                functools.partial(_with, call, parameter.name),
+            )  # fmt: skip
+
+
+def _at(call: Call, place: int, value: Any) -> Call:
+    return call.with_inputs((*call.args[:place], value, *call.args[place + 1 :]), call.kwargs)
+
+
+def _with(call: Call, name: str, value: Any) -> Call:
+    return call.with_inputs(call.args, {**call.kwargs, name: value})
+
+
+def _guesses(call: Call) -> list[Any]:
+    """What an argument could be of which nothing is known."""
+    guesses: list[Any] = [Unseen()]
+    for like in call.tensors[:1]:
+        if is_dense(like) and like.dim():
+            mask = like[:, :1] if like.dim() > 2 else like[:, 0] if like.dim() == 2 else like
+            guesses += [Guess(torch.ones_like(mask, dtype=torch.bool)), Guess(torch.ones_like(like))]
+    return guesses
+
+
+def _of_value(
+    what: str, value: Any, guesses: list[Any], words: list[str], changed: Callable[[Any], Call]
+) -> Iterator[Variation]:
+    if isinstance(value, bool):
+        yield Variation(f"{what}={not value}", [changed(not value)])
+    elif isinstance(value, int):
+        yield Variation(what, [changed(value + step) for step in (1, -1, 2)], all_of_them=True)
+    elif value is None:
+        yield Variation(what, list(map(changed, (*guesses, True, 1))))
+    elif isinstance(value, float):
+        yield Variation(what, list(map(changed, (guesses[0], value + 1))))
+    elif isinstance(value, str):
+        yield Variation(what, [])
+    elif type(value) is dict:
+        for word in [word for word in words if word not in value][:_MOST]:
+            yield Variation(f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)])
 
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -73,6 +148,19 @@ def _parameters(method: Any) -> list[inspect.Parameter]:
         return []
 
 
+def _words(model: nn.Module) -> list[str]:
+    """The strings in the code of a model that could be names of arguments or keys."""
+    codes = [function.__code__ for function in vars(type(model)).values() if inspect.isfunction(function)]
+    found: dict[str, None] = {}
+    while codes:
+        for constant in codes.pop().co_consts:
+            if isinstance(constant, types.CodeType):
+                codes.append(constant)
+            elif isinstance(constant, str) and constant.isidentifier():
+                found[constant] = None
+    return list(found)
+
+
 def _says_bool(annotation: Any) -> bool:
     """True for ``bool`` and ``Optional[bool]``, also as text."""
     if isinstance(annotation, str):
@@ -80,32 +168,11 @@ def _says_bool(annotation: Any) -> bool:
     return annotation is bool or bool in typing.get_args(annotation)
 
 
-def with_argument(call: Call, name: str, value: Any) -> Call:
-    return call.with_inputs(call.args, {**call.kwargs, name: value})
-
-
-def varied(model: nn.Module, call: Call) -> Iterator[tuple[str, str, list[Call]]]:
-    """The call with every optional argument given: the name, what that is, and calls to be tried in turn.
-
-    A flag is flipped. Any other is a tensor or number of which nothing is known, or a flag after all.
-    """
-    method = getattr(type(model), call.method, None)
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in _parameters(method)):
-        more = [call.with_inputs((*call.args, value), call.kwargs) for value in (Unseen(), True)]
-        yield "*args", "one more argument", more
-    for count, (name, default, is_flag) in enumerate(optional_arguments(model, call)):
-        if count == _MOST:
-            return
-        if is_flag:
-            yield name, f"{name}={not default}", [with_argument(call, name, not default)]
-        elif default is None or isinstance(default, float):
-            calls = [with_argument(call, name, value) for value in (Unseen(), True)]
-            yield name, f"{name}=...", calls if default is None else calls[:1]
-
-
 def is_complete(call: Call) -> bool:
     """True if the call can be made: nothing in it is unseen."""
-    return not any(isinstance(value, Unseen) for value in (*call.args, *call.kwargs.values()))
+    values = [*call.args, *call.kwargs.values()]
+    values += [item for value in values if type(value) is dict for item in value.values()]
+    return not any(isinstance(value, (Unseen, Guess)) for value in values)
 
 
 def forward_of(call: Call, method: str) -> Call:

@@ -12,6 +12,7 @@ remembers something, further calls.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ _SMALL = 100
 
 _OF_METHODS = ("larger", "batch of one")
 """Other sizes that methods other than forward are tried at."""
+
+_ARGUMENTS = 16
+"""So many arguments are varied."""
 
 _DIFFERENT_SIZES = 4
 """So many runs at other sizes are solved together, of those that are different."""
@@ -107,11 +111,8 @@ class CallRecorder:
                 self._try(name, inferred_calls.forward_of(call, name))
                 if self._looks:  # in its own code, apart from what the forward runs too
                     self._other_sizes(inferred_calls.forward_of(call, name), _OF_METHODS)
-        for name, what, variants in inferred_calls.varied(model, call):
-            if any(name in run.call.kwargs for run in self.recording.runs):
-                continue
-            if not any(self._try(what, variant) for variant in variants) and name != "*args":
-                self.unseen.append(f"{call.method}({what}) was never run: what it does is not known")
+        for variation in itertools.islice(inferred_calls.variations(model, call), _ARGUMENTS):
+            self._vary(variation)
         for what, other in resized.with_other_lists(call):
             self._try(what, other)
         if any(run.contents for run in self.recording.runs):
@@ -120,6 +121,17 @@ class CallRecorder:
             self._other_sizes(call)
         if main.traces or main.stateful:
             self._memory(call)
+
+    def _vary(self, variation: inferred_calls.Variation) -> None:
+        """Record the first of some values of an argument that leads somewhere else, or all of them."""
+        taken = False
+        for call in variation.calls:
+            found = self._try(variation.what, call)
+            taken |= found is not None
+            if found and not variation.all_of_them:
+                return
+        if not taken:
+            self.unseen.append(f"{variation.what} was never given another value: what that does is not known")
 
     def _other_sizes(self, call: Call, groups: Collection[str] | None = None) -> None:
         """Other sizes in both directions, of every group the first that the model takes.
@@ -142,7 +154,7 @@ class CallRecorder:
             if other is None:
                 continue
             try:
-                if self._try(resizing.what, other, pass_on=FixedSizeError):
+                if self._try(resizing.what, other, pass_on=FixedSizeError) is not None:
                     done.add(resizing.group)
                     if resizing.group == "larger":
                         varied = resizing.axes  # single ones teach nothing more
@@ -166,22 +178,25 @@ class CallRecorder:
             self._for_real += 1
             self._try(f"a call after {name}", call, Call(method=name), call)
 
-    def _try(self, what: str, *calls: Call, pass_on: type[Exception] | tuple[()] = ()) -> bool:
-        """Record an inferred call; False if the model does not take it.
+    def _try(self, what: str, *calls: Call, pass_on: type[Exception] | tuple[()] = ()) -> bool | None:
+        """Record an inferred call.
 
         Args:
             pass_on: exceptions that are raised.
+
+        Returns:
+            None if the model does not take it, False if it does what an earlier one did.
         """
         try:
-            self._add(what, calls, given=False)
+            return self._add(what, calls, given=False)
         except pass_on:
             raise
         except (NeedsContentsError, Exception) as error:  # noqa: BLE001 (whatever the model raises on a call that it does not take)
             log.debug("%s: not taken, %s", what, first_line(error))
-            return False
-        return True
+            return None
 
-    def _add(self, what: str, calls: tuple[Call, ...], given: bool) -> None:
+    def _add(self, what: str, calls: tuple[Call, ...], given: bool) -> bool:
+        """Record a call; False if it does what an earlier one did."""
         recording = self.recording
         try:
             if given and self.contents:
@@ -206,6 +221,7 @@ class CallRecorder:
         proven = earlier is not None and (earlier.certain or len(self.main.nodes) > _SMALL)
         if (given or not proven) and all(map(inferred_calls.is_complete, calls)):
             self.further.append(FurtherCall(what, calls, outputs, given))
+        return earlier is None or not earlier.certain
 
     def _record_for_real(self, calls: tuple[Call, ...], given: bool) -> list[Run]:
         if not given:
@@ -273,7 +289,8 @@ class CallRecorder:
 
 
 def _counterparts(run: Run, other: Run, before: dict[Value, Value]) -> Counterparts | None:
-    return counterparts(run.nodes, run.inputs, other.nodes, other.inputs, before)
+    inputs, other_inputs = ([value for value in one.inputs if not value.unseen] for one in (run, other))
+    return counterparts(run.nodes, inputs, other.nodes, other_inputs, before)
 
 
 def _same_pins(value: Value, counterpart: Value) -> bool:
