@@ -249,8 +249,8 @@ HOOK_READS = _cause(
 LEAVES_PYTORCH = _cause(
     "leaves-pytorch",
     "its contents leave PyTorch by {how}",
-    "`.numpy()`, `.tolist()`, `.data` and the like: what is done with them is not seen.",
-    "Use PyTorch's operators; `.detach()` in place of `.data`.",
+    "`.numpy()`, `.tolist()`, other memory by `weight.data = ...` and the like: what is done with them is not seen.",
+    "Use PyTorch's operators.",
 )
 IS_CHOSEN = _cause(
     "is-chosen",

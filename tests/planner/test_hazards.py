@@ -677,7 +677,7 @@ CASES: dict[str, Case] = {
     "data attribute": Case(lambda: Net(lambda m, x: m.n(m.c(x).data), c=conv(), n=norm()), {"n": None}),
     "write through the data attribute": Case(lambda: Net(write_to_data, c=conv(), n=norm()), {"n": "through another view"}),
     "memory that is given back": Case(lambda: Net(give_back, c=conv(), n=norm()), {"n": None}),
-    "weight data attribute": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight.data)), c=conv(), n=norm()), {"n": "leave PyTorch"}),
+    "weight data attribute": Case(lambda: Net(lambda m, x: m.n(F.conv2d(x, m.c.weight.data)), c=conv(), n=norm()), {"n": "no bias"}),
     "old weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=_old_weight_norm(conv()), n=norm()), {"n": None}),
     "weight_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=parametrizations.weight_norm(conv()), n=norm()), {"n": None}),
     "spectral_norm": Case(lambda: Net(lambda m, x: m.n(m.c(x)), c=parametrizations.spectral_norm(conv()), n=norm()), {"n": "mv"}),
