@@ -35,7 +35,7 @@ def add_missing_parameters(model: nn.Module, graph: Graph) -> tuple[list[Value],
         routes = find_routes(place, calls, known) if key in names else None
         if routes is None:
             continue
-        dtype = _dtype(next(iter(calls.values()))[0], place)
+        dtype = _dtype(*next(iter(calls.items())), place)
         value = Value(-1 - len(created), Kind.ABSENT, (routes[0].size,), dtype, Storage(), independent=True)
         value.names = tuple(f"{name}.{place}" if name else place for name in names[key])
         for route in routes:
@@ -48,7 +48,8 @@ def add_missing_parameters(model: nn.Module, graph: Graph) -> tuple[list[Value],
 def _empty_places(graph: Graph) -> dict[tuple[int, str], Calls]:
     """The operators that were given nothing, or zeros, where the module that ran them has an empty place.
 
-    They are listed by the place and by the registry that has it, which two modules may share.
+    They are listed by the place and by the registry that has it, which two modules may share. A module of a class of
+    the model's own that has no such operator may add a bias in the end.
     """
     found: dict[tuple[int, str], Calls] = {}
     for node in graph.nodes:
@@ -56,6 +57,10 @@ def _empty_places(graph: Graph) -> dict[tuple[int, str], Calls]:
         for place in PLACES.get(node.operator, ()):
             if _is_missing(node, place) and place in parameters and parameters[place] is None:
                 found.setdefault((id(parameters), place), {}).setdefault(node.call, []).append(node)
+    for call in graph.calls:
+        parameters = call.module._parameters
+        if "bias" in parameters and parameters["bias"] is None and len(call.outputs) == 1 and not call.is_standard:
+            found.setdefault((id(parameters), "bias"), {}).setdefault(call, [])
     return found
 
 
@@ -67,7 +72,10 @@ def _is_missing(node: Node, place: str) -> bool:
     return given.producer is not None and given.producer.operator in ZEROS and given.consumers == [node]
 
 
-def _dtype(node: Node, place: str) -> torch.dtype:
+def _dtype(call: ModuleCall, nodes: list[Node], place: str) -> torch.dtype:
+    if not nodes:
+        return call.outputs[0].dtype
+    node = nodes[0]
     like = node.bound["weight"] if place == "bias" and node.argument("weight") else node.inputs[0]
     return like.dtype
 
@@ -81,7 +89,26 @@ def _add_route(route: Route, value: Value, place: str) -> list[Node]:
         node.bound[place] = given
         node.absent += (given,)
         given.consumers.append(node)
+    if route.added is not None:
+        nodes.append(_add_sum(route.call, values[id(route.added)]))
     return nodes
+
+
+def _add_sum(call: ModuleCall, part: Value) -> Node:
+    """The sum of what a call gives and a bias, as an operator that makes the result of the call."""
+    y = call.outputs[0]
+    maker = y.producer
+    assert maker is not None
+    before = Value(-1, Kind.COMPUTED, y.shape, y.dtype, Storage(), 0, maker)
+    before.independent, before.strides, before.pinned = y.independent, y.strides, y.pinned
+    before.storage.values.append(before)
+    bound = {"self": before, "other": part}
+    node = Node(maker.index, "add", torch.ops.aten.add.Tensor, bound, [before, part], [y], call, absent=(part,))
+    maker.outputs = [before if value is y else value for value in maker.outputs]
+    y.producer = node
+    for value in (before, part):
+        value.consumers.append(node)
+    return node
 
 
 def _add_step(step: Step, values: dict[int, Value], parameter: Value, call: ModuleCall) -> Node:

@@ -2,7 +2,8 @@
 
 For PyTorch's own layers that is known: the parameter is the operator's argument. The forward of any other class is
 tried: it runs without the parameter and with one that changes nothing (a bias of zeros, a gain of ones). The results
-must be equal, and the parameter must arrive at the layer's own operators, whole or in parts, and nowhere else.
+must be equal, and the parameter must arrive at the layer's own operators, whole or in parts, and nowhere else. Or all
+that the forward does with a bias is to add it to its result in the end (``y + self.bias`` of a graph convolution).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Route:
         steps: the operators that take it apart.
         parameter: the tensor that was tried, None if every use is given the whole.
         tried: whether this was found by running the forward.
+        added: the part that is added to the result of the call, None if it goes to operators.
     """
 
     size: int
@@ -71,6 +73,7 @@ class Route:
     steps: list[Step]
     parameter: Tensor | None = None
     tried: bool = False
+    added: Tensor | None = None
 
 
 def find_routes(place: str, calls: Calls, known: dict[tuple[Any, ...], bool]) -> list[Route] | None:
@@ -86,24 +89,28 @@ def find_routes(place: str, calls: Calls, known: dict[tuple[Any, ...], bool]) ->
         if route is None:
             return None
         routes.append(route)
-    return routes if len({route.size for route in routes}) == 1 else None
+    same = len({(route.size, route.added is None) for route in routes}) == 1
+    return routes if same else None
 
 
 def _route(place: str, call: ModuleCall, nodes: list[Node], known: dict[tuple[Any, ...], bool]) -> Route | None:
     module = call.module
-    whole = Route(_channels(nodes[0]), call, [(node, None) for node in nodes], [])
     own_forward = _has_methods_of_its_own(module)
     kind: Any = type(module)
-    if not own_forward and _is_known(kind):
-        return whole
+    if not own_forward and nodes and _is_known(kind):
+        return _to_all(nodes, call)
     key = (type(module), place, *(node.operator for node in call.all_nodes))
-    if key in known and not own_forward and len(nodes) == 1:
-        return whole if known[key] else None
-    tried = (_try(call, nodes, place, size) for size in _sizes(module, nodes))
+    if key in known and not own_forward and len(nodes) < 2:
+        return _to_all(nodes, call) if known[key] and nodes else None
+    tried = (_try(call, nodes, place, size) for size in _sizes(call, nodes))
     route = next((route for route in tried if route is not None), None)
-    if route is None or not route.steps:
+    if route is None or not (route.steps or route.added is not None):
         known[key] = route is not None
     return route
+
+
+def _to_all(nodes: list[Node], call: ModuleCall) -> Route:
+    return Route(_channels(nodes[0]), call, [(node, None) for node in nodes], [])
 
 
 def _has_methods_of_its_own(module: nn.Module) -> bool:
@@ -137,10 +144,11 @@ def _channels(node: Node) -> int:
     return shape[len(shape) - spatial - 1]
 
 
-def _sizes(module: nn.Module, nodes: list[Node]) -> list[int]:
+def _sizes(call: ModuleCall, nodes: list[Node]) -> list[int]:
     """The sizes to try: that of an operator's result, and what the module says of itself, the likelier one first."""
-    said = [getattr(module, name, None) for name in ("out_channels", "out_features")]
-    sizes = [_channels(nodes[0]), *(size for size in said if isinstance(size, int))]
+    said = [getattr(call.module, name, None) for name in ("out_channels", "out_features")]
+    sizes = [_channels(nodes[0])] if nodes else [call.outputs[0].shape[-1]]
+    sizes += [size for size in said if isinstance(size, int)]
     return list(dict.fromkeys(sizes if len(nodes) == 1 else reversed(sizes)))
 
 
@@ -156,20 +164,45 @@ def _try(call: ModuleCall, nodes: list[Node], place: str, size: int) -> Route | 
     if found is None:
         return None
     trace, parameter = found
-    ran = [node for node in call.all_nodes if node.operator in PLACES]
-    if trace.lost or [name for name, _ in trace.layers] != [node.operator for node in ran]:
-        return None
     uses: list[tuple[Node, Tensor | None]] = []
-    uses += [(node, part) for node, (_, part) in zip(ran, trace.layers, strict=True) if part is not None]
-    if not uses or any(node not in nodes for node, _ in uses):
-        return None
+    if trace.added is not None:
+        reshaped = all(operator_of(step.overload).name in _RESHAPING for step in trace.steps)
+        if trace.lost or not trace.ends or not reshaped or not _can_be_added_to(call):
+            return None
+    else:
+        ran = [node for node in call.all_nodes if node.operator in PLACES]
+        if trace.lost or [name for name, _ in trace.layers] != [node.operator for node in ran]:
+            return None
+        uses += [(node, part) for node, (_, part) in zip(ran, trace.layers, strict=True) if part is not None]
+        if not uses or any(node not in nodes for node, _ in uses):
+            return None
     for other in _other_sizes(arguments):
         there = _traced(module, place, size, device, other)
         if there is None and _runs(module, device, other):
             return None  # it reads the parameter at some sizes
         if there is not None and (there[0].lost or there[0].arrivals != trace.arrivals):
             return None
-    return Route(size, call, uses, trace.steps, parameter, tried=True)
+        if there is not None and there[0].ends != trace.ends:
+            return None
+    return Route(size, call, uses, trace.steps, parameter, tried=True, added=trace.added)
+
+
+_RESHAPING = {
+    "view", "reshape", "unsqueeze", "squeeze", "unflatten", "expand", "expand_as", "broadcast_to", "to", "_to_copy",
+    "type_as", "alias", "detach", "slice",
+}  # fmt: skip
+"""Operators of which a bias may come that is added in the end."""
+
+
+def _can_be_added_to(call: ModuleCall) -> bool:
+    """True if the call made its result itself, in memory of its own, and read it no more."""
+    if len(call.outputs) != 1 or not call.outputs[0].dtype.is_floating_point:
+        return False
+    y, inside = call.outputs[0], call.all_nodes
+    made = y.producer is not None and y.producer in inside and y.producer.operator != "handled"
+    first, *views = y.storage.values
+    alone = first is y and not any(view.producer in inside for view in views)
+    return made and alone and not any(y in node.inputs for node in inside)
 
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -181,11 +214,14 @@ def _traced(
     """Run the forward without and with the parameter; None if it does not run, or gives something else with it."""
     with leave_no_trace(tree.modules(module)):
         try:
-            without = _forward(module, device, arguments)
+            with _Trace(torch.empty(0, device="cpu"), place) as before:
+                without = _forward(module, device, arguments)
             with _created(module, place, size, device) as parameter, _Trace(parameter, place) as trace:
                 with_parameter = _forward(module, device, arguments)
         except Exception:  # noqa: BLE001 (whatever it raises, the answer is no)
             return None
+    nowhere_else = not any(arrived is not None for _, arrived in trace.layers) and trace.others == before.others
+    trace.ends = place == "bias" and trace.added is not None and with_parameter is trace.sum and nowhere_else
     return (trace, parameter) if _equal(without, with_parameter) else None
 
 
@@ -267,7 +303,11 @@ class _Trace(Mode):
     Attributes:
         steps: what was done on the way.
         layers: the operators of all layers, by name, with what arrived in the place.
+        added: what of it was added to something else, None if nothing was.
+        sum: the result of that.
         lost: True if anything else was done with it.
+        others: the operators that had nothing to do with it.
+        ends: True if the forward gives the sum, and does nothing else that it does not do without.
     """
 
     @property
@@ -281,7 +321,11 @@ class _Trace(Mode):
         self.parts = {id(tensor): tensor}
         self.steps: list[Step] = []
         self.layers: list[tuple[str, Tensor | None]] = []
+        self.added: Tensor | None = None
+        self.sum: Tensor | None = None
         self.lost = False
+        self.others: list[Any] = []
+        self.ends = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -291,6 +335,8 @@ class _Trace(Mode):
         operator = operator_of(func)
         given = [tensor for _, tensor in pytree.tensors((args, kwargs))]
         ours = [tensor for tensor in given if id(tensor) in self.parts]
+        if not ours:
+            self.others.append(func)
         if not ours and operator.name not in PLACES:
             return result
         bound = dict(zip(operator.arguments, args, strict=False)) | kwargs
@@ -298,6 +344,14 @@ class _Trace(Mode):
             arrived = bound.get(self.place)
             self.layers.append((operator.name, arrived if ours else None))
             self.lost |= bool(ours) and not (len(ours) == 1 and ours[0] is arrived)
+            return result
+        if operator.name == "add" and len(given) == 2 and len(ours) == 1 and self.added is None:
+            [other] = [tensor for tensor in given if tensor is not ours[0]]
+            self.added, self.sum = ours[0], result
+            self.lost |= (
+                result.shape != other.shape or bound.get("alpha", 1) != 1 or operator.written not in ((), ("self",))
+            )
+            self.lost |= operator.written != () and bound["self"] is not other
             return result
         results = [tensor for _, tensor in pytree.tensors(result) if id(tensor) not in self.parts]
         filled = all(bool((tensor == self.tensor.flatten()[0]).all()) for tensor in results)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.rules.registry import Family, Trial, cost, lift, link, lower, rule
+from bnfuse.rules.layers import has_content
+from bnfuse.rules.registry import Family, Trial, cost, lift, link, lower, rule, same
 from bnfuse.units import NotInvertibleError, Unit, add
 
 
@@ -46,8 +47,19 @@ def add_tensors(node: Node, trial: Trial) -> None:
             lambda unit: _times(unit, sum(factors)),
             lambda unit: _divided(node, trial, unit, factors),
         )
+    elif node.absent and not _may_take_shift(node, trial, y):
+        link(trial, x, z, same, same)
     else:
         _Sum(node, trial, (x, y), factors, z).settle()
+
+
+def _may_take_shift(node: Node, trial: Trial, bias: Value) -> bool:
+    """False if a bias that does not exist yet need not be created, or has no axis for the units."""
+    x, z = node.bound["self"], node.outputs[0]
+    units = [unit for unit in (trial.unit(x), trial.unit(z)) if unit is not None]
+    if trial.unit(bias) is not None or has_content(bias, trial):
+        return True
+    return any(unit.shift is not None for unit in units) and all(lower(unit, bias, z) is not None for unit in units)
 
 
 def linear_terms(node: Node) -> tuple[tuple[Value | float, float], tuple[Value | float, float]] | None:

@@ -26,8 +26,11 @@ from bnfuse.units import SAFE_SCALE, Unit
 
 def fixed(value: Value, why: Reason) -> Reason:
     """The reason of a tensor that must stay as it is."""
-    if value.producer is not None:
-        return reasons.OUTPUT_FIXED.reason(*value.producer.place, why=why)
+    maker = value.producer
+    if maker is not None and maker.absent and maker.operator == "add":
+        maker = maker.bound["self"].producer  # the sum with a bias that does not exist
+    if maker is not None:
+        return reasons.OUTPUT_FIXED.reason(*maker.place, why=why)
     what = "an input" if value.kind is Kind.INPUT else "a tensor"
     label = " = ".join(value.names) or f"{what} of shape {'x'.join(map(str, value.shape))}"
     return reasons.TENSOR_FIXED.reason(why=why, tensor=label)

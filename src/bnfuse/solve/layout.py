@@ -95,7 +95,9 @@ def _argument(argument: Any, changed: dict[Value, Tensor]) -> Any:
     if isinstance(argument, Value):
         if argument in changed:
             return changed[argument]
-        return None if argument.kind is Kind.ABSENT else _without_contents(argument)
+        if argument.kind is Kind.ABSENT:
+            return torch.empty(argument.shape, dtype=argument.dtype, device="meta")
+        return _without_contents(argument)
     if isinstance(argument, (tuple, list)):
         return [_argument(item, changed) for item in argument]
     return argument

@@ -57,7 +57,7 @@ class Network:
         self.nodes = graph.nodes
         self.varying = varying
         self.memory = Memory(forbidden)
-        nodes = [*graph.paths, *graph.nodes]
+        nodes = sorted([*graph.nodes, *graph.paths], key=lambda node: node.index)  # what a bias is added to comes first
         self.layouts = Layouts(nodes)
         self.limits = Limits(nodes)
         self.removed: set[Node] = set()

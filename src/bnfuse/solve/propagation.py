@@ -319,6 +319,8 @@ class Trial:
                     contents = Unit(*unit.direct())
                 except NotInvertibleError:
                     self._refuse_value(value, reasons.PARAMETER_UNDOES_ZERO_SCALE.reason(), unit)
+                if value.kind is Kind.ABSENT and contents.shift is None and not self.is_edited(value):
+                    continue  # a bias that need not be created
                 requests = self.edits.setdefault(value, {})
                 for node in value.consumers:
                     if node.operator not in ABSORBERS:
