@@ -25,6 +25,8 @@ _CASTS = ("to", "_to_copy", "type_as", "clone", "contiguous", "detach", "alias",
 _TURNS = ("squeeze", "unsqueeze", "transpose", "permute")
 _MOVES = ("view", "reshape", "flatten", "unflatten", "slice", "select")
 _EXPANSIONS = ("expand", "expand_as", "broadcast_to")
+_PLACES = {*_TURNS, *_MOVES}
+_SEEN_THROUGH = {*_CASTS, *_TURNS, *_MOVES, *_EXPANSIONS, "logical_not", "bitwise_not", "rsub", "eq", "ne"}
 _COMPARISONS = ("eq", "ne", "gt", "ge", "lt", "le")
 _LOGICAL = ("logical_not", "bitwise_not", "logical_and", "logical_or", "bitwise_and", "bitwise_or", "rsub")
 _ELEMENTWISE = {
@@ -69,7 +71,7 @@ def _mask_of(value: Value, steps: int, is_broadcast: bool) -> Mask | None:
     if node is None or not node.inputs or node.written or not steps:
         return whole
     name, x = node.operator, node.inputs[0]
-    inner = _mask_of(x, steps - 1, is_broadcast and name not in (*_TURNS, *_MOVES))
+    inner = _mask_of(x, steps - 1, is_broadcast and name not in _PLACES) if name in _SEEN_THROUGH else None
     if inner is not None:
         if name in _CASTS or (name in _EXPANSIONS and is_broadcast):
             return inner
