@@ -239,7 +239,7 @@ def _verify(plan: Plan, original: nn.Module, fused: nn.Module, problem: Problem,
 
     main = problem.main
     verdict = same_outputs(
-        Reference(original, *main.call.inputs, output=main.output),
+        Reference(original, *main.call.inputs, output=main.output, gradients=main.gradients),
         fused,
         fuse_in_float64,
         traces=main.traces or change is not None,

@@ -252,6 +252,12 @@ LEAVES_PYTORCH = _cause(
     "`.numpy()`, `.tolist()`, other memory by `weight.data = ...` and the like: what is done with them is not seen.",
     "Use PyTorch's operators.",
 )
+IS_DIFFERENTIATED = _cause(
+    "is-differentiated",
+    "gradients are taken of it or by it, or it is one",
+    "Code that calls `torch.autograd.grad`, `backward` or `register_hook` sees gradients in the tensor's own units.",
+    "Nothing; norms between what is differentiated and what it is differentiated by can go.",
+)
 IS_CHOSEN = _cause(
     "is-chosen",
     "{how} chooses by contents what becomes of it, or makes it",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bnfuse.capture.gradients import ASKS_FOR_GRADIENTS
 from bnfuse.capture.module_calls import ModuleCalls
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.capture.values import Values, is_masking
@@ -88,7 +89,7 @@ _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
 _FROM_A_TENSOR = (torch.as_tensor, torch.asarray)
 """Those that, given a tensor, use operators that the recorder sees. Given a list of tensors, they do not."""
 
-_WATCHED = frozenset({*_ESCAPES, *READS_OF_SIZES, *READS_OF_ELEMENTS})
+_WATCHED = frozenset({*_ESCAPES, *READS_OF_SIZES, *READS_OF_ELEMENTS, *ASKS_FOR_GRADIENTS})
 
 
 class EscapeWatch(TorchFunctionMode):
@@ -97,6 +98,7 @@ class EscapeWatch(TorchFunctionMode):
     Attributes:
         looks: True once the code has read a size of a tensor that depends on the input.
         reads_elements: True once it has read an element, or something that depends on the elements.
+        gradients: True once it has asked for gradients.
     """
 
     def __init__(self, values: Values, calls: ModuleCalls, state: SavedState, shapes_only: bool) -> None:
@@ -105,7 +107,7 @@ class EscapeWatch(TorchFunctionMode):
             shapes_only: whether tensors that depend on the input have no contents.
         """
         super().__init__()
-        self.looks = self.reads_elements = False
+        self.looks = self.reads_elements = self.gradients = False
         self._values = values
         self._calls = calls
         self._state = state
@@ -146,6 +148,8 @@ class EscapeWatch(TorchFunctionMode):
                 data = func(*args)
             if self._values.add_alias(args[0], data):
                 return data
+        if func in ASKS_FOR_GRADIENTS:
+            self.gradients |= bool((kwargs or {}).get("requires_grad", args[1] if len(args) > 1 else True))
         how = _ESCAPES.get(func)
         if how is None:
             return func(*args, **(kwargs or {}))

@@ -45,6 +45,16 @@ class ModuleCalls:
         self._paths = {id(module): name for name, module in reversed(named)}
         self._values = values
         self._thread = threading.get_ident()
+        self._paused = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Follow no calls."""
+        outer, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = outer
 
     @contextlib.contextmanager
     def recorded(self, pause: Callable[[], None], resume: Callable[[], None]) -> Iterator[None]:
@@ -57,7 +67,7 @@ class ModuleCalls:
         values = self._values
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if threading.get_ident() != self._thread:
+            if self._paused or threading.get_ident() != self._thread:
                 return
             call = ModuleCall(self._paths.get(id(module)), module, self.current, [], [], values.inside(args))
             self.current = call
@@ -67,7 +77,7 @@ class ModuleCalls:
                 pause()  # it reads sizes only to check them, and no contents
 
         def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-            if threading.get_ident() != self._thread:
+            if self._paused or threading.get_ident() != self._thread:
                 return
             call = self.current
             while call.module is not module and call.parent is not None:

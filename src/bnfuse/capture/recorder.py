@@ -7,7 +7,7 @@ Under ``torch.inference_mode`` a ``TorchDispatchMode`` sees composite operators 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -21,7 +21,7 @@ from bnfuse.capture.values import Values, is_masking
 from bnfuse.graph.graph import Node, Storage, Value
 from bnfuse.model.sandbox import Mode, SavedState
 from bnfuse.operators import Operator, known_as, memory_of, operator_of, parts_of, shape_of
-from bnfuse.reasons import IS_CHOSEN, IS_MULTIPLIED_IN, IS_WRITTEN, MEETS_UNSEEN_ARGUMENT
+from bnfuse.reasons import IS_CHOSEN, IS_MULTIPLIED_IN, IS_WRITTEN, MEETS_UNSEEN_ARGUMENT, Cause
 
 _SET, _SQUEEZE = torch.ops.aten.set_.default, torch.ops.aten.squeeze.default
 
@@ -55,6 +55,9 @@ def _goes_by_sizes(node: Node) -> bool:
     sizes = node.argument(_TO_SHAPES.get(node.operator, ""), ())
     return any(size not in (-1, 0, 1) for size in sizes) and not node.call.is_standard
 
+
+_MODES = (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot)
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 _CHOOSING = ("cond", "while_loop")
 """Operators of a higher order that go by contents."""
@@ -90,6 +93,9 @@ class Recorder(Mode):
         super().__init__()
         self.nodes = nodes
         self.looks = self.reads_elements = False
+        self.tracks_gradients = False
+        self._autograd: tuple[Any, Any] | None = None
+        self._paused = False
         self._values = values
         self._value_of = values.of  # bound once, since it is called for every tensor of every operator
         self._calls = calls
@@ -100,6 +106,8 @@ class Recorder(Mode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._paused:
+            return func(*args, **(kwargs or {}))
         if isinstance(func, HigherOrderOperator):
             return self._run_functions(func, args, kwargs or {})
         if not torch._C._is_torch_function_mode_enabled():
@@ -135,12 +143,12 @@ class Recorder(Mode):
                 if any(value.independent and value.shape for value in inputs):
                     raise without_arithmetic.FixedSizeError(str(error)) from error
                 raise
-        elif independent and not any(map(_IS_INFERENCE, tensors if written else ())):
+        elif independent and not self.tracks_gradients and not any(map(_IS_INFERENCE, tensors if written else ())):
             # Somebody may keep it for later, and tensors of inference mode cannot be trained with.
             with torch.inference_mode(False), torch.no_grad():
                 result = func(*args, **kwargs)
         else:
-            result = func(*args, **kwargs)
+            result = self._compute(func, args, kwargs)
         if operator.needs_contents and not independent:
             self.reads_elements = True
         whole = self._whole is None or operator.name in self._whole or written
@@ -149,6 +157,53 @@ class Recorder(Mode):
             node = Node(len(self.nodes), known_as(operator, bound), func, bound, inputs, [], call, written)
             self._record(node, operator, tensors, independent, _flat(result))
         return result
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing."""
+        outer, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = outer
+
+    @contextlib.contextmanager
+    def below_autograd(self) -> Iterator[None]:
+        """See operators before the layer that tracks gradients does, and takes them apart; it then tracks them.
+
+        Inside the transforms of ``torch.func``, which have layers of their own, nothing changes.
+        """
+        if self._autograd is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+            yield
+            return
+        included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        self._autograd = included, excluded
+        try:
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+                yield
+        finally:
+            self._autograd = None
+
+    def _compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._autograd is None:
+            return func(*args, **kwargs)
+        outer, self._autograd = self._autograd, None
+        included, excluded = outer
+        now = torch._C._dispatch_tls_local_include_set()
+        for key in _MODES:
+            if not now.has(key):  # there is no other mode
+                included = included.remove(key)
+        try:
+            with torch._C._ForceDispatchKeyGuard(included, excluded):
+                return func(*args, **kwargs)
+        finally:
+            self._autograd = outer
+
+    def pin_all(self, cause: Cause) -> None:
+        """Keep the units of everything that was recorded so far."""
+        for node in self.nodes:
+            for value in (*node.inputs, *node.outputs):
+                value.pin(cause)
 
     def _run_functions(self, func: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator that is given functions, and record their operators; of a choice, those of both sides."""

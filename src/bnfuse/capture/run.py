@@ -20,6 +20,7 @@ from torch import nn
 from bnfuse import reasons
 from bnfuse.capture import leftovers, unseen
 from bnfuse.capture.escapes import EscapeWatch
+from bnfuse.capture.gradients import Gradients
 from bnfuse.capture.leaves import Leaves
 from bnfuse.capture.module_calls import ModuleCalls
 from bnfuse.capture.recorder import Recorder
@@ -29,7 +30,8 @@ from bnfuse.errors import InputError
 from bnfuse.graph.graph import Graph, ModuleCall, Node, Value
 from bnfuse.model import pytree, tree
 from bnfuse.model.calls import FORWARD, Call
-from bnfuse.model.sandbox import SavedState, forked_random_state, leave_no_trace
+from bnfuse.model.sandbox import SavedState, forked_random_state, leave_no_trace, own_input, without_history
+from bnfuse.operators import shape_of
 from bnfuse.reasons import Reason
 
 
@@ -48,6 +50,7 @@ class Run:
         contents: True if it looked at an element, or at something that depends on the elements.
         stateful: True if the run left something behind that depends on the input, or a number.
         traces: True if it left anything behind.
+        gradients: True if it asked for gradients, or runs only where they are tracked.
         methods: those of the watched methods that were called with the same arguments.
     """
 
@@ -61,6 +64,7 @@ class Run:
     contents: bool = False
     stateful: bool = False
     traces: bool = False
+    gradients: bool = False
     methods: set[str] = field(default_factory=set)
     start: _Mark | None = None
 
@@ -82,6 +86,23 @@ class _Mark:
     pins: list[tuple[Value, Reason | None]]
     begins: bool
     shapes_only: bool
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a call is made.
+
+    Attributes:
+        shapes_only: without the arithmetic.
+        gradients: with gradients tracked.
+        begins: the model remembers nothing of an earlier call.
+        guessed: the ``id`` of each tensor that stands for an unseen argument.
+    """
+
+    shapes_only: bool
+    gradients: bool
+    begins: bool
+    guessed: set[int]
 
 
 class Recording:
@@ -124,16 +145,38 @@ class Recording:
             NeedsContentsError: ``shapes_only``, and the model looks at contents.
             Exception: ``shapes_only``, and whatever else it raised.
         """
+        try:
+            made = self._record(calls, shapes_only, False)
+            if shapes_only or not any(run.gradients for run in made):
+                return made
+            self.forget(made[0])
+        except InputError as error:
+            try:
+                return self._record(calls, False, True)
+            except InputError:
+                raise error from error.__cause__
+        try:
+            return self._record(calls, False, True)
+        except InputError:
+            return self._record(calls, False, False)
+
+    def _record(self, calls: Sequence[Call], shapes_only: bool, gradients: bool) -> list[Run]:
+        """The same, with gradients tracked or without."""
         mark = self._mark(True, shapes_only)
         guessed: set[int] = set()  # by the ``id`` of the copies, which live as long
-        copies = [_own(call, guessed) for call in calls]
+        copies = [_own(call, guessed, gradients) for call in calls]
         watch = _MethodWatch(self.model, self._methods)
         try:
-            with watch, leave_no_trace(self._modules, watch_writes=False) as state:  # the recorder sees writes anyway
-                values = Values(self._leaves, self._indices, self.graph.exposed, state.held)
+            sandbox = leave_no_trace(self._modules, watch_writes=False, gradients=gradients)
+            with watch, sandbox as state:  # the recorder sees writes anyway
+                values = Values(self._leaves, self._indices, self.graph.exposed, state.held, gradients)
                 for call in calls:
                     begins = len(self.runs) == mark.runs
-                    self.runs.append(self._run(call, copies.pop(0), guessed, values, state, watch, begins, shapes_only))
+                    own = copies.pop(0)
+                    self.runs.append(
+                        self._run(call, own, guessed, values, state, watch, begins, shapes_only, gradients)
+                    )
+                    del own
                 made = self.runs[mark.runs :]
                 if leftovers.take_care(values, [run.output for run in made], state, shapes_only):
                     made[-1].stateful = made[-1].traces = True
@@ -151,16 +194,15 @@ class Recording:
         self,
         call: Call,
         own: Call,
-        guessed: set[int],
         values: Values,
         state: SavedState,
         watch: _MethodWatch,
-        begins: bool,
-        shapes_only: bool,
+        how: _How,
     ) -> Run:
-        """Make one call with tensors of its own."""
+        """Make one call, with tensors of its own."""
+        shapes_only, gradients = how.shapes_only, how.gradients
         graph = self.graph
-        run = Run(call, start=self._mark(begins, shapes_only))
+        run = Run(call, start=self._mark(how.begins, shapes_only))
         nodes, done = len(graph.nodes), len(graph.calls)
         calls = ModuleCalls(self._named, values, graph.calls)
         recorder = Recorder(values, calls, state, self._known, shapes_only, graph.nodes)
@@ -168,7 +210,7 @@ class Recording:
         for tensor in own.tensors:
             values.add_input(tensor)
             run.inputs.append(values.of(tensor))
-            run.inputs[-1].unseen = id(tensor) in guessed
+            run.inputs[-1].unseen = id(tensor) in how.guessed
         try:
             with contextlib.ExitStack() as around:
                 for context in (
@@ -177,6 +219,7 @@ class Recording:
                     unseen.pinning(values),
                     calls.recorded(escapes.pause, escapes.resume),
                     recorder,
+                    Gradients(recorder, values, calls) if gradients else contextlib.nullcontext(),
                     escapes,
                 ):
                     around.enter_context(context)
@@ -185,6 +228,9 @@ class Recording:
             if shapes_only:
                 raise
             raise InputError(_does_not_run(self.model, call, error)) from error
+        if shapes_only and escapes.gradients:
+            raise NeedsContentsError("gradients")
+        run.gradients = gradients or escapes.gradients
         run.outputs = values.expose(run.output, reasons.IS_OUTPUT)
         given = set(run.inputs)
         kept = [tensor for tensor in own.tensors if values.of(tensor) not in given]  # in a list that was passed
@@ -193,6 +239,8 @@ class Recording:
         run.nodes, run.calls = graph.nodes[nodes:], graph.calls[done:]
         run.contents = escapes.reads_elements or recorder.reads_elements
         run.looks = escapes.looks or recorder.looks or run.contents
+        if gradients:
+            run.output = without_history(run.output)  # which holds tensors of the run
         return run
 
     def _mark(self, begins: bool, shapes_only: bool) -> _Mark:
@@ -298,7 +346,7 @@ class _MethodWatch(contextlib.AbstractContextManager["_MethodWatch"]):
         return call
 
 
-def _own(call: Call, guessed: set[int]) -> Call:
+def _own(call: Call, guessed: set[int], gradients: bool) -> Call:
     """The call with copies of its tensors.
 
     Args:
@@ -307,12 +355,12 @@ def _own(call: Call, guessed: set[int]) -> Call:
 
     def put_in(value: Any) -> Any:
         if isinstance(value, unseen.Guess):
-            made = value.tensor.detach().clone()
+            made = own_input(value.tensor, gradients)
             guessed.add(id(made))
             return made
         return {name: put_in(item) for name, item in value.items()} if type(value) is dict else value
 
-    own = call.map(lambda tensor: tensor.detach().clone())
+    own = call.map(functools.partial(own_input, gradients=gradients))
     return own.with_inputs(map(put_in, own.args), {name: put_in(value) for name, value in own.kwargs.items()})
 
 
@@ -332,6 +380,7 @@ class Capture:
     looks: bool
     stateful: bool
     traces: bool
+    gradients: bool = False
 
 
 def capture(
@@ -360,7 +409,7 @@ def capture_shapes(
 def _single(model: nn.Module, args: Any, kwargs: Any, known: Container[str] | None, shapes_only: bool) -> Capture:
     recording = Recording(model, known)
     (run,) = recording.record(Call(*args, **kwargs), shapes_only=shapes_only)
-    return Capture(recording.graph, run.output, run.looks, run.stateful, run.traces)
+    return Capture(recording.graph, run.output, run.looks, run.stateful, run.traces, run.gradients)
 
 
 def _expose_stored(values: Values, state: SavedState) -> tuple[bool, bool]:
@@ -388,7 +437,7 @@ def _expose_stored(values: Values, state: SavedState) -> tuple[bool, bool]:
 
 def _does_not_run(model: nn.Module, call: Call, error: Exception) -> str:
     given = ", ".join(
-        f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
+        f"{'x'.join(map(str, shape_of(tensor))) or 'scalar'} {str(tensor.dtype).removeprefix('torch.')}"
         for tensor in call.tensors
     )
     name = type(model).__name__ if call.method == FORWARD else f"{type(model).__name__}.{call.method}"

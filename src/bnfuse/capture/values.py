@@ -35,7 +35,12 @@ class Values:
     """
 
     def __init__(
-        self, leaves: Leaves, indices: Iterator[int], exposed: list[int], held_before: Callable[[Tensor], bool]
+        self,
+        leaves: Leaves,
+        indices: Iterator[int],
+        exposed: list[int],
+        held_before: Callable[[Tensor], bool],
+        gradients: bool = False,
     ) -> None:
         """
         Args:
@@ -43,7 +48,9 @@ class Values:
             indices: gives each new value its number.
             exposed: is added to.
             held_before: whether the model held a tensor before the run.
+            gradients: whether gradients are tracked, so that a tensor does not tell whether the run has made it.
         """
+        self._gradients = gradients
         self._indices = indices
         self._leaves = leaves
         self._tagged = _TaggedTensors()
@@ -85,7 +92,7 @@ class Values:
             return value
         value = self._leaves.add(tensor, Kind.CONSTANT)
         # Other threads are not recorded, and what they make does not tell that it was made during the run.
-        by_others = tensor.is_inference() or threading.active_count() > 1
+        by_others = self._gradients or tensor.is_inference() or threading.active_count() > 1
         if by_others and tensor.is_floating_point() and not self.in_literal:
             # Made during the run by something that was not recorded, unless the model keeps it from an earlier run.
             value.independent = self._held_before(tensor)
@@ -111,6 +118,11 @@ class Values:
         value = new_value(next(self._indices), tensor, Kind.INPUT, Storage())
         value.pin(reasons.IS_INPUT)
         self.tag(tensor, value)
+
+    def add_unrecorded(self, tensor: Tensor) -> None:
+        """A tensor that the run has made of what depends on the input, by no operator that is recorded."""
+        if self.known(tensor) is None:
+            self.tag(tensor, new_value(next(self._indices), tensor, Kind.COMPUTED, Storage()))
 
     def add_result(self, tensor: Tensor, storage: Storage, producer: Node, independent: bool) -> Value:
         """A tensor that an operator has made."""

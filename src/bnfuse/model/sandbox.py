@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import random
 import sys
@@ -36,8 +37,9 @@ def run(
     mode: AbstractContextManager[object] | None = None,
     traces: bool = True,
     writes: bool = True,
+    gradients: bool | None = None,
 ) -> Any:
-    """Run a model once in evaluation mode and without gradients, and leave no trace.
+    """Run a model once in evaluation mode and leave no trace.
 
     The model sees a copy of the inputs and random generators set to ``seed``. Afterwards training flags, buffers,
     attributes (caches that the run filled) and random generators are as before.
@@ -46,6 +48,8 @@ def run(
         mode: a context in which the model's forward runs.
         traces: False for a model that is known to leave none by itself, which saves looking for them.
         writes: False for a model that is known to write to none of its parameters and buffers.
+        gradients: whether gradients are tracked, as the code of some models needs. None for a model of which that is
+            not known: it runs with gradients if it fails without.
 
     Returns:
         What the model returns. Tensors that live in a buffer are copied before the buffer is put back.
@@ -53,13 +57,19 @@ def run(
     Raises:
         Exception: whatever the model raises.
     """
+    if gradients is None:
+        return run_either_way(model, args, kwargs, seed, mode, traces, writes)[0]
     modules = tree.modules(model)
     sandbox: AbstractContextManager[object]
-    sandbox = leave_no_trace(modules, seed, writes, False) if traces else _in_evaluation(modules, seed, False)
+    if traces or gradients:
+        sandbox = leave_no_trace(modules, seed, writes, False, gradients)
+    else:
+        sandbox = _in_evaluation(modules, seed, False)
     with sandbox:
-        own_args, own_kwargs = map_tensors((tuple(args), dict(kwargs)), torch.clone)
+        own = functools.partial(own_input, gradients=gradients)
+        own_args, own_kwargs = map_tensors((tuple(args), dict(kwargs)), own)
         with mode or nullcontext():
-            output = model(*own_args, **own_kwargs)
+            output = without_history(model(*own_args, **own_kwargs))
         if traces:
             buffers = {_address(buffer) for buffer in model.buffers()} - {0}
             if any(_address(tensor) in buffers for _, tensor in tensors(output)):
@@ -67,9 +77,52 @@ def run(
         return output
 
 
+def run_either_way(
+    model: nn.Module,
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    seed: int = 0,
+    mode: AbstractContextManager[object] | None = None,
+    traces: bool = True,
+    writes: bool = True,
+) -> tuple[Any, bool]:
+    """Run a model as `run` does, with gradients if it fails without.
+
+    Returns:
+        What the model returns, and whether gradients were tracked.
+    """
+    args, kwargs = tuple(args), dict(kwargs)
+    try:
+        return run(model, args, kwargs, seed, mode, traces, writes, gradients=False), False
+    except Exception as error:  # noqa: BLE001 (whatever the model raises)
+        try:
+            return run(model, args, kwargs, seed, mode, traces, writes, gradients=True), True
+        except Exception:  # noqa: BLE001 (the first one says what is wrong with the model or its inputs)
+            raise error from None
+
+
+def own_input(tensor: Tensor, gradients: bool) -> Tensor:
+    """A copy of an input, for a model that may write to it."""
+    if not gradients:
+        return tensor.detach().clone()
+    with torch.inference_mode(False):
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def without_history(output: Any) -> Any:
+    """What a model returned, without what PyTorch keeps for gradients."""
+    if any(tensor.requires_grad for _, tensor in tensors(output)):
+        return map_tensors(output, lambda tensor: tensor.detach() if tensor.requires_grad else tensor)
+    return output
+
+
 @contextlib.contextmanager
 def leave_no_trace(
-    modules: Sequence[nn.Module], seed: int = 0, watch_writes: bool = True, inference: bool = True
+    modules: Sequence[nn.Module],
+    seed: int = 0,
+    watch_writes: bool = True,
+    inference: bool = True,
+    gradients: bool = False,
 ) -> Iterator[SavedState]:
     """Inside, modules run in evaluation mode and without gradients; afterwards all is as before.
 
@@ -82,11 +135,12 @@ def leave_no_trace(
         watch_writes: False if the caller itself sees to it that the contents of parameters and buffers are saved
             before they are written to.
         inference: use inference mode. Its tensors cannot be trained with, should somebody keep them.
+        gradients: track gradients all the same. Those that parameters hold are put aside.
 
     Yields:
         What was saved, which also tells what the run has stored.
     """
-    with _in_evaluation(modules, seed, inference):
+    with _in_evaluation(modules, seed, inference, gradients):
         state = SavedState(modules)
         try:
             with _SaveBeforeWrites(modules, state) if watch_writes else nullcontext():
@@ -96,15 +150,31 @@ def leave_no_trace(
 
 
 @contextlib.contextmanager
-def _in_evaluation(modules: Sequence[nn.Module], seed: int, inference: bool) -> Iterator[None]:
+def _in_evaluation(modules: Sequence[nn.Module], seed: int, inference: bool, gradients: bool = False) -> Iterator[None]:
+    without = torch.inference_mode() if inference else torch.no_grad()
     with (
-        torch.inference_mode() if inference else torch.no_grad(),
+        _gradients(modules) if gradients else without,
         _evaluation_mode(modules),
         forked_random_state(seed),
         _eager(),
         _deeper_stack(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Gradients are tracked inside; those that parameters hold are put aside."""
+    held = [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
+    before = [(tensor, tensor.grad) for tensor in held]
+    try:
+        for tensor in held:
+            tensor.grad = None
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for tensor, gradient in before:
+            tensor.grad = gradient
 
 
 _DEEPER = 2
@@ -197,6 +267,8 @@ class SavedState:
         self.contents: dict[int, tuple[Tensor, Tensor]] = {}
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
         self._attributes = _Attributes(modules)
+        parameters = [value for module in modules for value in module._parameters.values() if value is not None]
+        self._requiring = [(parameter, parameter.requires_grad) for parameter in parameters]
         kinds = list(map(type, self._attributes.values))
         mutable = {kind for kind in set(kinds) if issubclass(kind, (dict, list, set))}
         containers = list(itertools.compress(self._attributes.values, map(mutable.__contains__, kinds)))
@@ -265,6 +337,9 @@ class SavedState:
         for container, copy in self._changed_containers():
             container.clear()
             container.extend(copy) if isinstance(container, list) else container.update(copy)
+        for parameter, requires in self._requiring:
+            if parameter.requires_grad is not requires:
+                parameter.requires_grad_(requires)
         for tensor, memory in self.memory.values():
             if memory_of(tensor) != memory_of(memory):
                 tensor.data = memory

@@ -101,7 +101,7 @@ def same_outputs(
     args, kwargs = reference.inputs
     watch = MemoryWatch(reference.original) if copied else None
     try:
-        output = run(fused, args, kwargs, reference.seed, watch, traces=traces, writes=writes)
+        output = run(fused, args, kwargs, reference.seed, watch, traces, writes, reference.gradients)
     except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
         _check_apart(watch, fused)
         return verdict.does_not_run(type(fused).__name__, dtype_name(reference.precision), error)

@@ -19,7 +19,7 @@ from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
 from bnfuse.model.describe import first_line
 from bnfuse.model.pytree import map_tensors
-from bnfuse.model.sandbox import is_writable, run
+from bnfuse.model.sandbox import is_writable, run, run_either_way
 from bnfuse.verify.comparison import Comparison
 from bnfuse.verify.constants import Constants
 from bnfuse.verify.discrete_choices import DiscreteChoices
@@ -48,6 +48,7 @@ class Reference:
         args, kwargs: the arguments of the call.
         seed: of the random generators during the call.
         output: what the original gives on the call, if that is known.
+        gradients: whether it runs with gradients tracked, None if that is not known; see `bnfuse.model.sandbox.run`.
 
     Attributes:
         inputs: (args, kwargs) of the call.
@@ -61,7 +62,9 @@ class Reference:
         kwargs: Mapping[str, Any],
         seed: int = 0,
         output: Any = _UNKNOWN,
+        gradients: bool | None = None,
     ) -> None:
+        self.gradients = gradients
         self.original, self.inputs, self.seed = original, (tuple(args), dict(kwargs)), seed
         self.in_float64 = InFloat64()
         if output is not _UNKNOWN:
@@ -77,26 +80,39 @@ class Reference:
     def run(self, model: nn.Module, choices: DiscreteChoices | None = None) -> Any:
         """What a model gives on the call, while its choices are recorded or replaced."""
         args, kwargs = self.inputs
-        return run(model, args, kwargs, self.seed, choices)
+        return run(model, args, kwargs, self.seed, choices, gradients=self._known_gradients)
 
     def run_in_float64(self, model: nn.Module, choices: DiscreteChoices | None = None) -> Any:
         """What a float64 model gives on the inputs in float64, while its choices are recorded or replaced."""
         args, kwargs = map_tensors(self.inputs, to_float64)
         self.in_float64.lifted = []
         constants = Constants(model, self.constants) if self.constants.made else None
-        return run(model, args, kwargs, self.seed, _all(self.in_float64, constants, choices))
+        return run(
+            model, args, kwargs, self.seed, _all(self.in_float64, constants, choices), gradients=self._known_gradients
+        )
 
     @cached_property
     def constants(self) -> Constants:
         """The constants that the original's code makes in its own precision."""
         constants = Constants(self.original)
-        run(self.original, *self.inputs, self.seed, constants)
+        run(self.original, *self.inputs, self.seed, constants, gradients=self._known_gradients)
         return constants
 
     @cached_property
     def output(self) -> Any:
         """What the original gives in its own precision."""
-        return self.run(self.original)
+        args, kwargs = self.inputs
+        if self.gradients is not None:
+            return run(self.original, args, kwargs, self.seed, gradients=self.gradients)
+        output, self.gradients = run_either_way(self.original, args, kwargs, self.seed)
+        return output
+
+    @property
+    def _known_gradients(self) -> bool | None:
+        """Whether gradients are tracked. A mode must see one run, not two, so that must be known before."""
+        if self.gradients is None:
+            self.output  # noqa: B018 (which finds out)
+        return self.gradients
 
     @cached_property
     def exact(self) -> tuple[Any, list[float], str]:
