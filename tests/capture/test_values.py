@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
+import pytest
 import torch
 from recording import X, graph_of
+from support import fused_and_checked, prepared
 from torch import Tensor, nn
 
 from bnfuse.graph.graph import Kind
@@ -66,3 +70,18 @@ def test_no_activation_is_kept() -> None:
     gc.collect()
     assert alive[0]() is None
     assert len(graph.nodes) == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_tensor_that_the_code_copies_takes_no_value_along(copied: Any) -> None:
+    class Copying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u, self.n, self.v = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = copied(self.n(self.u(copied(x))))
+            return self.v(y.add_(1) * y)  # type: ignore[no-any-return]
+
+    plan, _ = fused_and_checked(prepared(Copying(), dead=0.3), torch.randn(2, 2, 4, 4, dtype=torch.float64))
+    assert plan.fused[0].into == ("u",)

@@ -236,6 +236,6 @@ class _TaggedTensors:
         for reference in reversed(self._by_memory.get(memory, ())) if memory is not None else ():
             alive = reference()
             # A tensor may have been given other memory since it was sorted in.
-            if alive is not None and _TAG in alive.__dict__ and memory_of(alive) == memory:
+            if alive is not None and alive.__dict__.get(_TAG) is not None and memory_of(alive) == memory:
                 return alive
         return None

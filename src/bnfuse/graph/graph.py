@@ -62,6 +62,10 @@ class Value:
     tensor: Tensor | None = None
     handler: Any = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A tensor that is copied or pickled during the run takes no value along, let alone the graph behind it."""
+        return type(None), ()
+
     def pin(self, cause: Cause, **fields: Any) -> None:
         """Keep this value's units as they are. The first reason stands.
 
