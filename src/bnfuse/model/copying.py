@@ -37,11 +37,11 @@ def copy_model(
         InputError: the model cannot be copied, or its copy shares parameters with it.
     """
     memo: dict[int, Any] = dict(stand_ins or {})
-    for _, attribute in tree.plain_attributes(model):
-        for _, value in pytree.tensors(attribute):
-            if not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
     held = held_tensors(model) if held is None else held
+    computed = [tensor for tensor in held.values() if not tensor.is_leaf]
+    for _, attribute in tree.plain_attributes(model):
+        computed += [tensor for _, tensor in pytree.tensors(attribute) if not tensor.is_leaf]
+    memo.update((id(tensor), tensor.detach().clone()) for tensor in computed)
     own = {*map(id, tree.modules(model)), *held}
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -107,11 +107,13 @@ class _Copier:
         if by_kind is not None:
             return by_kind(self, value)
         if kind in _TENSORS and (not is_dense(value) or value.is_quantized):
-            return self._not_dense(value)
+            return self._cloned(value)
         try:
             return copy.deepcopy(value, memo)
         except Exception:
-            if isinstance(value, (nn.Module, Tensor)) or self._holds_parts_of_the_model(value):
+            if isinstance(value, Tensor):
+                return self._cloned(value)
+            if isinstance(value, nn.Module) or self._holds_parts_of_the_model(value):
                 raise
             memo.pop(id(value), None)
             return value  # a lock, an open file
@@ -125,13 +127,15 @@ class _Copier:
         module.__setstate__({name: item if type(item) in SIMPLE else self.copy(item) for name, item in state.items()})
         return module
 
-    def _not_dense(self, value: Tensor) -> Tensor:
-        """A sparse, nested or quantised tensor, some of which ``copy.deepcopy`` does not take."""
+    def _cloned(self, value: Tensor) -> Tensor:
+        """A sparse, nested or quantised tensor, or one of a subclass, some of which ``copy.deepcopy`` does not take."""
         made = value.detach().clone()
         if isinstance(value, nn.Parameter):
             made = nn.Parameter(made, requires_grad=value.requires_grad)
-        elif type(value) is not Tensor:
+        elif type(value) is nn.Buffer:
             made = nn.Buffer(made)
+        if type(made) is not type(value):
+            raise TypeError(f"a clone of a {type(value).__name__} is a {type(made).__name__}")
         self.memo[id(value)] = made
         made.__dict__.update(self.copy(value.__dict__))
         return made

@@ -158,8 +158,23 @@ def _in_evaluation(modules: Sequence[nn.Module], seed: int, inference: bool, gra
         forked_random_state(seed),
         _eager(),
         _deeper_stack(),
+        _slow_attention(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _slow_attention() -> Iterator[None]:
+    """PyTorch's transformer layers run by their operators, as they do while something watches their functions.
+
+    Their fast path drops what is masked, and so gives something else there.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
