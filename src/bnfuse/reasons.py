@@ -258,6 +258,12 @@ IS_DIFFERENTIATED = _cause(
     "Code that calls `torch.autograd.grad`, `backward` or `register_hook` sees gradients in the tensor's own units.",
     "Nothing; norms between what is differentiated and what it is differentiated by can go.",
 )
+IS_READ_IN_A_THREAD = _cause(
+    "is-read-in-a-thread",
+    "{owner} reads or makes it in a thread of its own",
+    "The forward starts threads, and what they do is not seen.",
+    "Call the layers one after the other.",
+)
 IS_CHOSEN = _cause(
     "is-chosen",
     "{how} chooses by contents what becomes of it, or makes it",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from recording import Net, X, graph_of, operators
+from support import fused_and_checked, prepared, reason
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -57,3 +59,28 @@ def test_keyword_and_nested_inputs() -> None:
     net = Net(lambda m, images, extra: {"sum": images[0] + extra["scale"]})
     graph = capture(net, (), {"images": [X], "extra": {"scale": X}}).graph
     assert [value.kind for value in graph.nodes[0].inputs] == [Kind.INPUT, Kind.INPUT]
+
+
+class Threaded(nn.Module):
+    """It calls a layer in a thread, beside a norm that could go into that layer."""
+
+    def __init__(self, of_the_layer: bool) -> None:
+        super().__init__()
+        self.u, self.n, self.v = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)
+        self.of_the_layer = of_the_layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, made = self.u(x), []
+        layer, given = (self.u, x) if self.of_the_layer else (self.v, y)
+        thread = threading.Thread(target=lambda: made.append(layer(given)))
+        thread.start()
+        thread.join()
+        return self.n(y), made[0]
+
+
+@pytest.mark.parametrize(("of_the_layer", "owner"), [(True, "u"), (False, "v")])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_another_thread_reads_stays(of_the_layer: bool, owner: str) -> None:
+    model = prepared(Threaded(of_the_layer), dead=0.3)
+    plan, _ = fused_and_checked(model, torch.randn(2, 2, 4, 4, dtype=torch.float64))
+    assert f"{owner} (Conv2d) reads or makes it in a thread of its own" in reason(plan, "n")

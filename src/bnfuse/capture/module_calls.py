@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from bnfuse.capture.values import Values
-from bnfuse.graph.graph import ModuleCall
+from bnfuse.graph.graph import Kind, ModuleCall
 from bnfuse.model import pytree
 from bnfuse.operators import is_dense
-from bnfuse.reasons import HOOK_READS
+from bnfuse.reasons import HOOK_READS, IS_READ_IN_A_THREAD
 
 _OWN_HOOKS: set[int] = set()
 """The global hooks that this file has registered; all others are the caller's."""
@@ -68,6 +68,7 @@ class ModuleCalls:
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> None:
             if self._paused or threading.get_ident() != self._thread:
+                self._pin_in_thread(module, (args, module._parameters, module._buffers))
                 return
             call = ModuleCall(self._paths.get(id(module)), module, self.current, [], [], values.inside(args))
             self.current = call
@@ -78,6 +79,7 @@ class ModuleCalls:
 
         def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
             if self._paused or threading.get_ident() != self._thread:
+                self._pin_in_thread(module, rest)
                 return
             call = self.current
             while call.module is not module and call.parent is not None:
@@ -115,6 +117,15 @@ class ModuleCalls:
                 # RemovableHandle forgets these registries, which would leave every later call on the slow path.
                 module_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)
                 module_hooks._global_forward_hooks_always_called.pop(handle.id, None)
+
+    def _pin_in_thread(self, module: nn.Module, seen: Any) -> None:
+        """Pin what a module reads and makes in another thread, whose operators are not recorded."""
+        if threading.get_ident() == self._thread:
+            return
+        for _, tensor in pytree.tensors(seen):
+            value = self._values.of(tensor)
+            value.pin(IS_READ_IN_A_THREAD, owner=ModuleCall(self._paths.get(id(module)), module, None).label)
+            value.independent &= value.kind is Kind.PARAMETER
 
 
 def has_hooks(module: nn.Module) -> bool:
