@@ -201,6 +201,7 @@ class EscapeWatch(TorchFunctionMode):
         if value is None:
             return
         self._values.exposed.append(value.index)
+        self._values.escaped |= not value.independent
         if value.dtype.is_floating_point or not value.independent:  # an index has no units that could change
             value.pin(LEAVES_PYTORCH, how=how)
         if self._shapes_only and not value.independent and how != ".data":

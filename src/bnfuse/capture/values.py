@@ -31,6 +31,7 @@ class Values:
         leaves: those that were there before the run, by the ``id`` of their tensor.
         names: those of parameters and buffers, by each of their names.
         exposed: what was seen outside of the recorded operators, by the index of the value.
+        escaped: True once contents that depend on the input have left PyTorch, and may come back.
         in_literal: True while PyTorch makes a tensor of numbers that stand in the code.
     """
 
@@ -51,6 +52,7 @@ class Values:
             gradients: whether gradients are tracked, so that a tensor does not tell whether the run has made it.
         """
         self._gradients = gradients
+        self.escaped = False
         self._indices = indices
         self._leaves = leaves
         self._tagged = _TaggedTensors()
@@ -92,7 +94,7 @@ class Values:
             return value
         value = self._leaves.add(tensor, Kind.CONSTANT)
         # Other threads are not recorded, and what they make does not tell that it was made during the run.
-        by_others = self._gradients or tensor.is_inference() or threading.active_count() > 1
+        by_others = self._gradients or self.escaped or tensor.is_inference() or threading.active_count() > 1
         if by_others and tensor.is_floating_point() and not self.in_literal:
             # Made during the run by something that was not recorded, unless the model keeps it from an earlier run.
             value.independent = self._held_before(tensor)
