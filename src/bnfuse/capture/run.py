@@ -173,9 +173,8 @@ class Recording:
                 for call in calls:
                     begins = len(self.runs) == mark.runs
                     own = copies.pop(0)
-                    self.runs.append(
-                        self._run(call, own, guessed, values, state, watch, begins, shapes_only, gradients)
-                    )
+                    how = _How(shapes_only, gradients, begins, guessed)
+                    self.runs.append(self._run(call, own, values, state, watch, how))
                     del own
                 made = self.runs[mark.runs :]
                 if leftovers.take_care(values, [run.output for run in made], state, shapes_only):
