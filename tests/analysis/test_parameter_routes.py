@@ -78,3 +78,10 @@ def test_a_bias_that_would_be_read_in_another_way_is_not_created(kind: Any) -> N
     plan, fused = fused_and_checked(model, torch.randn(2, 2, 8, 8, dtype=torch.float64))
     assert not plan.fused
     assert fused[0]._parameters["bias"] is None  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", [OwnPadding, Direct, Named])
+def test_a_created_bias_is_no_number_that_follows_the_size(kind: Any) -> None:
+    model = prepared(nn.Sequential(nn.BatchNorm2d(2), kind(2, 4, 3, bias=False), nn.Sigmoid()), dead=0.3)
+    plan, _ = fused_and_checked(model, torch.randn(2, 2, 8, 8, dtype=torch.float64))
+    assert plan.fused[0].into == ("1",)

@@ -90,7 +90,8 @@ def _same_numbers(node: Node, other: Node) -> bool:
 
 def _numbers(argument: Any) -> Any:
     if isinstance(argument, dict):
-        return {name: _numbers(value) for name, value in argument.items()}
+        numbers = {name: _numbers(value) for name, value in argument.items()}
+        return {name: number for name, number in numbers.items() if number is not None}  # a created bias is no number
     if isinstance(argument, (list, tuple)):
         return [_numbers(value) for value in argument]
     return argument if isinstance(argument, (int, float, complex)) else None
