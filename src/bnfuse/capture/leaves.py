@@ -99,8 +99,7 @@ class Leaves:
             if value.index >= index:
                 del self._first[key], self.by_identity[key]
                 continue
-            while value.consumers and value.consumers[-1].index >= node:
-                value.consumers.pop()
+            _forget_readers(value, node)
             if value.storage.values[-1].index >= index:
                 value.storage.values = [other for other in value.storage.values if other.index < index]
         for memory, held in list(self._by_memory.items()):
@@ -108,6 +107,21 @@ class Leaves:
                 self._by_memory[memory] = [value for value in held if value.index < index]
                 if not self._by_memory[memory]:
                     del self._by_memory[memory]
+
+
+def _forget_readers(value: Value, node: int) -> None:
+    """Forget the operators from that one on that read a tensor, or what it holds once it was written to."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        while value.consumers and value.consumers[-1].index >= node:
+            value.consumers.pop()
+        waiting += [
+            made
+            for reader in value.consumers
+            for made in reader.outputs
+            if made.tensor is not None and made is not value
+        ]
 
 
 def _parameters_and_buffers(named: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[Tensor, Kind, tuple[str, ...]]]:
