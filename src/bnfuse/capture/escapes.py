@@ -52,13 +52,33 @@ READS_OF_SIZES = frozenset(
         torch.Tensor.numel,
         torch.Tensor.nelement,
         torch.Tensor.nbytes.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.stride,
-        torch.Tensor.is_contiguous,
-        torch.Tensor.storage_offset,
         torch.Tensor.__len__,
     }
 )
 """Functions that tell the code a size, on which it may then depend."""
+
+READS_OF_LAYOUT = frozenset(
+    {
+        torch.Tensor.stride,
+        torch.Tensor.is_contiguous,
+        torch.Tensor.storage_offset,
+        torch.Tensor.data_ptr,
+        torch.Tensor.untyped_storage,
+        torch.Tensor._base.__get__,  # type: ignore[union-attr]
+        torch.Tensor._is_view,
+    }
+)
+"""Functions that tell the code how a tensor lies in memory."""
+
+READS_OF_MODES = frozenset(
+    {
+        torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.grad_fn.__get__,  # type: ignore[union-attr]
+        torch.Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.is_inference,
+    }
+)
+"""Functions that tell the code whether gradients are tracked."""
 
 READS_OF_ELEMENTS = frozenset(
     {
@@ -89,7 +109,9 @@ _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
 _FROM_A_TENSOR = (torch.as_tensor, torch.asarray)
 """Those that, given a tensor, use operators that the recorder sees. Given a list of tensors, they do not."""
 
-_WATCHED = frozenset({*_ESCAPES, *READS_OF_SIZES, *READS_OF_ELEMENTS, *ASKS_FOR_GRADIENTS})
+_WATCHED = frozenset(
+    {*_ESCAPES, *READS_OF_SIZES, *READS_OF_LAYOUT, *READS_OF_MODES, *READS_OF_ELEMENTS, *ASKS_FOR_GRADIENTS}
+)
 
 
 class EscapeWatch(TorchFunctionMode):
@@ -98,6 +120,8 @@ class EscapeWatch(TorchFunctionMode):
     Attributes:
         looks: True once the code has read a size of a tensor that depends on the input.
         reads_elements: True once it has read an element, or something that depends on the elements.
+        reads_layout: True once it has read how such a tensor lies in memory.
+        reads_modes: True once it has read whether gradients are tracked.
         gradients: True once it has asked for gradients.
     """
 
@@ -107,7 +131,7 @@ class EscapeWatch(TorchFunctionMode):
             shapes_only: whether tensors that depend on the input have no contents.
         """
         super().__init__()
-        self.looks = self.reads_elements = self.gradients = False
+        self.looks = self.reads_elements = self.reads_layout = self.reads_modes = self.gradients = False
         self._values = values
         self._calls = calls
         self._state = state
@@ -143,6 +167,12 @@ class EscapeWatch(TorchFunctionMode):
             self.looks = not by_pytorch and self._depends(args)
         elif func in READS_OF_ELEMENTS and not self.reads_elements:
             self.reads_elements = self._depends(args)
+        elif func in READS_OF_LAYOUT and not self._calls.current.is_standard:
+            self.looks = self.reads_layout = self.reads_layout or self._depends(args)
+        elif func in READS_OF_MODES and not self._calls.current.is_standard:
+            self.reads_modes |= self._depends(args)
+            if func is torch.Tensor.is_inference:
+                return False  # as in a run of the caller's
         if func == _GET_DATA:
             with _disable_current_modes():  # an alias is no operator
                 data = func(*args)

@@ -48,6 +48,8 @@ class Run:
         output: what it returned, None for a run without arithmetic.
         looks: True if the code looked at a size or an element of a tensor that depends on the input.
         contents: True if it looked at an element, or at something that depends on the elements.
+        layout: True if it looked at how a tensor lies in memory.
+        modes: True if it asked whether gradients are tracked.
         stateful: True if the run left something behind that depends on the input, or a number.
         traces: True if it left anything behind.
         gradients: True if it asked for gradients, or runs only where they are tracked.
@@ -62,6 +64,8 @@ class Run:
     output: Any = None
     looks: bool = False
     contents: bool = False
+    layout: bool = False
+    modes: bool = False
     stateful: bool = False
     traces: bool = False
     gradients: bool = False
@@ -238,6 +242,7 @@ class Recording:
         run.nodes, run.calls = graph.nodes[nodes:], graph.calls[done:]
         run.contents = escapes.reads_elements or recorder.reads_elements
         run.looks = escapes.looks or recorder.looks or run.contents
+        run.layout, run.modes = escapes.reads_layout, escapes.reads_modes
         if gradients:
             run.output = without_history(run.output)  # which holds tensors of the run
         return run

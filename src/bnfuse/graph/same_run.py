@@ -72,6 +72,12 @@ class Counterparts:
         self.same = same
         self.certain = self.whole = True
 
+    def gives(self, values: Sequence[Value], others: Sequence[Value]) -> bool:
+        """True if these values are the counterparts of the others."""
+        return len(values) == len(others) and all(
+            self.same.get(other, other) is value for value, other in zip(values, others, strict=True)
+        )
+
     def match(self, values: Sequence[Value], others: Sequence[Value]) -> bool:
         """Note counterparts; False if they are of other kinds."""
         for value, other in zip(values, others, strict=True):

@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,13 @@ class Variation:
         what: the argument, in words.
         calls: the call with these values.
         all_of_them: whether each value may lead somewhere else; else the first that does is enough.
+        otherwise: further values that may, each for itself, if none of the others led anywhere else.
     """
 
     what: str
     calls: list[Call]
     all_of_them: bool = False
+    otherwise: Sequence[Call] = ()
 
 
 def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
@@ -90,7 +92,7 @@ def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
             yield Variation("one more argument", more)
         elif parameter.kind is parameter.VAR_KEYWORD:
             known = {parameter.name for parameter in parameters} | set(call.kwargs)
-            for name in [word for word in words if word not in known][:_MOST]:
+            for name in ["unknown", *(word for word in words if word not in known)][:_MOST]:
                 yield Variation(name, [_with(call, name, value) for value in (*_guesses(call), True)])
         elif place >= len(call.args) and parameter.name not in call.kwargs and parameter.default is not parameter.empty:
             if parameter.kind is parameter.POSITIONAL_ONLY:
@@ -116,7 +118,9 @@ def _guesses(call: Call) -> list[Any]:
     for like in call.tensors[:1]:
         if is_dense(like) and like.dim():
             mask = like[:, :1] if like.dim() > 2 else like[:, 0] if like.dim() == 2 else like
-            guesses += [Guess(torch.ones_like(mask, dtype=torch.bool)), Guess(torch.ones_like(like))]
+            one = like.new_ones([1] * like.dim())  # it is broadcast to any other
+            guesses += [Guess(one.bool()), Guess(one), Guess(torch.ones_like(mask, dtype=torch.bool))]
+            guesses += [Guess(torch.ones_like(like))]
     return guesses
 
 
@@ -126,9 +130,10 @@ def _of_value(
     if isinstance(value, bool):
         yield Variation(f"{what}={not value}", [changed(not value)])
     elif isinstance(value, int):
-        yield Variation(what, [changed(value + step) for step in (1, -1, 2)], all_of_them=True)
+        near = dict.fromkeys((value + 1, value - 1, value + 2, 0, 1, 2, 3))
+        yield Variation(what, [changed(other) for other in near if other != value], all_of_them=True)
     elif value is None:
-        yield Variation(what, list(map(changed, (*guesses, True, 1))))
+        yield Variation(what, list(map(changed, guesses)), otherwise=list(map(changed, (True, 0, 1, 2, 3))))
     elif isinstance(value, float):
         yield Variation(what, list(map(changed, (guesses[0], value + 1))))
     elif isinstance(value, str):

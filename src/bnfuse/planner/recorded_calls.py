@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ log = logging.getLogger("bnfuse")
 _MEMORY = 4
 """So many calls follow one another where the model remembers something."""
 
-_RUNS_FOR_REAL = (8, 2)
+_RUNS_FOR_REAL = (12, 2)
 """So many further runs are made with arithmetic, where the code looks at contents: of a small model, of a large one."""
 
 _SMALL = 100
@@ -119,6 +119,12 @@ class CallRecorder:
             self._other_contents(call)
         if any(run.looks for run in self.recording.runs if run.call.method == call.method):
             self._other_sizes(call)
+        if any(run.layout for run in self.recording.runs):
+            self.unseen.append("the code asks how tensors lie in memory: of that only other strides were tried")
+            for other in resized.with_other_layouts(call):
+                self._try("another layout in memory", other)
+        if any(run.modes for run in self.recording.runs):
+            self.unseen.append("the code asks whether gradients are tracked: it ran without")
         if main.traces or main.stateful:
             self._memory(call)
 
@@ -130,6 +136,8 @@ class CallRecorder:
             taken |= found is not None
             if found and not variation.all_of_them:
                 return
+        for call in variation.otherwise:
+            taken |= self._try(variation.what, call) is not None
         if not taken:
             self.unseen.append(f"{variation.what} was never given another value: what that does is not known")
 
@@ -146,7 +154,7 @@ class CallRecorder:
         for number, resizing in enumerate(resized.resizings(call)):
             if resizing.group in done or (groups and resizing.group not in groups):
                 continue
-            if resizing.group not in ("smaller", "batch of one") and resizing.axes <= varied:
+            if resizing.group not in ("smaller", "batch of one", "many") and resizing.axes <= varied:
                 continue
             if any(axes <= resizing.axes for axes in fixed) and resizing.axes != {1}:  # which may be taken apart
                 continue
@@ -166,7 +174,8 @@ class CallRecorder:
     def _other_contents(self, call: Call) -> None:
         """Other contents, for half of the runs with arithmetic; the other half is for other sizes."""
         left = self._for_real // 2
-        for number in (1, 0, 2):
+        self.unseen.append("the code goes by contents: of these only some others were tried")
+        for number in (1, 2, 3, 4, 0, 5):
             if self._for_real > left:
                 self._try("other contents", resized.revalued(call, number))
 
@@ -174,9 +183,19 @@ class CallRecorder:
         """Further calls of a model that remembers something, as long as they change something, and after a reset."""
         self._for_real += 1
         self._try("further calls", *[call] * (_MEMORY if self.main.stateful else 2))  # a table is kept once
+        self._for_real += 1
+        self._try("calls with other inputs in between", call, *self._others(call), call)
         for name in inferred_calls.resets(self.recording.model):
             self._for_real += 1
             self._try(f"a call after {name}", call, Call(method=name), call)
+
+    def _others(self, call: Call) -> Iterator[Call]:
+        """The call with another batch, if the model takes it, and with other contents."""
+        for resizing in resized.resizings(call):
+            other = resizing.of(call, 1) if resizing.group == "larger batch" else None
+            if other is not None and self._try(resizing.what, other) is not None:
+                yield other
+        yield resized.revalued(call, 1)
 
     def _try(self, what: str, *calls: Call, pass_on: type[Exception] | tuple[()] = ()) -> bool | None:
         """Record an inferred call.
@@ -252,7 +271,7 @@ class CallRecorder:
         for place in range(1, len(made)):
             previous, run = made[place - 1], made[place]
             same = _counterparts(previous, run, before)
-            if same is None or not (same.certain and same.whole):
+            if same is None or not (same.certain and same.whole and same.gives(previous.outputs, run.outputs)):
                 needed = place + 1
             before = {}  # what the next call reads of this one, this one read of the one before
             if same is not None:

@@ -71,6 +71,7 @@ def resizings(call: Call) -> list[Resizing]:
         ]
     found.append(Resizing("a batch of one", batch, lambda axis, size: 1, "batch of one"))
     found.append(Resizing("a larger batch", batch, _more(1), "larger batch"))
+    found.append(Resizing("a much larger batch", batch, lambda axis, size: 4 * size + 1, "many"))
     if trailing:
         found += [
             Resizing("smaller", trailing, _round_down, "smaller"),
@@ -109,15 +110,24 @@ def _resized(tensor: Tensor, axes: frozenset[int], size: Callable[[int, int], in
     return tensor
 
 
+CONTENTS = 6
+"""So many ways to change contents are known."""
+
+
 def _with_other_values(tensor: Tensor, number: int) -> Tensor:
-    """The tensor with other contents, in one of a few ways: scaled, rolled; masks filled and emptied."""
+    """The tensor with other contents: scaled, moved, large, nothing but zeros; masks filled, emptied, torn."""
     if not is_dense(tensor) or not tensor.dim() or not tensor.numel() or tensor.is_quantized:
         return tensor
+    number %= CONTENTS
     if tensor.dtype == torch.bool or _is_mask(tensor):
-        filled = (torch.ones_like(tensor), torch.zeros_like(tensor), tensor.roll(1, -1))
-        return filled[number % len(filled)]
+        if number == 4 and tensor.is_floating_point():
+            return torch.linspace(0.1, 0.9, tensor.numel()).to(tensor).reshape(tensor.shape)
+        torn = tensor.roll(1, -1) if number == 2 else tensor.logical_not().to(tensor.dtype)
+        return torch.full_like(tensor, not number) if number < 2 else torn
     if tensor.is_floating_point():
-        return (-0.75 if number % 2 else 0.75) * tensor.roll(1, min(1, tensor.dim() - 1))
+        moved = tensor.roll(1, min(1, tensor.dim() - 1))
+        ways = (0.75 * moved, -0.75 * moved, torch.zeros_like(tensor), 100 * moved, 5 + moved.abs(), moved / 100)
+        return ways[number]
     return tensor.roll(1 + number, -1) if number % 2 else tensor
 
 
@@ -132,6 +142,21 @@ def _is_mask(tensor: Tensor) -> bool:
 def revalued(call: Call, number: int) -> Call:
     """The call with other contents of the same sizes."""
     return call.map(lambda tensor: _with_other_values(tensor, number))
+
+
+def with_other_layouts(call: Call) -> Iterator[Call]:
+    """The call with tensors that lie in memory in another way: channels last, or with the last axes swapped."""
+
+    def last(tensor: Tensor) -> Tensor:
+        form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+        return tensor.contiguous(memory_format=form) if form is not None and is_dense(tensor) else tensor
+
+    def swapped(tensor: Tensor) -> Tensor:
+        dense = is_dense(tensor) and tensor.dim() > 1
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if dense else tensor
+
+    yield call.map(swapped)
+    yield call.map(last)
 
 
 def with_other_lists(call: Call) -> Iterator[tuple[str, Call]]:
