@@ -19,11 +19,11 @@ STEPS = {
     "bnfuse.api.fused_copy": "copy",
     "bnfuse.planner.problem.captured": "capture",
     "bnfuse.planner.planner.solve": "solve",
-    "bnfuse.planner.planner.varying": "assumptions",
+    "bnfuse.planner.problem.CallRecorder.infer": "other calls",
     "bnfuse.planner.planner.needed_in_place": "assumptions",
-    "bnfuse.planner.planner.Planner._holds": "assumptions",
     "bnfuse.api.rewrite": "rewrite",
     "bnfuse.api._verify": "verify",
+    "bnfuse.planner.trying_plans.Trials.failure": "verify",
 }
 """The steps by where they are looked up, and the stage that each belongs to."""
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bnfuse
 from bnfuse.changes import Decision
 from bnfuse.fusion_plan import Plan
-from bnfuse.planner import planner as planning
+from bnfuse.planner.trying_plans import Trials
 from fuzz.program import Program
 
 EXACT = 1e-9
@@ -138,13 +138,13 @@ def _reported(what: str) -> Iterator[None]:
 
 @contextmanager
 def bare_algebra() -> Iterator[None]:
-    """Plans are not tried on other inputs inside, so that this cannot hide a mistake of the rules."""
-    holds = planning.Planner._holds
-    planning.Planner._holds = lambda planner, solution: True  # type: ignore[method-assign]
+    """Plans are not tried on further calls inside, so that this cannot hide a mistake of the rules."""
+    failure = Trials.failure
+    Trials.failure = lambda *_: None  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        planning.Planner._holds = holds  # type: ignore[method-assign]
+        Trials.failure = failure  # type: ignore[method-assign]
 
 
 # What must not change -----------------------------------------------------------------------------------------------

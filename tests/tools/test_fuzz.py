@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from bnfuse import reasons, units
 from bnfuse.analysis import norms
 from bnfuse.capture import module_calls
-from bnfuse.graph import graph
+from bnfuse.graph import graph, same_run
 from bnfuse.model import sandbox
 from bnfuse.rules import activation, layers, products, sums
 from bnfuse.rules import indexing as places
@@ -155,6 +155,9 @@ def hooks_ignored(patch: pytest.MonkeyPatch) -> None:
 
 def numbers_of_the_shape_trusted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trial.Trial, "assume", lambda self, node: None)
+    patch.setattr(
+        same_run.Counterparts, "certain", property(lambda self: True, lambda self, value: None), raising=False
+    )
 
 
 def memory_not_watched(patch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import is_
@@ -23,6 +24,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.model import tree
+from bnfuse.model.other_state import OtherState
 from bnfuse.model.pytree import map_tensors, tensors
 from bnfuse.operators import is_dense, memory_of, operator_of, shape_of
 
@@ -289,6 +291,8 @@ class SavedState:
         containers = list(itertools.compress(self._attributes.values, map(mutable.__contains__, kinds)))
         self._empty = [container for container in containers if not container]  # most of them, and most stay so
         self._containers = [(container, container.copy()) for container in containers if container]
+        self._others = OtherState(modules, self._attributes.values)
+        self._containers += self._others.containers
         self._held: set[int] | None = None
         self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None
         self._found_containers: list[tuple[Any, Any]] | None = None
@@ -319,6 +323,8 @@ class SavedState:
                     yield f"{type(module).__name__}.{name}", value
         for container, _ in self._changed_containers():
             yield f"a {type(container).__name__} of the model", container
+        for iterator in self._others.changed_iterators():
+            yield f"a {type(iterator).__name__} of the model", None
 
     def look_again(self) -> None:
         """Forget what was found to be stored, since the run goes on."""
@@ -351,7 +357,8 @@ class SavedState:
             module.__dict__.update(before)
         for container, copy in self._changed_containers():
             container.clear()
-            container.extend(copy) if isinstance(container, list) else container.update(copy)
+            container.extend(copy) if isinstance(container, (list, deque)) else container.update(copy)
+        self._others.restore()
         for parameter, requires in self._requiring:
             if parameter.requires_grad is not requires:
                 parameter.requires_grad_(requires)
@@ -396,7 +403,7 @@ def _differs(container: Any, before: Any) -> bool:
         if all(map(is_, container, before)):  # names in the same order, which is quick to compare
             return not all(map(is_, container.values(), before.values()))
         return any(before.get(name, _MISSING) is not value for name, value in container.items())
-    if isinstance(container, list):
+    if isinstance(container, (list, deque)):
         return not all(map(is_, container, before))
     return bool(container != before)
 

@@ -121,7 +121,7 @@ def _with_other_values(tensor: Tensor, number: int) -> Tensor:
     number %= CONTENTS
     if tensor.dtype == torch.bool or _is_mask(tensor):
         if number == 4 and tensor.is_floating_point():
-            return torch.linspace(0.1, 0.9, tensor.numel()).to(tensor).reshape(tensor.shape)
+            return torch.linspace(0.1, 0.9, tensor.numel(), device="cpu").to(tensor).reshape(tensor.shape)
         torn = tensor.roll(1, -1) if number == 2 else tensor.logical_not().to(tensor.dtype)
         return torch.full_like(tensor, not number) if number < 2 else torn
     if tensor.is_floating_point():
