@@ -22,6 +22,7 @@ STEPS = {
     "bnfuse.planner.problem.CallRecorder.infer": "other calls",
     "bnfuse.planner.planner.needed_in_place": "assumptions",
     "bnfuse.api.rewrite": "rewrite",
+    "bnfuse.api.InPlace": "rewrite",
     "bnfuse.api._verify": "verify",
     "bnfuse.planner.trying_plans.Trials.failure": "verify",
 }

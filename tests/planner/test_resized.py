@@ -27,11 +27,17 @@ class Counting(nn.Module):
         return self.norm(self.conv(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        SHAPES.append(tuple(x.shape))
+        note(tuple(x.shape))
         return self.run(x)
 
 
 SHAPES: list[tuple[int, ...]] = []
+
+
+def note(shape: tuple[int, ...]) -> None:
+    """Called by the models: a list that their own code refers to would be put back after every run."""
+    SHAPES.append(shape)
+
 
 OF_CHANNELS = [(2, 4, 16, 16), (2, 6, 16, 16), (2, 2, 16, 16)]
 """The channels could be taken apart."""
@@ -48,7 +54,7 @@ def shapes(model: nn.Module, *size: int) -> CallRecorder:
 
 def test_sizes_of_both_directions_are_tried() -> None:
     recorder = shapes(Counting(), 2, 3, 16, 16)
-    assert [(3, 3, 17, 17), (1, 3, 16, 16), (2, 3, 8, 8), *OF_CHANNELS] == SHAPES
+    assert [(3, 3, 17, 17), (1, 3, 16, 16), (9, 3, 16, 16), (2, 3, 8, 8), *OF_CHANNELS] == SHAPES
     assert not recorder.further  # the same everywhere
     assert len(recorder.recording.runs) == 1
 
@@ -56,7 +62,7 @@ def test_sizes_of_both_directions_are_tried() -> None:
 def test_a_model_that_looks_at_nothing_is_run_at_no_other_size() -> None:
     class Blind(Counting):
         def forward(self, x: Tensor) -> Tensor:
-            SHAPES.append(())
+            note(())
             return self.run(x)
 
     shapes(Blind(), 2, 3, 16, 16)

@@ -30,7 +30,10 @@ _SKIPPED = (
     functools.partial, torch.Size, torch.dtype, torch.device,
 )  # fmt: skip
 
-_OURS = (list, tuple, dict, set)
+_KNOWN = SIMPLE | {Tensor, nn.Parameter, types.FunctionType, types.BuiltinFunctionType}
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""Attributes of every module, which are looked after elsewhere."""
 
 
 class OtherState:
@@ -40,24 +43,21 @@ class OtherState:
         containers: what holds it, each with a copy: containers, and the ``__dict__`` of objects.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], attributes: Iterable[Any]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], attributes: Iterable[tuple[str, Any]]) -> None:
         """
         Args:
-            attributes: what the modules hold in their attributes.
+            attributes: all attributes of the modules, by name.
         """
         self.containers: list[tuple[Any, Any]] = []
         self._iterators: list[tuple[Callable[[Any], None], Any, Any]] = []
-        self._generators: list[Callable[[], None]] = []
+        self._generators: list[Callable[[], object]] = []
         self._seen: dict[int, Any] = {}
-        kinds: dict[type, bool] = {}
-        for value in attributes:
-            kind = type(value)
-            looked_at = kinds.get(kind)
-            if looked_at is None:
-                looked_at = kinds[kind] = kind not in SIMPLE and not isinstance(value, _SKIPPED)
-            if looked_at:
+        iterators = False
+        for name, value in attributes:
+            if type(value) not in _KNOWN and name not in _OF_MODULES and not isinstance(value, _SKIPPED):
+                iterators |= _is_iterator(value)
                 self._add(value, 0, None, own=True)
-        for module in modules:
+        for module in modules if iterators else ():
             for name, value in list(vars(module).items()):
                 if type(value) not in SIMPLE and _is_iterator(value):
                     self._add(value, 0, functools.partial(vars(module).__setitem__, name), own=True)
@@ -79,6 +79,8 @@ class OtherState:
             own: whether a module holds it; then its containers are looked after already.
         """
         if type(value) in SIMPLE or isinstance(value, _SKIPPED) or id(value) in self._seen or depth > _DEEPEST:
+            return
+        if _is_iterator(value) and put is None:
             return
         self._seen[id(value)] = value  # held, so that no new object gets the same id
         if isinstance(value, _CONTAINERS):

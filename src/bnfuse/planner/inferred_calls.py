@@ -61,7 +61,7 @@ class Variation:
         what: the argument, in words.
         calls: the call with these values.
         all_of_them: whether each value may lead somewhere else; else the first that does is enough.
-        otherwise: further values that may, each for itself, if none of the others led anywhere else.
+        otherwise: further values that may, each for itself, unless the very first led somewhere else.
     """
 
     what: str

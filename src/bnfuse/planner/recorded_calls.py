@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,9 @@ _OF_METHODS = ("larger", "batch of one")
 
 _ARGUMENTS = 16
 """So many arguments are varied."""
+
+_SAME_OPERATORS = 2
+"""So many further runs of the same operators are solved together: what depends on the size shows in them."""
 
 _DIFFERENT_SIZES = 4
 """So many runs at other sizes are solved together, of those that are different."""
@@ -83,6 +86,8 @@ class CallRecorder:
         self.further: list[FurtherCall] = []
         self.unseen: list[str] = []
         self._looks = False  # whether the code looked in the last call
+        self._taken: list[resized.Resizing] = []
+        self._need_contents: set[str] = set()  # methods that do not run without arithmetic
         self._for_real = _RUNS_FOR_REAL[len(self.main.nodes) > _SMALL]
 
     @property
@@ -101,60 +106,69 @@ class CallRecorder:
     def infer(self) -> None:
         """Record what can be known without asking."""
         main = self.main
-        model, call = self.recording.model, main.call
+        call = main.call
         separate = resized.with_separate_inputs(call)
         if separate is not None:
             self._try("other tensors where one was passed twice", separate)
-        given = {run.call.method for run in self.recording.runs}
-        for name in inferred_calls.methods(model) if call.method == FORWARD else ():
-            if name not in main.methods and name not in given:
-                self._try(name, inferred_calls.forward_of(call, name))
-                if self._looks:  # in its own code, apart from what the forward runs too
-                    self._other_sizes(inferred_calls.forward_of(call, name), _OF_METHODS)
-        for variation in itertools.islice(inferred_calls.variations(model, call), _ARGUMENTS):
-            self._vary(variation)
+        runs = list(self.recording.runs)
+        if any(run.contents for run in runs):
+            self._other_contents(call)
+        if any(run.looks for run in runs):
+            self._other_sizes(call)
         for what, other in resized.with_other_lists(call):
             self._try(what, other)
-        if any(run.contents for run in self.recording.runs):
-            self._other_contents(call)
-        if any(run.looks for run in self.recording.runs if run.call.method == call.method):
-            self._other_sizes(call)
-        if any(run.layout for run in self.recording.runs):
+        if any(run.layout for run in runs):
             self.unseen.append("the code asks how tensors lie in memory: of that only other strides were tried")
             for other in resized.with_other_layouts(call):
                 self._try("another layout in memory", other)
-        if any(run.modes for run in self.recording.runs):
+        if any(run.modes for run in runs):
             self.unseen.append("the code asks whether gradients are tracked: it ran without")
+        if call.method == FORWARD:
+            self._methods(call)
+        for variation in itertools.islice(inferred_calls.variations(self.recording.model, call), _ARGUMENTS):
+            self._vary(variation)
         if main.traces or main.stateful:
             self._memory(call)
+
+    def _methods(self, call: Call) -> None:
+        """Known methods; where one looks at sizes in code of its own, at those sizes too that the forward takes."""
+        given = {run.call.method for run in self.recording.runs} | self.main.methods
+        for name in inferred_calls.methods(self.recording.model):
+            if name in given:
+                continue
+            found = self._try(name, inferred_calls.forward_of(call, name))
+            if found and self._looks:
+                for number, resizing in enumerate(self._taken):
+                    other = resizing.of(inferred_calls.forward_of(call, name), number)
+                    if other is not None:
+                        self._try(f"{name}, {resizing.what}", other)
 
     def _vary(self, variation: inferred_calls.Variation) -> None:
         """Record the first of some values of an argument that leads somewhere else, or all of them."""
         taken = False
-        for call in variation.calls:
+        for place, call in enumerate(variation.calls):
             found = self._try(variation.what, call)
             taken |= found is not None
             if found and not variation.all_of_them:
-                return
+                if place == 0:
+                    return
+                break
         for call in variation.otherwise:
             taken |= self._try(variation.what, call) is not None
         if not taken:
             self.unseen.append(f"{variation.what} was never given another value: what that does is not known")
 
-    def _other_sizes(self, call: Call, groups: Collection[str] | None = None) -> None:
-        """Other sizes in both directions, of every group the first that the model takes.
-
-        Args:
-            groups: the only ones that are tried, None for all.
-        """
+    def _other_sizes(self, call: Call) -> None:
+        """Other sizes in both directions, of every group the first that the model takes."""
         done: set[str] = set()
         fixed: list[frozenset[int]] = []
         varied: frozenset[int] = frozenset()
         before = len(self.recording.runs)
         for number, resizing in enumerate(resized.resizings(call)):
-            if resizing.group in done or (groups and resizing.group not in groups):
+            alone = resizing.group[-1].isdigit()
+            if resizing.group in done or (alone and resizing.axes <= varied):
                 continue
-            if resizing.group not in ("smaller", "batch of one", "many") and resizing.axes <= varied:
+            if resizing.group == "larger batch" and "larger" in done:
                 continue
             if any(axes <= resizing.axes for axes in fixed) and resizing.axes != {1}:  # which may be taken apart
                 continue
@@ -164,8 +178,10 @@ class CallRecorder:
             try:
                 if self._try(resizing.what, other, pass_on=FixedSizeError) is not None:
                     done.add(resizing.group)
-                    if resizing.group == "larger":
-                        varied = resizing.axes  # single ones teach nothing more
+                    if resizing.group in ("larger", "smaller"):
+                        varied |= resizing.axes  # single ones teach nothing more
+                    if resizing.group in _OF_METHODS:
+                        self._taken.append(resizing)
             except FixedSizeError:  # a table of one size fits no other size
                 fixed.append(resizing.axes)
             if len(self.recording.runs) - before >= _DIFFERENT_SIZES:
@@ -180,13 +196,17 @@ class CallRecorder:
                 self._try("other contents", resized.revalued(call, number))
 
     def _memory(self, call: Call) -> None:
-        """Further calls of a model that remembers something, as long as they change something, and after a reset."""
-        self._for_real += 1
-        self._try("further calls", *[call] * (_MEMORY if self.main.stateful else 2))  # a table is kept once
-        self._for_real += 1
+        """Further calls of a model that remembers something, as long as they change something, and after a reset.
+
+        Where it keeps nothing but what does not depend on the input (a table), one more call is enough.
+        """
+        if not self.main.stateful:
+            self._try("a second call", call, call)
+            return
+        self._for_real += 3
+        self._try("further calls", *[call] * _MEMORY)
         self._try("calls with other inputs in between", call, *self._others(call), call)
         for name in inferred_calls.resets(self.recording.model):
-            self._for_real += 1
             self._try(f"a call after {name}", call, Call(method=name), call)
 
     def _others(self, call: Call) -> Iterator[Call]:
@@ -217,11 +237,13 @@ class CallRecorder:
     def _add(self, what: str, calls: tuple[Call, ...], given: bool) -> bool:
         """Record a call; False if it does what an earlier one did."""
         recording = self.recording
+        method = calls[0].method
         try:
-            if given and self.contents:
+            if (given and self.contents) or method in self._need_contents:
                 raise NeedsContentsError
             made = recording.record(*calls, shapes_only=True)
         except NeedsContentsError:
+            self._need_contents.add(method)
             made = self._record_for_real(calls, given)
         except Exception as error:
             if not given and (isinstance(error, FixedSizeError) or self._takes_main_without_arithmetic):
@@ -246,7 +268,9 @@ class CallRecorder:
         if not given:
             if self._for_real <= 0:
                 raise NeedsContentsError("no more runs with arithmetic")
+            made = self.recording.record(*calls)
             self._for_real -= 1
+            return made
         return self.recording.record(*calls)
 
     @property
@@ -291,7 +315,7 @@ class CallRecorder:
         if len(made) > 1:
             return None
         (run,) = made
-        found = None
+        found: list[Counterparts] = []
         for earlier in self.recording.runs:
             if earlier is run or earlier.start is None or not earlier.start.begins:
                 continue
@@ -303,8 +327,10 @@ class CallRecorder:
             same.certain &= all(_same_pins(value, other) for value, other in same.same.items())
             if same.certain:
                 return same
-            found = same
-        return found
+            found.append(same)
+        if len(found) > _SAME_OPERATORS:
+            found[-1].certain = True
+        return found[-1] if found else None
 
 
 def _counterparts(run: Run, other: Run, before: dict[Value, Value]) -> Counterparts | None:

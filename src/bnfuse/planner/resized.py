@@ -54,7 +54,7 @@ def _same_shape(a: Tensor, b: Tensor) -> bool:
 def resizings(call: Call) -> list[Resizing]:
     """What is tried, the likeliest first: everything larger, a batch of one, everything smaller, single axes.
 
-    They grow by two also, so that what is odd or even stays so. The batch grows by one.
+    They also double, so that what is odd or even stays so. The batch grows by one.
     """
     rank = max((tensor.dim() for tensor in call.tensors), default=0)
     trailing = frozenset(range(2, rank))
@@ -65,7 +65,6 @@ def resizings(call: Call) -> list[Resizing]:
         found += [
             Resizing("larger", both, _more(1), "larger"),
             Resizing("larger", both, _round_up, "larger"),
-            Resizing("larger", both, _more(2), "larger"),
             Resizing("larger", trailing, _more(1), "larger"),
             Resizing("larger", trailing, lambda axis, size: 2 * size, "larger"),
         ]
@@ -75,16 +74,20 @@ def resizings(call: Call) -> list[Resizing]:
     if trailing:
         found += [
             Resizing("smaller", trailing, _round_down, "smaller"),
-            Resizing("smaller", trailing, lambda axis, size: max(1, size - 1), "smaller"),
+            Resizing("smaller", trailing, _less, "smaller"),
         ]
     for axis in range(1, rank):
+        alone = frozenset({axis})
         found += [
-            Resizing(f"larger along axis {axis}", frozenset({axis}), _more(1), f"larger {axis}"),
-            Resizing(f"larger along axis {axis}", frozenset({axis}), _round_up, f"larger {axis}"),
-            Resizing(f"smaller along axis {axis}", frozenset({axis}), lambda axis, size: max(1, size - 1),
-                     f"smaller {axis}"),
-        ]  # fmt: skip
+            Resizing(f"larger along axis {axis}", alone, _more(1), f"larger {axis}"),
+            Resizing(f"larger along axis {axis}", alone, _round_up, f"larger {axis}"),
+            Resizing(f"smaller along axis {axis}", alone, _less, f"smaller {axis}"),
+        ]
     return found
+
+
+def _less(axis: int, size: int) -> int:
+    return max(1, size - 1)
 
 
 def _more(count: int) -> Callable[[int, int], int]:
