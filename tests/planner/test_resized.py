@@ -80,6 +80,7 @@ def test_a_table_of_one_size_fits_no_other_size() -> None:
         (2, 3, 17, 17),
         (1, 3, 16, 16),
         (3, 3, 16, 16),
+        (9, 3, 16, 16),
         *OF_CHANNELS,
         (2, 3, 17, 16),
         (2, 3, 16, 17),
