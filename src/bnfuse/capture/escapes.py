@@ -50,6 +50,10 @@ READS_OF_SIZES = frozenset(
         torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
         torch.Tensor.size,
         torch.Tensor.numel,
+        torch.numel,
+        torch._shape_as_tensor,
+        torch.Tensor.storage,
+        torch.Tensor.untyped_storage,
         torch.Tensor.nelement,
         torch.Tensor.nbytes.__get__,  # type: ignore[attr-defined]
         torch.Tensor.__len__,

@@ -50,10 +50,22 @@ def _meet(node: Node) -> None:
 def _goes_by_sizes(node: Node) -> bool:
     """True if an operator does something else at another size: it adds up an axis, takes a tensor apart, drops all
     axes of size 1, or is told a size that stands in the code."""
-    if node.overload is _SQUEEZE or node.operator in _INTO_PARTS or node.operator == "sum":
+    if node.operator == "squeeze" and not _drops_fixed(node):
+        return True
+    if node.operator in _INTO_PARTS or node.operator == "sum":
         return True
     sizes = node.argument(_TO_SHAPES.get(node.operator, ""), ())
     return any(size not in (-1, 0, 1) for size in sizes) and not node.call.is_standard
+
+
+def _drops_fixed(node: Node) -> bool:
+    """True if a squeeze drops the axes that it is told, none of which is the first, as after pooling to one place."""
+    dims = node.argument("dim")
+    if node.overload is _SQUEEZE or dims is None or not node.inputs or not node.outputs:
+        return False
+    given, made = len(node.inputs[0].shape), len(node.outputs[0].shape)
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    return given - made == len(dims) and all(dim % given for dim in dims)
 
 
 _MODES = (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -164,14 +165,30 @@ class ModuleCall:
         """True if the module runs the forward of a class of PyTorch's."""
         if isinstance(self.module, torch.jit.ScriptModule):
             return False
-        forward = type(self.module).forward
-        return "forward" not in self.module.__dict__ and (forward.__module__ or "").startswith("torch.nn.modules.")
+        return "forward" not in self.module.__dict__ and _runs_as_pytorch_does(type(self.module))
 
     @property
     def label(self) -> str:
         """A name for messages."""
         kind = type(self.module).__name__
         return f"{self.path} ({kind})" if self.path else kind
+
+
+@functools.cache
+def _runs_as_pytorch_does(kind: type[nn.Module]) -> bool:
+    """True if the forward is PyTorch's, and so is every method that PyTorch's classes have for it to call."""
+    own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
+    if not (kind.forward.__module__ or "").startswith("torch.nn.modules."):
+        return False
+    theirs = [base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module]
+    called = {name for base in theirs for name, value in vars(base).items() if callable(value)} - _NOT_CALLED
+    return not any(name in called for base in own for name in vars(base))
+
+
+_NOT_CALLED = frozenset(
+    {"__init__", "extra_repr", "reset_parameters", "reset_running_stats", "__setstate__", "__repr__", "_load_from_state_dict"}
+)
+"""Methods that no forward calls."""
 
 
 @dataclass(eq=False, slots=True)

@@ -150,7 +150,7 @@ def _is_plain_object(value: Any) -> bool:
 
 
 @functools.cache
-def _code(kind: Any) -> tuple[types.FunctionType, ...]:
+def code_of(kind: Any) -> tuple[types.FunctionType, ...]:
     """The functions of a class of modules that is not PyTorch's."""
     found = []
     for base in kind.__mro__:
@@ -161,7 +161,7 @@ def _code(kind: Any) -> tuple[types.FunctionType, ...]:
 
 def _referred(kind: Any) -> Iterator[tuple[Any, str]]:
     """Where the code of a class finds what is not its own: global names and cells of closures, with the name."""
-    for function in _code(kind):
+    for function in code_of(kind):
         for name in _names(function.__code__):
             yield function.__globals__, name
         for cell in function.__closure__ or ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import types
@@ -11,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnfuse.capture.unseen import Guess, Unseen
+from bnfuse.model import pytree
 from bnfuse.model.calls import Call
+from bnfuse.model.other_state import code_of
 from bnfuse.operators import is_dense
 
 METHODS = (
@@ -62,12 +65,16 @@ class Variation:
         calls: the call with these values.
         all_of_them: whether each value may lead somewhere else; else the first that does is enough.
         otherwise: further values that may, each for itself, unless the very first led somewhere else.
+        is_flag: whether it is a flag.
+        is_text: whether it is given text, of which more may be known to the code.
     """
 
     what: str
     calls: list[Call]
     all_of_them: bool = False
     otherwise: Sequence[Call] = ()
+    is_flag: bool = False
+    is_text: bool = False
 
 
 def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
@@ -121,6 +128,8 @@ def _guesses(call: Call) -> list[Any]:
             one = like.new_ones([1] * like.dim())  # it is broadcast to any other
             guesses += [Guess(one.bool()), Guess(one), Guess(torch.ones_like(mask, dtype=torch.bool))]
             guesses += [Guess(torch.ones_like(like))]
+            torn = torch.arange(mask.numel(), device=mask.device).reshape(mask.shape) % 2 == 0
+            guesses += [Guess(torn), Guess(torn.to(like.dtype)), Guess(torch.zeros_like(torn))]
     return guesses
 
 
@@ -128,19 +137,32 @@ def _of_value(
     what: str, value: Any, guesses: list[Any], words: list[str], changed: Callable[[Any], Call]
 ) -> Iterator[Variation]:
     if isinstance(value, bool):
-        yield Variation(f"{what}={not value}", [changed(not value)])
+        yield Variation(f"{what}={not value}", [changed(not value)], is_flag=True)
     elif isinstance(value, int):
         near = dict.fromkeys((value + 1, value - 1, value + 2, 0, 1, 2, 3))
         yield Variation(what, [changed(other) for other in near if other != value], all_of_them=True)
     elif value is None:
-        yield Variation(what, list(map(changed, guesses)), otherwise=list(map(changed, (True, 0, 1, 2, 3))))
+        others = [*map(changed, (True, 0, 1, 2, 3)), *map(changed, words[:_MOST])]
+        yield Variation(what, list(map(changed, guesses)), otherwise=others)
     elif isinstance(value, float):
-        yield Variation(what, list(map(changed, (guesses[0], value + 1))))
+        near = [other for other in (value + 1, value - 1, value / 2, 0.0) if other != value]
+        yield Variation(what, list(map(changed, (guesses[0], *near))), all_of_them=True)
     elif isinstance(value, str):
-        yield Variation(what, [])
+        near_words = [word for word in words if word != value][:_MOST]
+        yield Variation(what, list(map(changed, near_words)), all_of_them=True, is_text=True)
+    elif type(value) in (list, tuple) and not any(isinstance(item, (list, tuple, dict, Tensor)) for item in value):
+        kind = type(value)
+        sets: list[Any] = [(), (0,), (1,), (2,), (0, 1, 2, 3), (-1,)]
+        if value:
+            sets += [value[:-1], (*value, value[-1])]
+            if all(type(item) is int for item in value):
+                sets += [tuple(item + 1 for item in value)]
+        yield Variation(what, [changed(kind(other)) for other in sets if kind(other) != value], all_of_them=True)
     elif type(value) is dict:
         for word in [word for word in words if word not in value][:_MOST]:
             yield Variation(f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)])
+    elif not isinstance(value, Tensor) and not pytree.tensors(value):
+        yield Variation(what, [])
 
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -155,7 +177,14 @@ def _parameters(method: Any) -> list[inspect.Parameter]:
 
 def _words(model: nn.Module) -> list[str]:
     """The strings in the code of a model that could be names of arguments or keys."""
-    codes = [function.__code__ for function in vars(type(model)).values() if inspect.isfunction(function)]
+    codes = []
+    for kind in dict.fromkeys(map(type, model.modules())):
+        codes += [function.__code__ for function in code_of(kind)]
+        for function in code_of(kind):  # functions that it calls
+            called = [function.__globals__.get(name) for name in function.__code__.co_names]
+            near = [other for other in called if inspect.isfunction(other) and other.__module__ == function.__module__]
+            codes += [other.__code__ for other in near]
+    codes.reverse()  # those of the model itself first
     found: dict[str, None] = {}
     while codes:
         for constant in codes.pop().co_consts:
@@ -164,6 +193,52 @@ def _words(model: nn.Module) -> list[str]:
             elif isinstance(constant, str) and constant.isidentifier():
                 found[constant] = None
     return list(found)
+
+
+def thresholds(model: nn.Module) -> list[int]:
+    """The whole numbers that the code of a model compares something with: constants and attributes."""
+    found: set[int] = set()
+    holders: dict[type, list[nn.Module]] = {}
+    for module in model.modules():
+        holders.setdefault(type(module), []).append(module)
+    for kind, modules in holders.items():
+        for function in code_of(kind):
+            lines: dict[int | None, list[dis.Instruction]] = {}
+            line = None
+            for step in dis.get_instructions(function):
+                line = step.positions.lineno if step.positions is not None else line
+                lines.setdefault(line, []).append(step)
+            for steps in lines.values():
+                if not any(step.opname == "COMPARE_OP" for step in steps):
+                    continue
+                for step in steps:
+                    numbers = [step.argval] if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") else []
+                    if step.opname == "LOAD_ATTR":
+                        numbers = [vars(module).get(step.argval) for module in modules]
+                    elif step.opname == "LOAD_GLOBAL":
+                        numbers = [function.__globals__.get(step.argval)]
+                    found.update(number for number in numbers if type(number) is int and 1 < number <= _LARGEST)
+    return sorted(found)[:_MOST]
+
+
+_LARGEST = 2048
+"""No larger size is tried for the sake of a number in the code."""
+
+
+def together(model: nn.Module, call: Call, varied: Sequence[Variation]) -> Iterator[Variation]:
+    """Two flags flipped at a time, and a flag beside an argument that may be there."""
+    flags = [variation for variation in varied if variation.is_flag or variation.calls][:_TOGETHER]
+    for place, variation in enumerate(flags):
+        if not variation.is_flag:
+            continue
+        names = {other.what for number, other in enumerate(flags) if other.is_flag <= (number > place)} - {variation.what}
+        for other in variations(model, variation.calls[0]):
+            if other.what in names and other.calls:
+                yield Variation(f"{variation.what}, {other.what}", other.calls)
+
+
+_TOGETHER = 5
+"""So many arguments are varied two at a time."""
 
 
 def _says_bool(annotation: Any) -> bool:

@@ -22,6 +22,7 @@ from bnfuse.capture.run import Recording, Run
 from bnfuse.capture.shapes_only import FixedSizeError, NeedsContentsError
 from bnfuse.graph.graph import Value
 from bnfuse.graph.same_run import Counterparts, counterparts
+from bnfuse.model import pytree
 from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import first_line
 from bnfuse.planner import inferred_calls, resized
@@ -32,14 +33,14 @@ log = logging.getLogger("bnfuse")
 _MEMORY = 4
 """So many calls follow one another where the model remembers something."""
 
+_MOST_MEMORY = 8
+"""So many calls a small model is called at most for the sake of a number in its code."""
+
 _RUNS_FOR_REAL = (12, 2)
 """So many further runs are made with arithmetic, where the code looks at contents: of a small model, of a large one."""
 
 _SMALL = 100
 """So many operators are a small model."""
-
-_OF_METHODS = ("larger", "batch of one")
-"""Other sizes that methods other than forward are tried at."""
 
 _ARGUMENTS = 16
 """So many arguments are varied."""
@@ -47,7 +48,7 @@ _ARGUMENTS = 16
 _SAME_OPERATORS = 2
 """So many further runs of the same operators are solved together: what depends on the size shows in them."""
 
-_DIFFERENT_SIZES = 4
+_DIFFERENT_SIZES = 8
 """So many runs at other sizes are solved together, of those that are different."""
 
 
@@ -85,8 +86,11 @@ class CallRecorder:
         self.recording, self.contents = recording, contents
         self.further: list[FurtherCall] = []
         self.unseen: list[str] = []
-        self._looks = False  # whether the code looked in the last call
-        self._taken: list[resized.Resizing] = []
+        self._last: Run | None = None  # the first run of the last call that was recorded
+        self._given: list[tuple[Call, Run]] = []
+        self._found: list[tuple[Call, Run]] = []  # what was inferred and does something of its own
+        main = self.main
+        self._asked: dict[Any, set[str]] = {_asks_for(main.call): _asked_for(main)}
         self._need_contents: set[str] = set()  # methods that do not run without arithmetic
         self._for_real = _RUNS_FOR_REAL[len(self.main.nodes) > _SMALL]
 
@@ -102,46 +106,92 @@ class CallRecorder:
         """
         for call in calls:
             self._add(f"{call!r}", (call,), given=True)
+            assert self._last is not None
+            self._note(call, self._last)
+            self._found.clear()
+            self._given.append((call, self._last))
 
     def infer(self) -> None:
-        """Record what can be known without asking."""
+        """Record what can be known without asking: of the first call, of those that the caller names, of the others.
+
+        What is inferred of a call is what its own code asks for. So a flag under which the code goes by sizes or
+        contents, or remembers something, is followed by other sizes, contents and calls under the same flag.
+        """
         main = self.main
-        call = main.call
+        self._infer_from(main.call, main)
+        for call, run in self._given:
+            self._infer_from(call, run)
+        if main.call.method == FORWARD:
+            self._methods(main.call)
+        self._sequences()
+        while self._found:
+            call, run = self._found.pop(0)
+            self._go_on(call, run, of_main=False)
+
+    def _infer_from(self, call: Call, run: Run) -> None:
         separate = resized.with_separate_inputs(call)
         if separate is not None:
             self._try("other tensors where one was passed twice", separate)
-        runs = list(self.recording.runs)
-        if any(run.contents for run in runs):
-            self._other_contents(call)
-        if any(run.looks for run in runs):
-            self._other_sizes(call)
+        for other in resized.with_one_input(call):
+            self._try("one tensor passed twice", other)
+        self._go_on(call, run, of_main=True)
         for what, other in resized.with_other_lists(call):
             self._try(what, other)
-        if any(run.layout for run in runs):
-            self.unseen.append("the code asks how tensors lie in memory: of that only other strides were tried")
+        if run.modes:
+            self._say("the code asks whether gradients are tracked: it ran without")
+        varied = list(itertools.islice(inferred_calls.variations(self.recording.model, call), _ARGUMENTS + 1))
+        if len(varied) > _ARGUMENTS:
+            del varied[_ARGUMENTS:]
+            self._say(f"only {_ARGUMENTS} arguments were given another value")
+        for variation in varied:
+            self._vary(variation)
+        for variation in inferred_calls.together(self.recording.model, call, varied):
+            self._try(variation.what, *variation.calls[:1])
+
+    def _go_on(self, call: Call, run: Run, of_main: bool) -> None:
+        """Other contents, sizes, layouts and further calls, where the code of a call asks for them."""
+        if run.contents:
+            self._other_contents(call)
+        if run.looks and (of_main or not self.main.looks or len(self.main.nodes) <= _SMALL):
+            self._other_sizes(call)
+        if run.layout:
+            self._say("the code asks how tensors lie in memory: of that only other strides were tried")
             for other in resized.with_other_layouts(call):
                 self._try("another layout in memory", other)
-        if any(run.modes for run in runs):
-            self.unseen.append("the code asks whether gradients are tracked: it ran without")
-        if call.method == FORWARD:
-            self._methods(call)
-        for variation in itertools.islice(inferred_calls.variations(self.recording.model, call), _ARGUMENTS):
-            self._vary(variation)
-        if main.traces or main.stateful:
-            self._memory(call)
+        if run.traces or run.stateful:
+            self._memory(call, run)
+
+    def _sequences(self) -> None:
+        """What the caller names and leaves something behind, before and after the first call, and one another."""
+        main = self.main.call
+        for call, run in self._given:
+            if run.stateful or run.traces:
+                self._try(f"{call!r}, and then the first call", call, main)
+                self._try(f"the first call, and then {call!r}", main, call, main)
+                for other, _ in self._given:
+                    if other is not call:
+                        self._try(f"{call!r}, and then {other!r}", call, other)
+
+    def _say(self, text: str) -> None:
+        if text not in self.unseen:
+            self.unseen.append(text)
 
     def _methods(self, call: Call) -> None:
-        """Known methods; where one looks at sizes in code of its own, at those sizes too that the forward takes."""
-        given = {run.call.method for run in self.recording.runs} | self.main.methods
-        for name in inferred_calls.methods(self.recording.model):
+        """Known methods, with every flag of theirs; what their own code asks for follows."""
+        model = self.recording.model
+        given = {run.call.method for run in self.recording.runs}
+        for name in inferred_calls.methods(model):
             if name in given:
                 continue
-            found = self._try(name, inferred_calls.forward_of(call, name))
-            if found and self._looks:
-                for number, resizing in enumerate(self._taken):
-                    other = resizing.of(inferred_calls.forward_of(call, name), number)
-                    if other is not None:
-                        self._try(f"{name}, {resizing.what}", other)
+            method = inferred_calls.forward_of(call, name)
+            if name not in self.main.methods and self._try(name, method) is None:
+                continue
+            left = []
+            for variation in inferred_calls.variations(model, method):
+                if not variation.is_flag or self._try(f"{name}, {variation.what}", *variation.calls) is None:
+                    left.append(variation.what)
+            if left:
+                self._say(f"{name} was given no other value of {', '.join(left)}")
 
     def _vary(self, variation: inferred_calls.Variation) -> None:
         """Record the first of some values of an argument that leads somewhere else, or all of them."""
@@ -149,14 +199,16 @@ class CallRecorder:
         for place, call in enumerate(variation.calls):
             found = self._try(variation.what, call)
             taken |= found is not None
-            if found and not variation.all_of_them:
+            if found and not variation.all_of_them and not (self._last is not None and self._last.contents):
                 if place == 0:
                     return
                 break
         for call in variation.otherwise:
             taken |= self._try(variation.what, call) is not None
         if not taken:
-            self.unseen.append(f"{variation.what} was never given another value: what that does is not known")
+            self._say(f"{variation.what} was never given another value: what that does is not known")
+        elif variation.is_text:
+            self._say(f"{variation.what} was given only words of the code")
 
     def _other_sizes(self, call: Call) -> None:
         """Other sizes in both directions, of every group the first that the model takes."""
@@ -164,7 +216,8 @@ class CallRecorder:
         fixed: list[frozenset[int]] = []
         varied: frozenset[int] = frozenset()
         before = len(self.recording.runs)
-        for number, resizing in enumerate(resized.resizings(call)):
+        thresholds = inferred_calls.thresholds(self.recording.model)
+        for number, resizing in enumerate(resized.resizings(call, thresholds)):
             alone = resizing.group[-1].isdigit()
             if resizing.group in done or (alone and resizing.axes <= varied):
                 continue
@@ -180,8 +233,6 @@ class CallRecorder:
                     done.add(resizing.group)
                     if resizing.group in ("larger", "smaller"):
                         varied |= resizing.axes  # single ones teach nothing more
-                    if resizing.group in _OF_METHODS:
-                        self._taken.append(resizing)
             except FixedSizeError:  # a table of one size fits no other size
                 fixed.append(resizing.axes)
             if len(self.recording.runs) - before >= _DIFFERENT_SIZES:
@@ -190,21 +241,24 @@ class CallRecorder:
     def _other_contents(self, call: Call) -> None:
         """Other contents, for half of the runs with arithmetic; the other half is for other sizes."""
         left = self._for_real // 2
-        self.unseen.append("the code goes by contents: of these only some others were tried")
+        self._say("the code goes by contents: of these only some others were tried")
         for number in (1, 2, 3, 4, 0, 5):
             if self._for_real > left:
                 self._try("other contents", resized.revalued(call, number))
 
-    def _memory(self, call: Call) -> None:
+    def _memory(self, call: Call, run: Run) -> None:
         """Further calls of a model that remembers something, as long as they change something, and after a reset.
 
         Where it keeps nothing but what does not depend on the input (a table), one more call is enough.
         """
-        if not self.main.stateful:
+        if not run.stateful:
             self._try("a second call", call, call)
             return
+        numbers = inferred_calls.thresholds(self.recording.model) if len(self.main.nodes) <= _SMALL else []
+        times = max([_MEMORY, *(number + 2 for number in numbers if number <= _MOST_MEMORY)])
+        self._say(f"the model remembers something: only {times} calls followed one another")
         self._for_real += 3
-        self._try("further calls", *[call] * _MEMORY)
+        self._try("further calls", *[call] * times)
         self._try("calls with other inputs in between", call, *self._others(call), call)
         for name in inferred_calls.resets(self.recording.model):
             self._try(f"a call after {name}", call, Call(method=name), call)
@@ -227,12 +281,26 @@ class CallRecorder:
             None if the model does not take it, False if it does what an earlier one did.
         """
         try:
-            return self._add(what, calls, given=False)
+            found = self._add(what, calls, given=False)
+            if len(calls) == 1 and self._last is not None and inferred_calls.is_complete(calls[0]):
+                self._note(calls[0], self._last)
+            return found
         except pass_on:
             raise
         except (NeedsContentsError, Exception) as error:  # noqa: BLE001 (whatever the model raises on a call that it does not take)
             log.debug("%s: not taken, %s", what, first_line(error))
             return None
+
+    def _note(self, call: Call, run: Run) -> None:
+        """Remember a call that asks for what no call before it has asked for under the same arguments."""
+        key = _asks_for(call)
+        known = self._asked.setdefault(key, set())
+        asks = _asked_for(run)
+        if len(self.main.nodes) > _SMALL and call.method == FORWARD:
+            known |= _asked_for(self.main)
+        if asks - known:
+            known |= asks
+            self._found.append((call, run))
 
     def _add(self, what: str, calls: tuple[Call, ...], given: bool) -> bool:
         """Record a call; False if it does what an earlier one did."""
@@ -251,7 +319,7 @@ class CallRecorder:
             made = self._record_for_real(calls, given)
         shapes_only = made[0].start is not None and made[0].start.shapes_only
         outputs = None if shapes_only else [run.output for run in made]
-        self._looks = any(run.looks for run in made)
+        self._last = made[0]
         made = self._without_repetition(made)
         calls = calls[: len(made)]
         outputs = None if outputs is None else outputs[: len(made)]
@@ -331,6 +399,20 @@ class CallRecorder:
         if len(found) > _SAME_OPERATORS:
             found[-1].certain = True
         return found[-1] if found else None
+
+
+def _asks_for(call: Call) -> tuple[str, str]:
+    """The method and the arguments that are no tensors."""
+    words = [*map(_plain, call.args), *(f"{name}={_plain(value)}" for name, value in sorted(call.kwargs.items()))]
+    return call.method, ",".join(words)
+
+
+def _asked_for(run: Run) -> set[str]:
+    return {name for name in ("contents", "looks", "layout", "stateful", "traces") if getattr(run, name)}
+
+
+def _plain(value: Any) -> str:
+    return "tensor" if pytree.tensors(value) else repr(value)
 
 
 def _counterparts(run: Run, other: Run, before: dict[Value, Value]) -> Counterparts | None:

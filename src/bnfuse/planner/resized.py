@@ -6,7 +6,7 @@ list. Code that looks at elements may treat contents apart: a mask that hides no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,14 @@ class Resizing:
         axes: of every tensor that has them.
         size: the new size, from the axis and the old one.
         group: once one resizing of a group works, the others of the group need not be tried.
+        only: the number of the one tensor whose sizes change, None for all.
     """
 
     what: str
     axes: frozenset[int]
     size: Callable[[int, int], int]
     group: str
+    only: int | None = None
 
     def of(self, call: Call, values: int) -> Call | None:
         """The call with other sizes, None if none changes.
@@ -42,7 +44,13 @@ class Resizing:
         Args:
             values: tells how the contents change, too.
         """
-        changed = call.map(lambda tensor: _resized(_with_other_values(tensor, values), self.axes, self.size))
+        places = {id(tensor): place for place, tensor in enumerate(call.tensors)}
+
+        def change(tensor: Tensor) -> Tensor:
+            axes = self.axes if self.only in (None, places.get(id(tensor))) else frozenset()
+            return _resized(_with_other_values(tensor, values), axes, self.size)
+
+        changed = call.map(change)
         same = all(map(_same_shape, changed.tensors, call.tensors))
         return None if same else changed
 
@@ -51,10 +59,14 @@ def _same_shape(a: Tensor, b: Tensor) -> bool:
     return not is_dense(a) or a.shape == b.shape
 
 
-def resizings(call: Call) -> list[Resizing]:
+def resizings(call: Call, thresholds: Sequence[int] = ()) -> list[Resizing]:
     """What is tried, the likeliest first: everything larger, a batch of one, everything smaller, single axes.
 
-    They also double, so that what is odd or even stays so. The batch grows by one.
+    They also double, so that what is odd or even stays so. The batch grows by one. Of several tensors each changes
+    alone, too; and where the axes of an image are alike, one of them.
+
+    Args:
+        thresholds: numbers that the code compares with; sizes on their other side are tried.
     """
     rank = max((tensor.dim() for tensor in call.tensors), default=0)
     trailing = frozenset(range(2, rank))
@@ -76,6 +88,22 @@ def resizings(call: Call) -> list[Resizing]:
             Resizing("smaller", trailing, _round_down, "smaller"),
             Resizing("smaller", trailing, _less, "smaller"),
         ]
+    for axis in sorted(trailing)[-2:] if len(trailing) > 1 else ():
+        alone = frozenset({axis})
+        found += [
+            Resizing(f"larger along axis {axis} alone", alone, way, f"longer side {axis} of two")
+            for way in (_more(1), _round_up, lambda axis, size: 2 * size)
+        ]
+    several = len(call.tensors)
+    for place in range(1, several) if several <= _SEVERAL else ():
+        for axes, name in ((trailing or frozenset({1}), "sizes"), (batch, "batch")):
+            for way, group in ((_round_up, "larger"), (_round_down, "smaller"), (_more(1), "larger")):
+                what = f"other {name} of tensor {place} alone"
+                found.append(Resizing(what, axes, way, f"{group} {name} of tensor {place} alone", only=place))
+    for number in thresholds:
+        for axes in (trailing, batch, *map(frozenset, ([axis] for axis in range(1, min(rank, 2))))):
+            if axes:
+                found.append(Resizing(f"sizes beyond {number}", axes, _beyond(number), f"beyond {number}: {sorted(axes)}."))
     for axis in range(1, rank):
         alone = frozenset({axis})
         found += [
@@ -84,6 +112,25 @@ def resizings(call: Call) -> list[Resizing]:
             Resizing(f"smaller along axis {axis}", alone, _less, f"smaller {axis}"),
         ]
     return found
+
+
+_SEVERAL = 4
+"""The sizes of so many tensors, at most, change one by one."""
+
+_LARGER = 16
+"""At most so many times as large, for the sake of a number in the code."""
+
+
+def _beyond(number: int) -> Callable[[int, int], int]:
+    """A size on the other side of a number, which has the divisors of the present size if it is larger."""
+
+    def size(axis: int, present: int) -> int:
+        if present > number:
+            return max(1, number - 1)
+        wanted = number + 1 if axis == 0 else present * (number // present + 1)
+        return wanted if wanted <= max(_LARGER * present, 64) else present
+
+    return size
 
 
 def _less(axis: int, size: int) -> int:
@@ -163,11 +210,18 @@ def with_other_layouts(call: Call) -> Iterator[Call]:
 
 
 def with_other_lists(call: Call) -> Iterator[tuple[str, Call]]:
-    """The call with one entry more, and one fewer, in the lists of tensors among its arguments."""
-    for what, change in (("a longer list", _longer), ("a shorter list", _shorter)):
-        args, kwargs = _map_lists(call.args, change), _map_lists(call.kwargs, change)
-        if _lists(call.args) or _lists(call.kwargs):
-            yield what, call.with_inputs(args, kwargs)
+    """The call with one entry more, and one fewer, in the lists of tensors among its arguments: at every depth."""
+    for depth in range(_DEPTHS):
+        for what, change in (("a longer list", _longer), ("a shorter list", _shorter)):
+            changed: list[bool] = []
+            args = tuple(_map_lists(value, change, depth, changed) for value in call.args)
+            kwargs = {name: _map_lists(value, change, depth, changed) for name, value in call.kwargs.items()}
+            if changed:
+                yield what, call.with_inputs(args, kwargs)
+
+
+_DEPTHS = 3
+"""So many lists inside of one another are looked at."""
 
 
 def _longer(entries: list[Any]) -> list[Any]:
@@ -178,23 +232,32 @@ def _shorter(entries: list[Any]) -> list[Any]:
     return entries[:-1] if len(entries) > 1 else entries
 
 
-def _lists(arguments: Any) -> list[Any]:
-    held = arguments.values() if isinstance(arguments, dict) else arguments
-    return [value for value in held if type(value) in (list, tuple) and _holds_tensors(value)]
-
-
-def _map_lists(arguments: Any, change: Callable[[list[Any]], list[Any]]) -> Any:
-    def changed(value: Any) -> Any:
-        fits = type(value) in (list, tuple) and _holds_tensors(value)
-        return type(value)(change(list(value))) if fits else value
-
-    if isinstance(arguments, dict):
-        return {name: changed(value) for name, value in arguments.items()}
-    return tuple(map(changed, arguments))
+def _map_lists(value: Any, change: Callable[[list[Any]], list[Any]], depth: int, changed: list[bool]) -> Any:
+    """The lists at that depth changed; dictionaries count for nothing."""
+    if type(value) is dict:
+        return {name: _map_lists(item, change, depth, changed) for name, item in value.items()}
+    if type(value) not in (list, tuple) or not _holds_tensors(value):
+        return value
+    if depth:
+        return type(value)(_map_lists(item, change, depth - 1, changed) for item in value)
+    changed.append(True)
+    return type(value)(change(list(value)))
 
 
 def _holds_tensors(entries: Any) -> bool:
     return bool(entries) and isinstance(entries[-1], (Tensor, list, tuple, dict))
+
+
+def with_one_input(call: Call) -> Iterator[Call]:
+    """The call with one tensor in the place of others of the same shape, where they are different ones."""
+    shapes: dict[Any, list[Tensor]] = {}
+    for tensor in call.tensors:
+        held = shapes.setdefault((tensor.shape, tensor.dtype), [])
+        if not any(tensor is other for other in held):
+            held.append(tensor)
+    if any(len(held) > 1 for held in shapes.values()):
+        first = {id(tensor): held[0] for held in shapes.values() for tensor in held}
+        yield call.map(lambda tensor: first[id(tensor)])
 
 
 def with_separate_inputs(call: Call) -> Call | None:
