@@ -6,11 +6,13 @@ Objects are followed into their own attributes.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import copy
 import functools
 import random
 import sys
+import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -41,6 +43,7 @@ class OtherState:
 
     Attributes:
         containers: what holds it, each with a copy: containers, and the ``__dict__`` of objects.
+        tensors: those that were found.
     """
 
     def __init__(self, modules: Iterable[nn.Module], attributes: Iterable[tuple[str, Any]]) -> None:
@@ -51,7 +54,12 @@ class OtherState:
         self.containers: list[tuple[Any, Any]] = []
         self._iterators: list[tuple[Callable[[Any], None], Any, Any]] = []
         self._generators: list[Callable[[], object]] = []
+        self._places: list[tuple[Any, str, Any]] = []  # attributes of classes, and of objects with slots
+        self._arrays: list[tuple[Any, Any]] = []  # of numbers, each with a copy
+        self.tensors: list[Tensor] = []
         self._seen: dict[int, Any] = {}
+        modules = list(modules)
+        self._modules = set(map(id, modules))
         iterators = False
         for name, value in attributes:
             if type(value) not in _KNOWN and name not in _OF_MODULES and not isinstance(value, _SKIPPED):
@@ -61,6 +69,12 @@ class OtherState:
             for name, value in list(vars(module).items()):
                 if type(value) not in SIMPLE and _is_iterator(value):
                     self._add(value, 0, functools.partial(vars(module).__setitem__, name), own=True)
+        for kind in dict.fromkeys(base for module in modules for base in type(module).__mro__):
+            if base_is_of_the_caller(kind):
+                for name, value in list(vars(kind).items()):
+                    if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__"):
+                        self._places.append((kind, name, value))
+                        self._add(value, 0, None)
         for kind in {type(module) for module in modules}:
             for holder, name in _referred(kind):
                 self._of_code(holder, name)
@@ -78,7 +92,16 @@ class OtherState:
             put: puts another object in the place of the value.
             own: whether a module holds it; then its containers are looked after already.
         """
-        if type(value) in SIMPLE or isinstance(value, _SKIPPED) or id(value) in self._seen or depth > _DEEPEST:
+        if type(value) in SIMPLE or id(value) in self._seen or depth > _DEEPEST:
+            return
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+        hidden = isinstance(value, nn.Module) and id(value) not in self._modules
+        if hidden or (isinstance(value, types.FunctionType) and vars(value)):
+            self._seen[id(value)] = value
+            self._add(vars(value), depth, None)
+            return
+        if isinstance(value, _SKIPPED):
             return
         if _is_iterator(value) and put is None:
             return
@@ -100,8 +123,27 @@ class OtherState:
             with contextlib.suppress(Exception):  # a generator cannot be copied
                 if put is not None:
                     self._iterators.append((put, value, copy.copy(value)))
+        elif _is_numbers(value):
+            self._arrays.append((value, copy.copy(value)))
         elif _is_plain_object(value):
-            self._add(value.__dict__, depth, None)
+            if hasattr(value, "__dict__"):
+                self._add(value.__dict__, depth, None)
+            for name in _slots(type(value)):
+                held = getattr(value, name, _MISSING)
+                self._places.append((value, name, held))
+                if held is not _MISSING:
+                    self._add(held, depth + 1, functools.partial(setattr, value, name))
+
+    def changed_places(self) -> Iterator[tuple[str, Any]]:
+        """What attributes of classes and of objects with slots hold by now, and arrays with other numbers."""
+        for holder, name, before in self._places:
+            now = _held_by(holder, name)
+            if now is not before:
+                kind = holder if isinstance(holder, type) else type(holder)
+                yield f"{kind.__name__}.{name}", None if now is _MISSING else now
+        for array, before in self._arrays:
+            if bytes(memoryview(array)) != bytes(memoryview(before)):
+                yield f"a {type(array).__name__} of the model", None
 
     def changed_iterators(self) -> Iterator[Any]:
         """Those that are no longer where they were."""
@@ -114,8 +156,49 @@ class OtherState:
         for put, value, before in self._iterators:
             if _place(value) != _place(before):
                 put(before)
+        for holder, name, held in self._places:
+            if _held_by(holder, name) is not held:
+                delattr(holder, name) if held is _MISSING else setattr(holder, name, held)
+        for array, held in self._arrays:
+            if bytes(memoryview(array)) != bytes(memoryview(held)):
+                array[:] = held
         for put_back in self._generators:
             put_back()
+
+
+def _held_by(holder: Any, name: str) -> Any:
+    return vars(holder).get(name, _MISSING) if isinstance(holder, type) else getattr(holder, name, _MISSING)
+
+
+def base_is_of_the_caller(kind: type) -> bool:
+    """True for a class that is not PyTorch's or Python's."""
+    return kind.__module__.partition(".")[0] not in ("torch", "torchvision", "builtins", "typing", "abc")
+
+
+@functools.cache
+def _slots(kind: type) -> tuple[str, ...]:
+    found: list[str] = []
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        found += [slots] if isinstance(slots, str) else slots
+    return tuple(name for name in found if not name.startswith("__"))
+
+
+def _is_numbers(value: Any) -> bool:
+    """True for an array of numbers that can be written to."""
+    if isinstance(value, (array.array, bytearray)):
+        return True
+    numpy = sys.modules.get("numpy")
+    if numpy is None or type(value) is not numpy.ndarray:
+        return False
+    plain = not value.dtype.hasobject and bool(value.flags.writeable) and bool(value.ndim)
+    return plain and bool(value.flags.c_contiguous) and value.nbytes <= _LARGEST
+
+
+_LARGEST = 1 << 20
+"""So many bytes of an array, at most, are looked at."""
+
+_MISSING = object()
 
 
 def _put(container: Any, key: Any, value: Any) -> None:
@@ -142,11 +225,11 @@ def _is_numpy_generator(value: Any) -> bool:
 def _is_plain_object(value: Any) -> bool:
     """True for an object of a class of the caller's, a namespace, or a container that is made of attributes."""
     module = type(value).__module__.partition(".")[0]
-    if isinstance(value, (types.SimpleNamespace, MutableMapping)):
+    if isinstance(value, (types.SimpleNamespace, MutableMapping, threading.local)):
         return hasattr(value, "__dict__")
-    return module not in ("torch", "builtins", "numpy") and module not in sys.stdlib_module_names and hasattr(
-        value, "__dict__"
-    )  # fmt: skip
+    if module in ("torch", "builtins", "numpy") or module in sys.stdlib_module_names:
+        return False
+    return hasattr(value, "__dict__") or bool(_slots(type(value)))
 
 
 @functools.cache

@@ -325,6 +325,18 @@ class SavedState:
             yield f"a {type(container).__name__} of the model", container
         for iterator in self._others.changed_iterators():
             yield f"a {type(iterator).__name__} of the model", None
+        yield from self._others.changed_places()
+
+    def other_tensors(self) -> Iterator[Tensor]:
+        """Tensors that are no parameters and buffers: in attributes of modules, and what these refer to."""
+        for value in self._attributes.values:
+            if isinstance(value, Tensor):
+                yield value
+        for container, _ in self._containers:
+            if not tree.holds_no_object(container):
+                held = container.values() if isinstance(container, dict) else container
+                yield from (value for value in held if isinstance(value, Tensor))
+        yield from self._others.tensors
 
     def look_again(self) -> None:
         """Forget what was found to be stored, since the run goes on."""
@@ -449,6 +461,7 @@ class _SaveBeforeWrites(Mode):
             for tensor in (*module._parameters.values(), *module._buffers.values())
             if tensor is not None
         }
+        held.update((id(tensor), tensor) for tensor in state.other_tensors() if is_dense(tensor))
         self.by_memory: dict[int | None, list[Tensor]] = {}
         for tensor in held.values():
             self.by_memory.setdefault(memory_of(tensor), []).append(tensor)
