@@ -42,6 +42,9 @@ _RUNS_FOR_REAL = (12, 2)
 _SMALL = 100
 """So many operators are a small model."""
 
+_OF_METHODS = ("larger", "batch of one")
+"""Other sizes that other methods of a large model are tried at, whose forward goes by sizes too."""
+
 _ARGUMENTS = 16
 """So many arguments are varied."""
 
@@ -152,8 +155,9 @@ class CallRecorder:
         """Other contents, sizes, layouts and further calls, where the code of a call asks for them."""
         if run.contents:
             self._other_contents(call)
-        if run.looks and (of_main or not self.main.looks or len(self.main.nodes) <= _SMALL):
-            self._other_sizes(call)
+        if run.looks:
+            fewer = not of_main and self.main.looks and len(self.main.nodes) > _SMALL
+            self._other_sizes(call, _OF_METHODS if fewer else ())
         if run.layout:
             self._say("the code asks how tensors lie in memory: of that only other strides were tried")
             for other in resized.with_other_layouts(call):
@@ -210,8 +214,12 @@ class CallRecorder:
         elif variation.is_text:
             self._say(f"{variation.what} was given only words of the code")
 
-    def _other_sizes(self, call: Call) -> None:
-        """Other sizes in both directions, of every group the first that the model takes."""
+    def _other_sizes(self, call: Call, groups: Sequence[str] = ()) -> None:
+        """Other sizes in both directions, of every group the first that the model takes.
+
+        Args:
+            groups: only these, if there are any.
+        """
         done: set[str] = set()
         fixed: list[frozenset[int]] = []
         varied: frozenset[int] = frozenset()
@@ -219,6 +227,8 @@ class CallRecorder:
         thresholds = inferred_calls.thresholds(self.recording.model)
         for number, resizing in enumerate(resized.resizings(call, thresholds)):
             alone = resizing.group[-1].isdigit()
+            if groups and resizing.group not in groups:
+                continue
             if resizing.group in done or (alone and resizing.axes <= varied):
                 continue
             if resizing.group == "larger batch" and "larger" in done:
