@@ -362,6 +362,8 @@ def _own(call: Call, guessed: set[int], gradients: bool) -> Call:
             made = own_input(value.tensor, gradients)
             guessed.add(id(made))
             return made
+        if type(value) in (list, tuple):
+            return type(value)(map(put_in, value))
         return {name: put_in(item) for name, item in value.items()} if type(value) is dict else value
 
     own = call.map(functools.partial(own_input, gradients=gradients))

@@ -125,7 +125,7 @@ class OtherState:
                     self._iterators.append((put, value, copy.copy(value)))
         elif _is_numbers(value):
             self._arrays.append((value, copy.copy(value)))
-        elif _is_plain_object(value):
+        elif is_plain_object(value):
             if hasattr(value, "__dict__"):
                 self._add(value.__dict__, depth, None)
             for name in _slots(type(value)):
@@ -222,7 +222,7 @@ def _is_numpy_generator(value: Any) -> bool:
     return numpy is not None and isinstance(value, numpy.random.Generator)
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
     """True for an object of a class of the caller's, a namespace, or a container that is made of attributes."""
     module = type(value).__module__.partition(".")[0]
     if isinstance(value, (types.SimpleNamespace, MutableMapping, threading.local)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dis
 import functools
 import inspect
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from bnfuse.capture.unseen import Guess, Unseen
 from bnfuse.model import pytree
 from bnfuse.model.calls import Call
-from bnfuse.model.other_state import code_of
+from bnfuse.model.other_state import code_of, is_plain_object
 from bnfuse.operators import is_dense
 
 METHODS = (
@@ -32,8 +33,8 @@ METHODS = (
 )
 """Methods that take what forward takes, by the conventions of model zoos (timm, efficientnet_pytorch, DINO)."""
 
-RESETS = ("reset", "reset_state", "reset_states", "reset_hidden", "reset_memory", "clear", "clear_cache")
-"""Methods by which models forget."""
+RESETS = ("reset", "clear", "init_state", "init_hidden", "init_memory", "init_cache", "flush", "forget")
+"""What the names of methods begin with by which models forget."""
 
 _MOST = 8
 """So many names of keywords or keys are tried."""
@@ -46,10 +47,13 @@ def methods(model: nn.Module) -> list[str]:
 
 def resets(model: nn.Module) -> list[str]:
     """The methods without required arguments by which the model forgets."""
+    theirs = set(dir(nn.Module))
     found = []
-    for name in RESETS:
+    for name in dir(type(model)):
+        if name in theirs or not any(name.startswith(word) for word in RESETS) or name in model._modules:
+            continue
         method = getattr(type(model), name, None)
-        if callable(method) and name not in model._modules:
+        if callable(method) and "param" not in name and "weight" not in name:
             required = [p for p in _parameters(method)[1:] if p.default is p.empty and p.kind not in _VARIABLE]
             if not required:
                 found.append(name)
@@ -66,6 +70,7 @@ class Variation:
         all_of_them: whether each value may lead somewhere else; else the first that does is enough.
         otherwise: further values that may, each for itself, unless the very first led somewhere else.
         is_flag: whether it is a flag.
+        may_fail: whether nobody need be told if the model takes none of the values.
         is_text: whether it is given text, of which more may be known to the code.
     """
 
@@ -75,6 +80,7 @@ class Variation:
     otherwise: Sequence[Call] = ()
     is_flag: bool = False
     is_text: bool = False
+    may_fail: bool = False
 
 
 def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
@@ -86,13 +92,15 @@ def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
     method = getattr(type(model), call.method, None) if call.method not in model.__dict__ else None
     parameters = _parameters(method)[1:] if method is not None else []
     words = _words(model)
+    numbers = thresholds(model)
     for place, value in enumerate(call.args):
         yield from _of_value(
             f"argument {place}", value, _guesses(call), words,
-            functools.partial(_at, call, place),
+            functools.partial(_at, call, place), numbers,
         )  # fmt: skip
     for name, value in call.kwargs.items():
-        yield from _of_value(name, value, _guesses(call), words, functools.partial(_with, call, name))
+        yield from _of_value(name, value, _guesses(call), words, functools.partial(_with, call, name), numbers)
+    yield from _left_out(call, parameters)
     for place, parameter in enumerate(parameters):
         if parameter.kind is parameter.VAR_POSITIONAL:
             more = [call.with_inputs((*call.args, value), call.kwargs) for value in (*_guesses(call), True)]
@@ -107,8 +115,27 @@ def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
             flag = parameter.default is None and _says_bool(parameter.annotation)
             yield from _of_value(
                 parameter.name, False if flag else parameter.default, _guesses(call), words,
-                functools.partial(_with, call, parameter.name),
+                functools.partial(_with, call, parameter.name), numbers,
             )  # fmt: skip
+
+
+def _left_out(call: Call, parameters: Sequence[inspect.Parameter]) -> Iterator[Variation]:
+    """The call without a tensor that need not be given: left out, or its default in its place."""
+    by_name = {parameter.name: parameter for parameter in parameters}
+    for place, value in enumerate(call.args):
+        parameter = parameters[place] if place < len(parameters) else None
+        if parameter is not None and parameter.kind in _VARIABLE:
+            return
+        if parameter is None or parameter.default is parameter.empty or not pytree.tensors(value):
+            continue
+        others = [_at(call, place, parameter.default)]
+        yield Variation(f"{parameter.name} left out", others, may_fail=True)
+    for name, value in call.kwargs.items():
+        parameter = by_name.get(name)
+        needed = parameter is not None and parameter.default is parameter.empty
+        if not needed and pytree.tensors(value):
+            without = {other: given for other, given in call.kwargs.items() if other != name}
+            yield Variation(f"{name} left out", [call.with_inputs(call.args, without)], may_fail=True)
 
 
 def _at(call: Call, place: int, value: Any) -> Call:
@@ -134,12 +161,19 @@ def _guesses(call: Call) -> list[Any]:
 
 
 def _of_value(
-    what: str, value: Any, guesses: list[Any], words: list[str], changed: Callable[[Any], Call]
+    what: str,
+    value: Any,
+    guesses: list[Any],
+    words: list[str],
+    changed: Callable[[Any], Call],
+    numbers: Sequence[int] = (),
+    depth: int = 0,
 ) -> Iterator[Variation]:
     if isinstance(value, bool):
         yield Variation(f"{what}={not value}", [changed(not value)], is_flag=True)
     elif isinstance(value, int):
-        near = dict.fromkeys((value + 1, value - 1, value + 2, 0, 1, 2, 3))
+        beyond = [number + more for number in numbers for more in (0, 1)]
+        near = dict.fromkeys((value + 1, value - 1, value + 2, 0, 1, 2, 3, *beyond))
         yield Variation(what, [changed(other) for other in near if other != value], all_of_them=True)
     elif value is None:
         others = [*map(changed, (True, 0, 1, 2, 3)), *map(changed, words[:_MOST])]
@@ -150,7 +184,7 @@ def _of_value(
     elif isinstance(value, str):
         near_words = [word for word in words if word != value][:_MOST]
         yield Variation(what, list(map(changed, near_words)), all_of_them=True, is_text=True)
-    elif type(value) in (list, tuple) and not any(isinstance(item, (list, tuple, dict, Tensor)) for item in value):
+    elif type(value) in (list, tuple) and all(type(item) in (int, float, str) for item in value):
         kind = type(value)
         sets: list[Any] = [(), (0,), (1,), (2,), (0, 1, 2, 3), (-1,)]
         if value:
@@ -161,8 +195,78 @@ def _of_value(
     elif type(value) is dict:
         for word in [word for word in words if word not in value][:_MOST]:
             yield Variation(f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)])
-    elif not isinstance(value, Tensor) and not pytree.tensors(value):
-        yield Variation(what, [])
+        held = [item for item in value.values() if isinstance(item, Tensor)]
+        if held:
+            yield Variation(f"one more of {what}", [changed({**value, "unknown": held[-1].clone()})], may_fail=True)
+        yield from _of_members(what, value, guesses, words, changed, numbers, depth)
+    elif not isinstance(value, Tensor):
+        members = list(_members(value))
+        if members and depth < _DEEPEST:
+            yield from _of_members(what, value, guesses, words, changed, numbers, depth)
+        elif not pytree.tensors(value):
+            yield Variation(what, [])
+
+
+_DEEPEST = 2
+"""So deep is data looked into, in which a value may be another."""
+
+
+def _of_members(
+    what: str,
+    value: Any,
+    guesses: list[Any],
+    words: list[str],
+    changed: Callable[[Any], Call],
+    numbers: Sequence[int],
+    depth: int,
+) -> Iterator[Variation]:
+    """Other values of what stands in a container or data object, and tensors that may not be there."""
+    for name, item, put in list(_members(value))[:_MOST]:
+
+        def inside(other: Any, put: Callable[[Any], Any] = put) -> Call:
+            return changed(put(other))
+
+        if not isinstance(item, Tensor):
+            yield from _of_value(f"{what}{name}", item, guesses, words, inside, numbers, depth + 1)
+        elif type(value) is dict:
+            without = {key: other for key, other in value.items() if other is not item}
+            yield Variation(f"{what} without {name}", [changed(without)], may_fail=True)
+        else:
+            yield Variation(f"{what}{name} is None", [inside(None)], may_fail=True)
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
+    """What stands in data: the name, the value, and what gives a copy with another value in its place."""
+    if type(value) is dict:
+        for key, item in value.items():
+            yield f"[{key!r}]", item, functools.partial(_with_item, value, key)
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        for name in value._fields:
+            yield f".{name}", getattr(value, name), functools.partial(_with_field, value, name)
+    elif type(value) in (list, tuple):
+        for place, item in enumerate(value):
+            yield f"[{place}]", item, functools.partial(_with_place, value, place)
+    elif is_plain_object(value) and hasattr(value, "__dict__") and not callable(value):
+        for name, item in vars(value).items():
+            yield f".{name}", item, functools.partial(_with_attribute, value, name)
+
+
+def _with_item(held: dict[Any, Any], key: Any, value: Any) -> dict[Any, Any]:
+    return {**held, key: value}
+
+
+def _with_field(held: Any, name: str, value: Any) -> Any:
+    return held._replace(**{name: value})
+
+
+def _with_place(held: Any, place: int, value: Any) -> Any:
+    return type(held)((*held[:place], value, *held[place + 1 :]))
+
+
+def _with_attribute(held: Any, name: str, value: Any) -> Any:
+    other = copy.copy(held)
+    vars(other)[name] = value
+    return other
 
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -250,9 +354,15 @@ def _says_bool(annotation: Any) -> bool:
 
 def is_complete(call: Call) -> bool:
     """True if the call can be made: nothing in it is unseen."""
-    values = [*call.args, *call.kwargs.values()]
-    values += [item for value in values if type(value) is dict for item in value.values()]
-    return not any(isinstance(value, (Unseen, Guess)) for value in values)
+    return not any(map(_is_unseen, (*call.args, *call.kwargs.values())))
+
+
+def _is_unseen(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, (Unseen, Guess)):
+        return True
+    if isinstance(value, Tensor) or depth > _DEEPEST:
+        return False
+    return any(_is_unseen(item, depth + 1) for _, item, _ in _members(value))
 
 
 def forward_of(call: Call, method: str) -> Call:

@@ -126,6 +126,7 @@ class CallRecorder:
             self._infer_from(call, run)
         if main.call.method == FORWARD:
             self._methods(main.call)
+        self._resets(main.call)
         self._sequences()
         while self._found:
             call, run = self._found.pop(0)
@@ -209,9 +210,9 @@ class CallRecorder:
                 break
         for call in variation.otherwise:
             taken |= self._try(variation.what, call) is not None
-        if not taken:
+        if not taken and not variation.may_fail:
             self._say(f"{variation.what} was never given another value: what that does is not known")
-        elif variation.is_text:
+        elif taken and variation.is_text:
             self._say(f"{variation.what} was given only words of the code")
 
     def _other_sizes(self, call: Call, groups: Sequence[str] = ()) -> None:
@@ -272,6 +273,11 @@ class CallRecorder:
         self._try("calls with other inputs in between", call, *self._others(call), call)
         for name in inferred_calls.resets(self.recording.model):
             self._try(f"a call after {name}", call, Call(method=name), call)
+
+    def _resets(self, call: Call) -> None:
+        """What the model does once it has forgotten, which it may have remembered since before the first call."""
+        for name in inferred_calls.resets(self.recording.model):
+            self._try(f"a call after {name}", Call(method=name), call)
 
     def _others(self, call: Call) -> Iterator[Call]:
         """The call with another batch, if the model takes it, and with other contents."""
