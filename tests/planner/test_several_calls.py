@@ -5,6 +5,7 @@ Statistics and affine parameters are random, in float64, and the outputs agree t
 
 from __future__ import annotations
 
+import array
 import collections
 import contextvars
 import functools
@@ -156,6 +157,65 @@ class Domains(nn.Module):
         return self.norms[domain](self.c(x))
 
 
+def taller(s: Any, x: Tensor) -> Tensor:
+    y = s.c(x)
+    return s.n(y.relu() if x.shape[2] > x.shape[3] else y)
+
+
+def to_a_square(s: Any, x: Tensor) -> Tensor:
+    y = s.c(x)
+    side = max(y.shape[2:])
+    return s.n(F.pad(y, (0, side - y.shape[3], 0, side - y.shape[2])))
+
+
+def of_two_sizes(s: Any, a: Tensor, b: Tensor) -> Tensor:
+    y, z = s.c(a), s.c(b)
+    return s.n(y + F.pad(z, (0, y.shape[3] - z.shape[3], 0, y.shape[2] - z.shape[2])))
+
+
+def of_large_ones(s: Any, x: Tensor) -> Tensor:
+    y = s.c(x)
+    return s.n(F.max_pool2d(y, 2) if max(x.shape[2:]) > 48 else y)
+
+
+def of_lists_inside(s: Any, batch: dict[str, list[Tensor]]) -> Tensor:
+    return s.n(sum(s.c(frame) for frame in batch["frames"]))
+
+
+def with_key(s: Any, batch: dict[str, Any]) -> Tensor:
+    y = s.c(batch["x"])
+    return s.n(y.relu() if batch["flag"] else y)
+
+
+class AskingForMore(Net):
+    """A forward that goes by an argument as a function says."""
+
+    def forward(self, x: Tensor, y: Any = None, first: bool = False, second: bool = False, keep: float = 1.0, taps: Any = (), level: int = 0) -> Any:  # noqa: E501
+        z = self.c(x)
+        if self.function(x, y, first, second, keep, taps, level):
+            z = z.relu()
+        return self.n(z)
+
+
+def asking(function: Callable[..., Any]) -> Callable[[], nn.Module]:
+    return lambda: AskingForMore(function, c=conv(), n=norm())
+
+
+class OwnConv(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = super()._conv_forward(x, weight, bias)
+        return y.relu() if x.shape[0] > 2 else y
+
+
+class Intermediates(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.n(self.c(x))
+
+    def forward_intermediates(self, x: Tensor, raw: bool = False) -> list[Tensor]:
+        y = F.pad(self.c(x), (0, -x.shape[-1] % 4))
+        return [y if raw else self.n(y)]
+
+
 ONES = torch.ones(1, 1, 8, 8, dtype=torch.float64)
 SOME = (x(1, 1, 8, 8, seed=3) > 0).double()
 
@@ -177,6 +237,25 @@ CASES = {
     "other domain": Case(Domains, (x(*IMAGE),), [Call(x(*IMAGE), 1), Call(x(*IMAGE), domain=2)]),
     "one tensor twice": Case(lambda: Net(lambda s, a, b: s.c(a) + s.n(b), c=conv(3, 3), n=norm(3)), (same := x(*IMAGE), same), [Call(x(*IMAGE), -x(*IMAGE, seed=4))]),
     "one tensor twice, in a list": Case(lambda: Net(lambda s, a: s.c(a[0]) + s.n(a[1]), c=conv(3, 3), n=norm(3)), ([same, same],), [Call([x(*IMAGE), -x(*IMAGE, seed=4)])]),
+    "taller than wide": Case(lambda: Net(taller, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(2, 3, 9, 8))]),
+    "filled up to a square": Case(lambda: Net(to_a_square, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(2, 3, 8, 10))]),
+    "inputs of different sizes": Case(lambda: Net(of_two_sizes, c=conv(), n=norm()), (x(*IMAGE), x(*IMAGE, seed=2)), [Call(x(*IMAGE), x(2, 3, 6, 7))]),
+    "a number in the code": Case(lambda: Net(of_large_ones, c=conv(), n=norm()), (x(2, 3, 32, 32),), [Call(x(2, 3, 64, 64))]),
+    "length of a list in a dictionary": Case(lambda: Net(of_lists_inside, c=conv(), n=norm()), ({"frames": [x(*IMAGE)] * 2},), [Call({"frames": [x(*IMAGE)] * 3})]),
+    "flag in a dictionary": Case(lambda: Net(with_key, c=conv(), n=norm()), ({"x": x(*IMAGE), "flag": False},), [Call({"x": x(*IMAGE), "flag": True})]),
+    "two flags": Case(asking(lambda x, y, first, second, *_: first and second), (x(*IMAGE),), [Call(x(*IMAGE), first=True, second=True)]),
+    "a flag and a size": Case(asking(lambda x, y, first, *_: first and x.shape[0] > 2), (x(*IMAGE),), [Call(x(4, 3, 8, 8), first=True)]),
+    "a flag and contents": Case(asking(lambda x, y, first, *_: first and x.min() >= 0), (x(*IMAGE),), [Call(x(*IMAGE).abs(), first=True)]),
+    "a mask that hides something": Case(asking(lambda x, y, *_: y is not None and not y.all()), (x(*IMAGE),), [Call(x(*IMAGE), SOME > 0)]),
+    "a word": Case(asking(lambda x, y, *_: y == "raw"), (x(*IMAGE),), [Call(x(*IMAGE), "raw")]),
+    "a smaller number": Case(asking(lambda x, y, a, b, keep, *_: keep < 1.0), (x(*IMAGE),), [Call(x(*IMAGE), keep=0.5)]),
+    "an entry of a tuple": Case(asking(lambda x, y, a, b, keep, taps, *_: 0 in taps), (x(*IMAGE),), [Call(x(*IMAGE), taps=(0,))]),
+    "a large number": Case(asking(lambda *arguments: arguments[-1] >= 5), (x(*IMAGE),), [Call(x(*IMAGE), level=5)]),
+    "a mask that was given is left out": Case(asking(lambda x, y, *_: y is None), (x(*IMAGE), ONES), [Call(x(*IMAGE)), Call(x(*IMAGE), None)]),
+    "two tensors, and one twice": Case(asking(lambda x, y, *_: x is y), (x(*IMAGE), -x(*IMAGE)), [Call(same, same)]),
+    "a method that a layer of PyTorch's calls": Case(lambda: Net(lambda s, x: s.n(s.c(x)), c=OwnConv(3, 4, 3, padding=1), n=norm()), (x(*IMAGE),), [Call(x(4, 3, 8, 8))]),
+    "torch.numel": Case(lambda: Net(lambda s, x: s.n(s.c(x).relu() if torch.numel(x) > 400 else s.c(x)), c=conv(), n=norm()), (x(*IMAGE),), [Call(x(4, 3, 8, 8))]),
+    "sizes and flags of another method": Case(lambda: Intermediates(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(2, 3, 9, 9), method="forward_intermediates"), Call(x(*IMAGE), raw=True, method="forward_intermediates")]),
 }  # fmt: skip
 
 
@@ -349,6 +428,105 @@ def test_compare_takes_calls() -> None:
     assert bnfuse.compare(model, fused, calls[1]).within_tolerance()
     fused.c.weight.data.mul_(2)
     assert not bnfuse.compare(model, fused, calls[1]).within_tolerance()
+
+
+class Steps(Net):
+    """Methods that remember, go by sizes and take flags."""
+
+    def __init__(self) -> None:
+        super().__init__(with_flag, c=conv(), n=norm())
+        self.steps, self.raw = 0, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(x)
+        return self.n(y.relu() if self.raw else y)
+
+    def set_raw(self) -> None:
+        self.raw = True
+
+    def step(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        y = self.c(x)
+        return self.n(y.relu() if self.steps > 1 else y)
+
+    def encode(self, x: Tensor, raw: bool = False) -> Tensor:
+        y = self.c(x)
+        return self.n(y.relu() if raw or x.shape[0] > 2 else y)
+
+
+@pytest.mark.parametrize(
+    ("given", "calls"),
+    [
+        (Call(x(*IMAGE), method="encode"), [Call(x(4, 3, 8, 8), method="encode")]),
+        (Call(x(*IMAGE), method="encode"), [Call(x(*IMAGE), True, method="encode")]),
+        (Call(x(*IMAGE), method="step"), [Call(x(*IMAGE), method="step")] * 2),
+        (Call(method="set_raw"), [Call(method="set_raw"), Call(x(*IMAGE))]),
+    ],
+)
+def test_what_follows_from_a_call_that_the_caller_names(given: Call, calls: list[Call]) -> None:
+    model = prepared(Steps(), dead=0.0)
+    fused = bnfuse.fuse(model, x(*IMAGE), calls=[given])
+    mine, theirs = copy_model(model), copy_model(fused)
+    with torch.no_grad():
+        found = [[call.run(net) for call in calls][-1] for net in (mine, theirs)]
+    assert difference(*found) <= EXACT
+
+
+class Slots:
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class OnTheClass(Net):
+    count = 0
+
+
+def counters() -> dict[str, tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]]:
+    """Places of a number that counts calls: what holds it, how it is counted up, how it is read."""
+
+    def on_class(s: Any) -> None:
+        OnTheClass.count += 1
+
+    def in_slots(s: Any) -> None:
+        s.held.count += 1
+
+    def in_array(s: Any) -> None:
+        s.held[0] += 1
+
+    def in_hidden_module(s: Any) -> None:
+        s.held[0].count += 1
+
+    hidden = nn.Identity()
+    hidden.count = 0  # type: ignore[assignment]
+    return {
+        "class": (None, on_class, lambda s: OnTheClass.count),
+        "slots": (Slots(), in_slots, lambda s: s.held.count),
+        "array": (array.array("i", [0]), in_array, lambda s: s.held[0]),
+        "tensor": (torch.zeros(1), in_array, lambda s: float(s.held[0])),
+        "module in a list": ([hidden], in_hidden_module, lambda s: s.held[0].count),
+    }
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("place", counters())
+def test_numbers_in_odd_places_are_seen_and_put_back(place: str, inplace: bool) -> None:
+    held, count, read = counters()[place]
+
+    def forward(s: Any, x: Tensor) -> Tensor:
+        count(s)
+        y = s.c(x)
+        return s.n(y.relu() if read(s) > 1 else y)
+
+    model = prepared(OnTheClass(forward, c=conv(), n=norm(), held=held), dead=0.0)
+    plan = bnfuse.plan(model, x(*IMAGE))
+    assert read(model) == 0
+    assert any("remembers" in text for text in plan.unseen)
+    assert not plan.fused
+    with pytest.warns(bnfuse.NothingFusedWarning):
+        bnfuse.fuse(model, x(*IMAGE), inplace=inplace)
+    assert read(model) == 0
 
 
 # What somebody else holds -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import dis
 import functools
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +34,11 @@ METHODS = (
 )
 """Methods that take what forward takes, by the conventions of model zoos (timm, efficientnet_pytorch, DINO)."""
 
-RESETS = ("reset", "clear", "init_state", "init_hidden", "init_memory", "init_cache", "flush", "forget")
-"""What the names of methods begin with by which models forget."""
+RESETS = re.compile(
+    r"(reset|clear|flush|forget|(reset|clear|init|flush|forget)_"
+    r"(state|states|hidden|memory|cache|caches|buffer|buffers|history|context))"
+)
+"""The names of methods by which models forget."""
 
 _MOST = 8
 """So many names of keywords or keys are tried."""
@@ -47,13 +51,12 @@ def methods(model: nn.Module) -> list[str]:
 
 def resets(model: nn.Module) -> list[str]:
     """The methods without required arguments by which the model forgets."""
-    theirs = set(dir(nn.Module))
     found = []
     for name in dir(type(model)):
-        if name in theirs or not any(name.startswith(word) for word in RESETS) or name in model._modules:
+        if RESETS.fullmatch(name) is None or name in model._modules:
             continue
         method = getattr(type(model), name, None)
-        if callable(method) and "param" not in name and "weight" not in name:
+        if callable(method):
             required = [p for p in _parameters(method)[1:] if p.default is p.empty and p.kind not in _VARIABLE]
             if not required:
                 found.append(name)
@@ -281,14 +284,8 @@ def _parameters(method: Any) -> list[inspect.Parameter]:
 
 def _words(model: nn.Module) -> list[str]:
     """The strings in the code of a model that could be names of arguments or keys."""
-    codes = []
-    for kind in dict.fromkeys(map(type, model.modules())):
-        codes += [function.__code__ for function in code_of(kind)]
-        for function in code_of(kind):  # functions that it calls
-            called = [function.__globals__.get(name) for name in function.__code__.co_names]
-            near = [other for other in called if inspect.isfunction(other) and other.__module__ == function.__module__]
-            codes += [other.__code__ for other in near]
-    codes.reverse()  # those of the model itself first
+    codes = [function.__code__ for function, _ in _functions(model)]
+    codes.reverse()  # those of the model itself are taken first
     found: dict[str, None] = {}
     while codes:
         for constant in codes.pop().co_consts:
@@ -299,29 +296,53 @@ def _words(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def thresholds(model: nn.Module) -> list[int]:
-    """The whole numbers that the code of a model compares something with: constants and attributes."""
-    found: set[int] = set()
+def _functions(model: nn.Module) -> Iterator[tuple[types.FunctionType, list[nn.Module]]]:
+    """The functions of the caller's in which a model is written, with the modules of their class.
+
+    Those are the methods of its modules, the functions that modules hold, and those of the same file that they call.
+    """
     holders: dict[type, list[nn.Module]] = {}
     for module in model.modules():
         holders.setdefault(type(module), []).append(module)
+    seen: set[int] = set()
     for kind, modules in holders.items():
-        for function in code_of(kind):
-            lines: dict[int | None, list[dis.Instruction]] = {}
-            line = None
-            for step in dis.get_instructions(function):
-                line = step.positions.lineno if step.positions is not None else line
-                lines.setdefault(line, []).append(step)
-            for steps in lines.values():
-                if not any(step.opname == "COMPARE_OP" for step in steps):
-                    continue
-                for step in steps:
-                    numbers = [step.argval] if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") else []
-                    if step.opname == "LOAD_ATTR":
-                        numbers = [vars(module).get(step.argval) for module in modules]
-                    elif step.opname == "LOAD_GLOBAL":
-                        numbers = [function.__globals__.get(step.argval)]
-                    found.update(number for number in numbers if type(number) is int and 1 < number <= _LARGEST)
+        waiting = list(code_of(kind))
+        if waiting:
+            held = [value for module in modules for value in vars(module).values()]
+            waiting += [value for value in held if isinstance(value, types.FunctionType)]
+        while waiting:
+            function = waiting.pop(0)
+            if id(function) in seen:
+                continue
+            seen.add(id(function))
+            yield function, modules
+            called = [function.__globals__.get(name) for name in function.__code__.co_names]
+            waiting += [
+                other
+                for other in called
+                if isinstance(other, types.FunctionType) and other.__module__ == function.__module__
+            ]
+
+
+def thresholds(model: nn.Module) -> list[int]:
+    """The whole numbers that the code of a model compares something with: constants and attributes."""
+    found: set[int] = set()
+    for function, modules in _functions(model):
+        lines: dict[int | None, list[dis.Instruction]] = {}
+        line = None
+        for step in dis.get_instructions(function):
+            line = step.positions.lineno if step.positions is not None else line
+            lines.setdefault(line, []).append(step)
+        for steps in lines.values():
+            if not any(step.opname == "COMPARE_OP" for step in steps):
+                continue
+            for step in steps:
+                numbers = [step.argval] if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") else []
+                if step.opname == "LOAD_ATTR":
+                    numbers = [vars(module).get(step.argval) for module in modules]
+                elif step.opname == "LOAD_GLOBAL":
+                    numbers = [function.__globals__.get(step.argval)]
+                found.update(number for number in numbers if type(number) is int and 1 < number <= _LARGEST)
     return sorted(found)[:_MOST]
 
 

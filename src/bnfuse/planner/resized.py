@@ -251,13 +251,13 @@ def _holds_tensors(entries: Any) -> bool:
 def with_one_input(call: Call) -> Iterator[Call]:
     """The call with one tensor in the place of others of the same shape, where they are different ones."""
     shapes: dict[Any, list[Tensor]] = {}
-    for tensor in call.tensors:
+    for tensor in filter(is_dense, call.tensors):
         held = shapes.setdefault((tensor.shape, tensor.dtype), [])
         if not any(tensor is other for other in held):
             held.append(tensor)
     if any(len(held) > 1 for held in shapes.values()):
         first = {id(tensor): held[0] for held in shapes.values() for tensor in held}
-        yield call.map(lambda tensor: first[id(tensor)])
+        yield call.map(lambda tensor: first.get(id(tensor), tensor))
 
 
 def with_separate_inputs(call: Call) -> Call | None:
