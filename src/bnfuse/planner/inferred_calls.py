@@ -62,12 +62,14 @@ class Variation:
         calls: the call with these values.
         all_of_them: whether each value may lead somewhere else; else the first that does is enough.
         otherwise: further values that may, each for itself, unless the very first led somewhere else.
+        exists: whether the model surely has such an argument.
     """
 
     what: str
     calls: list[Call]
     all_of_them: bool = False
     otherwise: Sequence[Call] = ()
+    exists: bool = True
 
 
 def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
@@ -89,11 +91,11 @@ def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
     for place, parameter in enumerate(parameters):
         if parameter.kind is parameter.VAR_POSITIONAL:
             more = [call.with_inputs((*call.args, value), call.kwargs) for value in (*_guesses(call), True)]
-            yield Variation("one more argument", more)
+            yield Variation("one more argument", more, exists=False)
         elif parameter.kind is parameter.VAR_KEYWORD:
             known = {parameter.name for parameter in parameters} | set(call.kwargs)
             for name in ["unknown", *(word for word in words if word not in known)][:_MOST]:
-                yield Variation(name, [_with(call, name, value) for value in (*_guesses(call), True)])
+                yield Variation(name, [_with(call, name, value) for value in (*_guesses(call), True)], exists=False)
         elif place >= len(call.args) and parameter.name not in call.kwargs and parameter.default is not parameter.empty:
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 continue
@@ -140,7 +142,8 @@ def _of_value(
         yield Variation(what, [])
     elif type(value) is dict:
         for word in [word for word in words if word not in value][:_MOST]:
-            yield Variation(f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)])
+            calls = [changed({**value, word: guess}) for guess in (*guesses, True)]
+            yield Variation(f"{what}[{word!r}]", calls, exists=False)
 
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

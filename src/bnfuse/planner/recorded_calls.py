@@ -155,7 +155,7 @@ class CallRecorder:
                 break
         for call in variation.otherwise:
             taken |= self._try(variation.what, call) is not None
-        if not taken:
+        if not taken and variation.exists:
             self.unseen.append(f"{variation.what} was never given another value: what that does is not known")
 
     def _other_sizes(self, call: Call) -> None:
