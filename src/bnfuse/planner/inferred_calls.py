@@ -92,6 +92,10 @@ def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
         if parameter.kind is parameter.VAR_POSITIONAL:
             more = [call.with_inputs((*call.args, value), call.kwargs) for value in (*_guesses(call), True)]
             yield Variation("one more argument", more, exists=False)
+            if len(call.args) > max(place, 1):
+                fewer = call.with_inputs(call.args[:-1], call.kwargs)
+                again = call.with_inputs((*call.args, call.args[-1]), call.kwargs)
+                yield Variation("another number of arguments", [fewer, again], all_of_them=True, exists=False)
         elif parameter.kind is parameter.VAR_KEYWORD:
             known = {parameter.name for parameter in parameters} | set(call.kwargs)
             for name in ["unknown", *(word for word in words if word not in known)][:_MOST]:

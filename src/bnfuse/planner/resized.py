@@ -70,7 +70,7 @@ def resizings(call: Call) -> list[Resizing]:
         ]
     found.append(Resizing("a batch of one", batch, lambda axis, size: 1, "batch of one"))
     found.append(Resizing("a larger batch", batch, _more(1), "larger batch"))
-    found.append(Resizing("a much larger batch", batch, lambda axis, size: 4 * size + 1, "many"))
+    found.append(Resizing("a much larger batch", batch, lambda axis, size: 4 * size, "many"))
     if trailing:
         found += [
             Resizing("smaller", trailing, _round_down, "smaller"),
