@@ -54,7 +54,7 @@ def shapes(model: nn.Module, *size: int) -> CallRecorder:
 
 def test_sizes_of_both_directions_are_tried() -> None:
     recorder = shapes(Counting(), 2, 3, 16, 16)
-    assert [(3, 3, 17, 17), (1, 3, 16, 16), (8, 3, 16, 16), (2, 3, 8, 8), *OF_CHANNELS] == SHAPES
+    assert [(3, 3, 17, 17), (2, 3, 32, 32), (1, 3, 16, 16), (8, 3, 16, 16), (2, 3, 8, 8), *OF_CHANNELS] == SHAPES
     assert not recorder.further  # the same everywhere
     assert len(recorder.recording.runs) == 1
 

@@ -141,7 +141,8 @@ def _of_value(
     elif value is None:
         yield Variation(what, list(map(changed, guesses)), otherwise=list(map(changed, (True, 0, 1, 2, 3))))
     elif isinstance(value, float):
-        yield Variation(what, list(map(changed, (guesses[0], value + 1))))
+        numbers = [changed(other) for other in (0.0, 1.0, value + 1, -value) if other != value]
+        yield Variation(what, [changed(guesses[0])], otherwise=numbers)
     elif isinstance(value, str):
         yield Variation(what, [])
     elif type(value) is dict:
