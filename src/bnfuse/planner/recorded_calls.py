@@ -38,8 +38,8 @@ _RUNS_FOR_REAL = (12, 2)
 _SMALL = 100
 """So many operators are a small model."""
 
-_OF_METHODS = ("larger", "batch of one")
-"""Other sizes that methods other than forward are tried at."""
+_OTHER_SIZES_TOO = ("larger", "batch of one")
+"""Other sizes at which calls that differ in more than the inputs are tried."""
 
 _ARGUMENTS = 16
 """So many arguments are varied."""
@@ -131,30 +131,36 @@ class CallRecorder:
             self._memory(call)
 
     def _methods(self, call: Call) -> None:
-        """Known methods; where one looks at sizes in code of its own, at those sizes too that the forward takes."""
+        """Known methods that take the same inputs."""
         given = {run.call.method for run in self.recording.runs} | self.main.methods
         for name in inferred_calls.methods(self.recording.model):
-            if name in given:
-                continue
-            found = self._try(name, inferred_calls.forward_of(call, name))
-            if found and self._looks:
-                for number, resizing in enumerate(self._taken):
-                    other = resizing.of(inferred_calls.forward_of(call, name), number)
-                    if other is not None:
-                        self._try(f"{name}, {resizing.what}", other)
+            if name not in given:
+                self._try_sizes_too(name, inferred_calls.forward_of(call, name))
+
+    def _try_sizes_too(self, what: str, call: Call) -> bool | None:
+        """Record an inferred call, and if it looks at sizes, at other sizes too: it may do so in code of its own."""
+        found = self._try(what, call)
+        if found is not None and self._looks:
+            done: set[str] = set()
+            for number, resizing in enumerate(self._taken or resized.resizings(call)):
+                wanted = resizing.group in _OTHER_SIZES_TOO and resizing.group not in done
+                other = resizing.of(call, number) if wanted else None
+                if other is not None and self._try(f"{what}, {resizing.what}", other) is not None:
+                    done.add(resizing.group)
+        return found
 
     def _vary(self, variation: inferred_calls.Variation) -> None:
         """Record the first of some values of an argument that leads somewhere else, or all of them."""
         taken = False
         for place, call in enumerate(variation.calls):
-            found = self._try(variation.what, call)
+            found = self._try_sizes_too(variation.what, call)
             taken |= found is not None
             if found and not variation.all_of_them:
                 if place == 0:
                     return
                 break
         for call in variation.otherwise:
-            taken |= self._try(variation.what, call) is not None
+            taken |= self._try_sizes_too(variation.what, call) is not None
         if not taken and variation.exists:
             self.unseen.append(f"{variation.what} was never given another value: what that does is not known")
 
@@ -180,7 +186,7 @@ class CallRecorder:
                     done.add(resizing.group)
                     if resizing.group in ("larger", "smaller"):
                         varied |= resizing.axes  # single ones teach nothing more
-                    if resizing.group in _OF_METHODS:
+                    if resizing.group in _OTHER_SIZES_TOO:
                         self._taken.append(resizing)
             except FixedSizeError:  # a table of one size fits no other size
                 fixed.append(resizing.axes)
@@ -190,7 +196,7 @@ class CallRecorder:
     def _other_contents(self, call: Call) -> None:
         """Other contents, for half of the runs with arithmetic; the other half is for other sizes."""
         left = self._for_real // 2
-        self.unseen.append("the code goes by contents: of these only some others were tried")
+        self.unseen.append("the code goes by contents: only some others were tried")
         for number in (1, 2, 3, 4, 0, 5):
             if self._for_real > left:
                 self._try("other contents", resized.revalued(call, number))

@@ -176,7 +176,8 @@ How a row comes about:
    statistics come from a run, so that activations stay as large as in a trained network.
 2. It is run on an image of 96 pixels if it takes one, else of the size that it declares: what counts is the structure.
    Models that take something else have [inputs of their own](../src/bnfuse/tools/zoo/inputs.py).
-3. `fuse` does its work, with its verification, in float32.
+3. `fuse` does its work, with its verification, in float32. These rows were made when the recorded call alone counted;
+   what it costs to hold for other calls too is [below](#what-other-calls-cost).
 4. The same plan is carried out in float64, and both models are compared on other inputs: other values, another batch,
    another size as far as the model takes them. A relative L2 error above 1e-9 is *wrong*, unless a change of one unit
    in the last place of every parameter moves the original's own output about as far (to a quarter of it).
