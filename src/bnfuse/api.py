@@ -199,7 +199,9 @@ def plan(
     source = _in_evaluation(inner)
     with _uncollected(), tree.unchanging(source):
         contents = options.budget is not None
-        planner = Planner(Problem.of(source, example_inputs, options, keep, contents, checked_calls(calls, source)))
+        named = checked_calls(calls, source)
+        problem = Problem.of(source, example_inputs, options, keep, contents, named, lines=options.infer_calls)
+        planner = Planner(problem)
         made = _made(planner, options)
         made = replace(made, witness=planner.problem.witness())
         planner.release()

@@ -93,4 +93,4 @@ class Plan(Changes):
             )
 
     def __str__(self) -> str:
-        return decisions_text(self.model, self.decisions)
+        return "\n".join([decisions_text(self.model, self.decisions), *(f"not seen: {text}" for text in self.unseen)])

@@ -115,6 +115,14 @@ class Flagged(Net):
         return self.n(y * scale)
 
 
+class FlagThatLooks(Net):
+    def forward(self, x: Tensor, mixed: bool = False) -> Tensor:
+        y = self.c(x)
+        if mixed:
+            y = y.relu() if y.shape[0] == 1 else y
+        return self.n(y)
+
+
 class Optional(Net):
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         y = self.n(self.c(x)) if skip is None else self.c(x) + skip
@@ -231,6 +239,7 @@ CASES = {
     "expand to a literal size": Case(lambda: Net(lambda s, x: s.n(s.c(x).expand(-1, -1, 8).sum(2)), c=nn.Conv1d(3, 4, 1), n=nn.BatchNorm1d(4)), (x(2, 3, 1),), [Call(x(2, 3, 8))]),
     "sum over positions": Case(lambda: Net(lambda s, x: s.d(s.n(x.sin()).sum((2, 3))), n=norm(3), d=nn.Linear(3, 2)), (x(*IMAGE),), [Call(x(2, 3, 9, 9))]),
     "flag of the forward": Case(lambda: Flagged(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(*IMAGE), raw=True), Call(x(*IMAGE), scale=2.0), Call(x(*IMAGE), mask=SOME)]),
+    "flag behind which sizes count": Case(lambda: FlagThatLooks(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(1, 3, 8, 8), mixed=True), Call(x(*IMAGE), mixed=True)]),
     "flag of a function behind the forward": Case(lambda: Net(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(*IMAGE), True)]),
     "optional skip": Case(lambda: Optional(with_flag, c=conv(), n=norm(), d=conv(4, 2)), (x(*IMAGE),), [Call(x(*IMAGE), x(2, 4, 8, 8)), Call(x(*IMAGE), skip=x(2, 4, 8, 8))]),
     "methods": Case(lambda: Methods(with_flag, c=conv(), n=norm(), d=conv(4, 2)), (x(*IMAGE),), [Call(x(*IMAGE), method="forward_features"), Call(x(*IMAGE), method="forward_intermediates")]),

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import bnfuse
 from bnfuse.errors import InputError, VerificationError
+from bnfuse.model.calls import Call
 from bnfuse.tools import cli
-from bnfuse.tools.cli import main, parse_shape
+from bnfuse.tools.cli import main, parse_call, parse_shape
 from bnfuse.tools.zoo.specs import build
 
 NETWORKS = """
@@ -32,6 +33,20 @@ def plain():
 
 def tokens():
     return randomise_(nn.Sequential(nn.Embedding(5, 6), nn.Flatten(), nn.Linear(60, 4), nn.BatchNorm1d(4)))
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 4), randomise_(nn.BatchNorm1d(4))
+
+    def forward(self, x, mode="plain"):
+        return self.norm(self.linear(x))
+
+    def encode(self, x, raw=False):
+        return self.linear(x) if raw else self.forward(x)
+
+def encoder():
+    return Encoder()
 
 class Two(nn.Module):
     def __init__(self):
@@ -229,3 +244,36 @@ def test_the_installed_command(folder: Path, start: list[str]) -> None:
     finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)["fused"] == 1
+
+
+# Further calls --------------------------------------------------------------------------------------------------------
+
+
+def test_calls_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "networks.py:encoder", "--input", "2x3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fused"] == 1
+    named = ["--input", "2x3", "--call", "encode raw=true", "--json"]
+    assert main(["plan", "networks.py:encoder", *named]) == 0
+    assert json.loads(capsys.readouterr().out)["fused"] == 0
+    assert main(["fuse", "networks.py:encoder", *named]) == 0
+    assert json.loads(capsys.readouterr().out)["comparison"]
+
+
+def test_what_was_not_seen_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "networks.py:encoder", "--input", "2x3"]) == 0
+    assert "not seen: mode was never given another value" in capsys.readouterr().out
+    assert main(["plan", "networks.py:encoder", "--input", "2x3", "--no-infer-calls"]) == 0
+    assert "not seen" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["encode raw", "=true", "encode a=", "a b"])
+def test_what_is_no_call(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "networks.py:encoder", "--input", "2x3", "--call", text]) == 2
+    assert "is no call" in capsys.readouterr().err
+
+
+def test_values_of_keywords() -> None:
+    call = parse_call("a=1 b=-2.5 c=none d=False e=2x3 f=word", Call(), torch.nn.Linear(1, 1).double())
+    shape = call.kwargs.pop("e")
+    assert (shape.shape, shape.dtype) == ((2, 3), torch.float64)
+    assert call.kwargs == {"a": 1, "b": -2.5, "c": None, "d": False, "f": "word"}

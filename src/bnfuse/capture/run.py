@@ -22,6 +22,7 @@ from bnfuse.capture import leftovers, unseen
 from bnfuse.capture.escapes import EscapeWatch
 from bnfuse.capture.gradients import Gradients
 from bnfuse.capture.leaves import Leaves
+from bnfuse.capture.lines import LineWatch
 from bnfuse.capture.module_calls import ModuleCalls
 from bnfuse.capture.recorder import Recorder
 from bnfuse.capture.shapes_only import NeedsContentsError
@@ -117,15 +118,23 @@ class Recording:
         runs: one for each call, in the order of the calls.
     """
 
-    def __init__(self, model: nn.Module, known: Container[str] | None = None, methods: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        known: Container[str] | None = None,
+        methods: Sequence[str] = (),
+        lines: LineWatch | None = None,
+    ) -> None:
         """
         Args:
             known: names of the operators that are recorded as they are. Any other is recorded as the operators that
                 it is made of, where PyTorch knows them (``hstack`` is ``cat``). None records all of them as they are.
             methods: names of methods whose results are outputs of the model too, where its forward calls them with
                 what it was given itself.
+            lines: notes which lines of the model's code run.
         """
         self.model = model
+        self._watch_lines = contextlib.nullcontext if lines is None else lines.watching
         self.runs: list[Run] = []
         self._known = known
         self._methods = [name for name in methods if name != FORWARD]
@@ -224,6 +233,7 @@ class Recording:
                     recorder,
                     Gradients(recorder, values, calls) if gradients else contextlib.nullcontext(),
                     escapes,
+                    self._watch_lines(),
                 ):
                     around.enter_context(context)
                 run.output = own.run(self.model)

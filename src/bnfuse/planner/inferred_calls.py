@@ -197,7 +197,7 @@ def _of_value(
         yield Variation(what, [changed(kind(other)) for other in sets if kind(other) != value], all_of_them=True)
     elif type(value) is dict:
         for word in [word for word in words if word not in value][:_MOST]:
-            yield Variation(f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)])
+            yield Variation(f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)], may_fail=True)
         held = [item for item in value.values() if isinstance(item, Tensor)]
         if held:
             yield Variation(f"one more of {what}", [changed({**value, "unknown": held[-1].clone()})], may_fail=True)

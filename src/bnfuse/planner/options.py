@@ -48,6 +48,8 @@ class Options:
         number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
         if self.budget is not None and not (number and self.budget >= 0):
             raise _wrong("budget= is a relative error of the outputs", self.budget, "a number of at least 0, or None")
+        if not isinstance(self.infer_calls, bool):
+            raise _wrong("infer_calls= says whether calls count that nobody named", self.infer_calls, "True or False")
 
 
 def checked_options(options: Any) -> Options:

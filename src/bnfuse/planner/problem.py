@@ -14,10 +14,12 @@ from bnfuse.analysis.custom_layers import add_custom_layers
 from bnfuse.analysis.missing_parameters import add_missing_parameters
 from bnfuse.analysis.norms import find_norms
 from bnfuse.analysis.pins import pin_others, pin_shared_with_idle, pin_what_idle_norms_may_read
+from bnfuse.capture.lines import LineWatch
 from bnfuse.capture.run import Recording
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.errors import InputError
 from bnfuse.graph.norms import Norm
+from bnfuse.model import tree
 from bnfuse.model.calls import Call
 from bnfuse.model.describe import first_line
 from bnfuse.model.inputs import candidates
@@ -77,14 +79,22 @@ class Problem:
         keep: Sequence[str] = (),
         contents: bool = True,
         calls: Sequence[Call] = (),
+        lines: bool = False,
     ) -> Problem:
-        """Run the model; ``contents=False`` is for runs without arithmetic, where the model allows it."""
-        recording = captured(model, example_inputs, contents, options.infer_calls)
+        """Run the model.
+
+        Args:
+            contents: False for runs without arithmetic, where the model allows it.
+            lines: say which lines of its code did not run.
+        """
+        watch = LineWatch(tree.modules(model)) if lines else None
+        recording = captured(model, example_inputs, contents, options.infer_calls, watch)
         recorder = CallRecorder(recording, contents)
         recorder.add_given(calls)
         if options.infer_calls:
             recorder.infer()
-        return Problem(model, options, recording, keep, recorder.further, recorder.unseen)
+        unseen = [*recorder.unseen, *filter(None, [str(watch or "")])]
+        return Problem(model, options, recording, keep, recorder.further, unseen)
 
     def witness(self) -> Witness:
         """What tells whether the model has changed: its layers, and all tensors that the run read.
@@ -103,12 +113,18 @@ class Problem:
         return Witness.of(self.model, read - written)
 
 
-def captured(model: nn.Module, example_inputs: Any, contents: bool = True, infer_calls: bool = True) -> Recording:
+def captured(
+    model: nn.Module,
+    example_inputs: Any,
+    contents: bool = True,
+    infer_calls: bool = True,
+    lines: LineWatch | None = None,
+) -> Recording:
     """Run the model on the inputs, or on the first of the inferred ones that it takes."""
     methods = inferred_calls.methods(model) if infer_calls else []
 
     def run(call: Call) -> Recording:
-        recording = Recording(model, RULES, methods)
+        recording = Recording(model, RULES, methods, lines)
         if not contents:
             with contextlib.suppress(NeedsContentsError, Exception):  # then it runs for real, and fails if it must
                 recording.record(call, shapes_only=True)

@@ -16,6 +16,9 @@ from torch import Tensor
 from bnfuse.model.calls import Call
 from bnfuse.operators import is_dense
 
+_SMALL = 64
+"""Up to this size the double is tried too."""
+
 _ALIGNMENT = 32
 """Networks halve images up to five times, so a size that divides by 32 is changed by 32."""
 
@@ -80,9 +83,11 @@ def resizings(call: Call, thresholds: Sequence[int] = ()) -> list[Resizing]:
             Resizing("larger", trailing, _more(1), "larger"),
             Resizing("larger", trailing, lambda axis, size: 2 * size, "larger"),
         ]
+        if max(size for tensor in call.tensors for size in tensor.shape[2:]) <= _SMALL:
+            found.append(Resizing("twice as large", trailing, lambda axis, size: 2 * size, "twice"))
     found.append(Resizing("a batch of one", batch, lambda axis, size: 1, "batch of one"))
     found.append(Resizing("a larger batch", batch, _more(1), "larger batch"))
-    found.append(Resizing("a much larger batch", batch, lambda axis, size: 4 * size + 1, "many"))
+    found.append(Resizing("a much larger batch", batch, lambda axis, size: 4 * size, "many"))
     if trailing:
         found += [
             Resizing("smaller", trailing, _round_down, "smaller"),
@@ -176,7 +181,7 @@ def _with_other_values(tensor: Tensor, number: int) -> Tensor:
         return torch.full_like(tensor, not number) if number < 2 else torn
     if tensor.is_floating_point():
         moved = tensor.roll(1, min(1, tensor.dim() - 1))
-        ways = (0.75 * moved, -0.75 * moved, torch.zeros_like(tensor), 100 * moved, 5 + moved.abs(), moved / 100)
+        ways = (0.75 * moved, -0.75 * moved, torch.zeros_like(tensor), 100 * moved, 5 + moved.abs(), -moved.abs())
         return ways[number]
     return tensor.roll(1 + number, -1) if number % 2 else tensor
 

@@ -24,8 +24,10 @@ from torch import nn
 import bnfuse
 from bnfuse.api import fuse_with_plan
 from bnfuse.errors import BnFuseError, InputError, VerificationError
+from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.inputs import random_inputs, token_bound
 from bnfuse.planner.nothing_fused import nothing_fused
+from bnfuse.planner.options import Options
 from bnfuse.planner.problem import captured
 from bnfuse.report.tables import decisions_table
 from bnfuse.report.terminal import show
@@ -136,6 +138,19 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="a norm to leave alone, by module name or glob pattern; repeat it for more",
     )
+    common.add_argument(
+        "--call",
+        metavar="CALL",
+        action="append",
+        default=[],
+        help="a further call that the fused model is to take, on the same inputs: a method, keyword arguments or both, "
+        "such as forward_features, or 'encode normalise=true mask=1x1x14x14'; repeat it for more",
+    )
+    common.add_argument(
+        "--no-infer-calls",
+        action="store_true",
+        help="count only the calls that are named, and none that are inferred (other sizes, flags, forward_features)",
+    )
     common.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
 
     plan = commands.add_parser(
@@ -203,11 +218,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     model = _model(options)
-    plan = bnfuse.plan(model, _inputs(options, model), keep=options.keep)
+    inputs = _inputs(options, model)
+    plan = bnfuse.plan(model, inputs, keep=options.keep, calls=_calls(options, model, inputs), options=_wanted(options))
     if options.json:
         _print_json({"spec": options.spec, **plan.to_dict()})
     else:
         show(decisions_table(plan.model, plan.decisions))
+        for unseen in plan.unseen:
+            print(f"not seen: {unseen}")
 
 
 def _fuse(options: argparse.Namespace) -> None:
@@ -216,8 +234,9 @@ def _fuse(options: argparse.Namespace) -> None:
         raise BnFuseError(f"there is no folder {output.parent} to write {output.name} into")
     model = _model(options)
     inputs = _inputs(options, model)
-    fused, plan = fuse_with_plan(model, inputs, keep=options.keep)
-    comparison = bnfuse.compare(model, fused, inputs)
+    calls = _calls(options, model, inputs)
+    fused, plan = fuse_with_plan(model, inputs, keep=options.keep, calls=calls, options=_wanted(options))
+    comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls] if calls else inputs)
     if output is not None:
         _save(fused, output)
     if options.json:
@@ -262,6 +281,58 @@ def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | 
             raise InputError(f"{error}\nOn the command line: --input 1x3x224x224") from error
         return call.args or call.kwargs
     return tuple(random_inputs(model, [parse_shape(shape) for shape in options.input], token_bound(model)))
+
+
+def _wanted(options: argparse.Namespace) -> Options:
+    return Options(infer_calls=not options.no_infer_calls)
+
+
+def _calls(options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> list[Call]:
+    """The further calls that are named on the command line."""
+    return [parse_call(text, Call.of(inputs), model) for text in options.call]
+
+
+def parse_call(text: str, first: Call, model: nn.Module) -> Call:
+    """Read a call such as ``encode normalise=true mask=1x1x14x14``.
+
+    >>> parse_call("encode flag=true depth=2 name=big", Call(1), nn.Identity())
+    Call(1, flag=True, depth=2, name='big', method='encode')
+
+    Args:
+        text: a method (forward if there is none), and keyword arguments: true, false, none, a number, the shape of a
+            tensor of random numbers, or any other word as text.
+        first: the call whose inputs it takes.
+        model: gives the dtype and device of tensors.
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    method, keywords = FORWARD, dict(first.kwargs)
+    for place, word in enumerate(text.split()):
+        name, equals, value = word.partition("=")
+        if not equals and place == 0 and name.isidentifier():
+            method = name
+        elif equals and name.isidentifier() and value:
+            keywords[name] = _value(value, model)
+        else:
+            raise InputError(f"{text!r} is no call: write a method and keywords, as in 'encode normalise=true'")
+    return Call(*first.args, method=method, **keywords)
+
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def _value(text: str, model: nn.Module) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text):
+        return random_inputs(model, [parse_shape(text)])[0]
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _save(model: nn.Module, path: Path) -> None:

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import math
 import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,9 @@ from typing import Any
 
 from bnfuse.errors import BnFuseError
 from bnfuse.reasons import CAUSES
+from bnfuse.tools.census import calls
+from bnfuse.tools.census.calls import EXACT as EXACT_CALLS
+from bnfuse.tools.census.calls import Calls
 from bnfuse.tools.census.ledger import (
     CRASHED,
     FAILURES,
@@ -116,6 +120,7 @@ def page(docs: Path) -> str:
         _introduction(zoos),
         _summary(zoos),
         _beside(zoos),
+        _other_calls(calls.lines(docs / "census" / "calls" / "timm.jsonl")),
         _kept(zoos),
         derivations.read_text().strip() if derivations.exists() else "",
         _families(zoos),
@@ -171,7 +176,8 @@ How a row comes about:
    statistics come from a run, so that activations stay as large as in a trained network.
 2. It is run on an image of 96 pixels if it takes one, else of the size that it declares: what counts is the structure.
    Models that take something else have [inputs of their own](../src/bnfuse/tools/zoo/inputs.py).
-3. `fuse` does its work, with its verification, in float32.
+3. `fuse` does its work, with its verification, in float32. These rows were made when the recorded call alone counted;
+   what it costs to hold for other calls too is [below](#what-other-calls-cost).
 4. The same plan is carried out in float64, and both models are compared on other inputs: other values, another batch,
    another size as far as the model takes them. A relative L2 error above 1e-9 is *wrong*, unless a change of one unit
    in the last place of every parameter moves the original's own output about as far (to a quarter of it).
@@ -279,6 +285,34 @@ that it gets right; *wrong* are those whose outputs differ by more than {RIVAL_E
 that it cannot trace, *removed more* those that it gets right with more norms removed than bnfuse.
 
 {_table(heads, rows)}"""
+
+
+def _other_calls(found: Sequence[Calls]) -> str:
+    """What it costs to hold for calls that nobody named."""
+    if not found:
+        return ""
+    ran = [line for line in found if not line.failure]
+    costly = sorted((line for line in ran if line.removed < line.alone), key=lambda line: line.removed - line.alone)
+    checked = [
+        [name, sum(name in line.errors for line in ran), sum(name in line.wrong for line in ran)]
+        for name in dict.fromkeys(name for line in ran for name in line.errors)
+    ]
+    table = [[line.family, line.model, line.norms, line.alone, line.removed] for line in costly]
+    passes = statistics.median(line.passes for line in ran)
+    return f"""## What other calls cost
+
+The smallest model of each family of timm (`python -m bnfuse.tools.census.calls docs`), fused as always and for the
+recorded call alone (`Options(infer_calls=False)`): {len(ran)} models with {_count(sum(line.norms for line in ran))}
+norms, of which {_count(sum(line.removed for line in ran))} go as always and
+{_count(sum(line.alone for line in ran))} for the recorded call alone. Fusing took {passes:.1f} forward passes (the
+median; the largest {max(line.passes for line in ran):.1f}), in float64, verification included. Each model was compared
+with the original in float64 on the inputs that it was fused with and up to two others, by each method that it has:
+
+{_table(["method", "models", f"wrong by more than {EXACT_CALLS:.0e}"], checked)}
+
+The models that keep norms for other calls:
+
+{_table(["family", "model", "norms", "removed for the recorded call", "removed as always"], table)}"""
 
 
 def _verdict(row: Row) -> str:

@@ -98,12 +98,14 @@ class Settings:
         seconds: after so long a visit is ended.
         memory: bytes that a visit may allocate.
         rivals: whether other tools are run beside.
+        infer_calls: whether calls count that nobody named.
     """
 
     max_parameters: int = 150_000_000
     seconds: float = 300.0
     memory: int = 10 * 2**30
     rivals: bool = False
+    infer_calls: bool = True
 
 
 class Stop(Exception):
@@ -185,7 +187,7 @@ def _visit(here: Visit, known: Callable[[str], str | None]) -> None:
         zoo.wake_(zoo.randomise_(model, here.seed, dead=0.0), here.seed)
         sample = _running(here, model, form)
     with here.measure("fuse"):
-        problem = Problem.of(model, sample.args, Options())
+        problem = Problem.of(model, sample.args, Options(infer_calls=here.settings.infer_calls))
         planner = Planner(problem)
         here.note(fingerprint=fingerprint(model, problem.graph))
         assert here.row.fingerprint is not None
