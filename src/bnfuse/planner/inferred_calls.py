@@ -107,11 +107,11 @@ def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
     for place, parameter in enumerate(parameters):
         if parameter.kind is parameter.VAR_POSITIONAL:
             more = [call.with_inputs((*call.args, value), call.kwargs) for value in (*_guesses(call), True)]
-            yield Variation("one more argument", more)
+            yield Variation("one more argument", more, may_fail=True)
         elif parameter.kind is parameter.VAR_KEYWORD:
             known = {parameter.name for parameter in parameters} | set(call.kwargs)
             for name in ["unknown", *(word for word in words if word not in known)][:_MOST]:
-                yield Variation(name, [_with(call, name, value) for value in (*_guesses(call), True)])
+                yield Variation(name, [_with(call, name, value) for value in (*_guesses(call), True)], may_fail=True)
         elif place >= len(call.args) and parameter.name not in call.kwargs and parameter.default is not parameter.empty:
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 continue

@@ -83,7 +83,7 @@ def resizings(call: Call, thresholds: Sequence[int] = ()) -> list[Resizing]:
             Resizing("larger", trailing, _more(1), "larger"),
             Resizing("larger", trailing, lambda axis, size: 2 * size, "larger"),
         ]
-        if max(size for tensor in call.tensors for size in tensor.shape[2:]) <= _SMALL:
+        if max((size for tensor in filter(is_dense, call.tensors) for size in tensor.shape[2:]), default=0) <= _SMALL:
             found.append(Resizing("twice as large", trailing, lambda axis, size: 2 * size, "twice"))
     found.append(Resizing("a batch of one", batch, lambda axis, size: 1, "batch of one"))
     found.append(Resizing("a larger batch", batch, _more(1), "larger batch"))
