@@ -198,7 +198,16 @@ def with_key(s: Any, batch: dict[str, Any]) -> Tensor:
 class AskingForMore(Net):
     """A forward that goes by an argument as a function says."""
 
-    def forward(self, x: Tensor, y: Any = None, first: bool = False, second: bool = False, keep: float = 1.0, taps: Any = (), level: int = 0) -> Any:  # noqa: E501
+    def forward(
+        self,
+        x: Tensor,
+        y: Any = None,
+        first: bool = False,
+        second: bool = False,
+        keep: float = 1.0,
+        taps: Any = (),
+        level: int = 0,
+    ) -> Any:
         z = self.c(x)
         if self.function(x, y, first, second, keep, taps, level):
             z = z.relu()

@@ -180,13 +180,23 @@ def _runs_as_pytorch_does(kind: type[nn.Module]) -> bool:
     own = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
     if not (kind.forward.__module__ or "").startswith("torch.nn.modules."):
         return False
-    theirs = [base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module]
+    theirs = [
+        base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.") and base is not nn.Module
+    ]
     called = {name for base in theirs for name, value in vars(base).items() if callable(value)} - _NOT_CALLED
     return not any(name in called for base in own for name in vars(base))
 
 
 _NOT_CALLED = frozenset(
-    {"__init__", "extra_repr", "reset_parameters", "reset_running_stats", "__setstate__", "__repr__", "_load_from_state_dict"}
+    {
+        "__init__",
+        "extra_repr",
+        "reset_parameters",
+        "reset_running_stats",
+        "__setstate__",
+        "__repr__",
+        "_load_from_state_dict",
+    }
 )
 """Methods that no forward calls."""
 

@@ -197,7 +197,9 @@ def _of_value(
         yield Variation(what, [changed(kind(other)) for other in sets if kind(other) != value], all_of_them=True)
     elif type(value) is dict:
         for word in [word for word in words if word not in value][:_MOST]:
-            yield Variation(f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)], may_fail=True)
+            yield Variation(
+                f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)], may_fail=True
+            )
         held = [item for item in value.values() if isinstance(item, Tensor)]
         if held:
             yield Variation(f"one more of {what}", [changed({**value, "unknown": held[-1].clone()})], may_fail=True)
@@ -356,7 +358,9 @@ def together(model: nn.Module, call: Call, varied: Sequence[Variation]) -> Itera
     for place, variation in enumerate(flags):
         if not variation.is_flag:
             continue
-        names = {other.what for number, other in enumerate(flags) if other.is_flag <= (number > place)} - {variation.what}
+        names = {other.what for number, other in enumerate(flags) if other.is_flag <= (number > place)} - {
+            variation.what
+        }
         for other in variations(model, variation.calls[0]):
             if other.what in names and other.calls:
                 yield Variation(f"{variation.what}, {other.what}", other.calls)

@@ -108,7 +108,9 @@ def resizings(call: Call, thresholds: Sequence[int] = ()) -> list[Resizing]:
     for number in thresholds:
         for axes in (trailing, batch, *map(frozenset, ([axis] for axis in range(1, min(rank, 2))))):
             if axes:
-                found.append(Resizing(f"sizes beyond {number}", axes, _beyond(number), f"beyond {number}: {sorted(axes)}."))
+                found.append(
+                    Resizing(f"sizes beyond {number}", axes, _beyond(number), f"beyond {number}: {sorted(axes)}.")
+                )
     for axis in range(1, rank):
         alone = frozenset({axis})
         found += [
