@@ -648,3 +648,42 @@ def test_plan_leaves_no_unwritten_memory_behind() -> None:
 def test_options_are_checked() -> None:
     assert checked_options(None).infer_calls
     assert Problem.of(encoder(), x(*IMAGE), Options(infer_calls=False)).recording.runs
+
+
+class LooksAtContents(nn.Module):
+    """More operators than a small model has; the code looks at contents, and only rare calls return the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n, self.d = conv(), norm(), conv(4, 4)
+
+    def middle(self, x: Tensor) -> Tensor:
+        if x.isnan().any():
+            raise ValueError("not a number")
+        y: Tensor = self.c(x)
+        return y
+
+    def forward(self, x: Tensor, middle: bool = False, last: Tensor | None = None) -> Tensor:
+        y = self.middle(x)
+        if middle:
+            return y
+        y = self.n(y)
+        if last is not None:
+            return y
+        y = self.d(y)
+        for _ in range(120):
+            y = y.sin()
+        return y
+
+    def forward_intermediates(self, x: Tensor) -> list[Tensor]:
+        y = self.middle(x)
+        return [y, self.n(y)]
+
+
+@pytest.mark.parametrize("kwargs", [{"middle": True}, {"method": "forward_intermediates"}], ids=["flag", "method"])
+def test_rare_calls_of_a_large_model_that_looks_at_contents(kwargs: dict[str, Any]) -> None:
+    model = prepared(LooksAtContents(), dead=0.0)
+    fused = bnfuse.fuse(model, x(*IMAGE))
+    method = getattr(model, kwargs.get("method", "forward"))
+    of_fused = getattr(fused, kwargs.pop("method", "forward"))
+    assert difference(method(x(*IMAGE), **kwargs), of_fused(x(*IMAGE), **kwargs)) <= EXACT

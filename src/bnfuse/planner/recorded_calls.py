@@ -39,6 +39,9 @@ _MOST_MEMORY = 8
 _RUNS_FOR_REAL = (48, 2)
 """So many further runs are made with arithmetic, where the code looks at contents: of a small model, of a large one."""
 
+_SURELY_FOR_REAL = 2
+"""So many of them are kept for every method and for every argument: each may return what no other call does."""
+
 _SMALL = 100
 """So many operators are a small model."""
 
@@ -185,15 +188,17 @@ class CallRecorder:
         """Known methods, with every flag of theirs; what their own code asks for follows."""
         model = self.recording.model
         given = {run.call.method for run in self.recording.runs}
+        large = len(self.main.nodes) > _SMALL
         for name in inferred_calls.methods(model):
             if name in given:
                 continue
+            self._for_real = max(self._for_real, _SURELY_FOR_REAL)
             method = inferred_calls.forward_of(call, name)
             if name not in self.main.methods and self._try(name, method) is None:
                 continue
             left = []
             for variation in inferred_calls.variations(model, method):
-                if not variation.is_flag or self._try(f"{name}, {variation.what}", *variation.calls) is None:
+                if large or not variation.is_flag or self._try(f"{name}, {variation.what}", *variation.calls) is None:
                     left.append(variation.what)
             if left:
                 self._say(f"{name} was given no other value of {', '.join(left)}")
@@ -201,6 +206,7 @@ class CallRecorder:
     def _vary(self, variation: inferred_calls.Variation) -> None:
         """Record the first of some values of an argument that leads somewhere else, or all of them."""
         taken = False
+        self._for_real = max(self._for_real, _SURELY_FOR_REAL)
         for place, call in enumerate(variation.calls):
             found = self._try(variation.what, call)
             taken |= found is not None
