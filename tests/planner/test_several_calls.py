@@ -687,3 +687,31 @@ def test_rare_calls_of_a_large_model_that_looks_at_contents(kwargs: dict[str, An
     method = getattr(model, kwargs.get("method", "forward"))
     of_fused = getattr(fused, kwargs.pop("method", "forward"))
     assert difference(method(x(*IMAGE), **kwargs), of_fused(x(*IMAGE), **kwargs)) <= EXACT
+
+
+class CutInTwo(nn.Module):
+    """The second half may stop between a norm and the classifier that could take it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.n, self.fc = conv(), nn.BatchNorm1d(4), nn.Linear(4, 5)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(x).relu()
+        return y
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        y: Tensor = self.n(x.mean((2, 3)))
+        return y if pre_logits else self.fc(y)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def test_methods_that_follow_one_another() -> None:
+    model = prepared(CutInTwo(), dead=0.0)
+    fused = bnfuse.fuse(model, x(*IMAGE), options=Options(infer_calls=False))
+    assert isinstance(fused.n, nn.Identity)
+    (decision,) = bnfuse.plan(model, x(*IMAGE)).decisions
+    assert not decision.fused
+    assert "output" in str(decision)

@@ -81,6 +81,35 @@ class Call:
         return f"Call({', '.join(given)})"
 
 
+class PipedCall(Call):
+    """A call, and another method that is given what it returned.
+
+    >>> PipedCall(Call(1, method="forward_features"), "forward_head", pre_logits=True).method
+    'forward_features | forward_head(pre_logits=True)'
+    """
+
+    def __init__(self, first: Call, then: str, **options: Any) -> None:
+        """
+        Args:
+            first: the call.
+            then: the name of the method that takes what it returned.
+            options: the keyword arguments of that method.
+        """
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        super().__init__(*first.args, method=f"{first.method} | {then}({given})", **first.kwargs)
+        object.__setattr__(self, "_parts", (first.with_inputs((), {}), then, options))
+
+    def with_inputs(self, args: Iterable[Any], kwargs: dict[str, Any]) -> Call:
+        first, then, options = self._parts
+        return PipedCall(first.with_inputs(args, kwargs), then, **options)
+
+    def run(self, model: nn.Module) -> Any:
+        first, then, options = self._parts
+        return getattr(model, then)(first.with_inputs(self.args, self.kwargs).run(model), **options)
+
+    _parts: tuple[Call, str, dict[str, Any]]
+
+
 def _short(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

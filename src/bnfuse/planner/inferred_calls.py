@@ -9,7 +9,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bnfuse.capture.unseen import Guess, Unseen
 from bnfuse.model import pytree
-from bnfuse.model.calls import Call
+from bnfuse.model.calls import Call, PipedCall
 from bnfuse.model.other_state import code_of, is_plain_object
 from bnfuse.operators import is_dense
 
@@ -34,6 +34,9 @@ METHODS = (
 )
 """Methods that take what forward takes, by the conventions of model zoos (timm, efficientnet_pytorch, DINO)."""
 
+PIPES = (("forward_features", "forward_head"),)
+"""Methods of which the second takes what the first returned, by the same conventions."""
+
 RESETS = re.compile(
     r"(reset|clear|flush|forget|(reset|clear|init|flush|forget)_"
     r"(state|states|hidden|memory|cache|caches|buffer|buffers|history|context))"
@@ -47,6 +50,20 @@ _MOST = 8
 def methods(model: nn.Module) -> list[str]:
     """The known methods that the model has."""
     return [name for name in METHODS if inspect.ismethod(getattr(model, name, None))]
+
+
+def pipes(model: nn.Module, call: Call, known: Container[str] = ()) -> Iterator[PipedCall]:
+    """What the model has cut into two methods, with every flag of the second turned.
+
+    Args:
+        known: the first methods that the forward calls itself; it is then taken for both of them, without flags.
+    """
+    for first, second in PIPES:
+        if inspect.ismethod(getattr(model, first, None)) and inspect.ismethod(getattr(model, second, None)):
+            flags = [p for p in _parameters(getattr(model, second)) if isinstance(p.default, bool)]
+            whole = [] if first in known else [{}]
+            for options in (*whole, *({flag.name: not flag.default} for flag in flags)):
+                yield PipedCall(forward_of(call, first), second, **options)
 
 
 def resets(model: nn.Module) -> list[str]:

@@ -202,6 +202,9 @@ class CallRecorder:
                     left.append(variation.what)
             if left:
                 self._say(f"{name} was given no other value of {', '.join(left)}")
+        for piped in inferred_calls.pipes(self.recording.model, call, self.main.methods):
+            self._for_real = max(self._for_real, _SURELY_FOR_REAL)
+            self._try(piped.method, piped)
 
     def _vary(self, variation: inferred_calls.Variation) -> None:
         """Record the first of some values of an argument that leads somewhere else, or all of them."""

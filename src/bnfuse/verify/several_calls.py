@@ -18,13 +18,13 @@ class SeveralCalls(nn.Module):
 
     Attributes:
         model: the model.
-        methods: the method of each call.
+        calls: the calls, without their arguments.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
         super().__init__()
         self.model = model
-        self.methods = [call.method for call in calls]
+        self.calls = [call.with_inputs((), {}) for call in calls]
         self.training = model.training
 
     def forward(self, inputs: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
@@ -34,8 +34,8 @@ class SeveralCalls(nn.Module):
             inputs: (args, kwargs) of each call.
         """
         outputs = []
-        for method, (args, kwargs) in zip(self.methods, inputs, strict=True):
-            call = Call(*args, method=method, **kwargs).map(torch.clone)
+        for made, (args, kwargs) in zip(self.calls, inputs, strict=True):
+            call = made.with_inputs(args, kwargs).map(torch.clone)
             with forked_random_state():
                 outputs.append(_kept(call.run(self.model)))
         return outputs
