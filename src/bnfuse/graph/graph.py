@@ -165,7 +165,8 @@ class ModuleCall:
         """True if the module runs the forward of a class of PyTorch's."""
         if isinstance(self.module, torch.jit.ScriptModule):
             return False
-        return "forward" not in self.module.__dict__ and _runs_as_pytorch_does(type(self.module))
+        kind: Any = type(self.module)
+        return "forward" not in self.module.__dict__ and _runs_as_pytorch_does(kind)
 
     @property
     def label(self) -> str:

@@ -128,7 +128,8 @@ class OtherState:
         elif is_plain_object(value):
             if hasattr(value, "__dict__"):
                 self._add(value.__dict__, depth, None)
-            for name in _slots(type(value)):
+            kind: Any = type(value)
+            for name in _slots(kind):
                 held = getattr(value, name, _MISSING)
                 self._places.append((value, name, held))
                 if held is not _MISSING:
@@ -141,9 +142,9 @@ class OtherState:
             if now is not before:
                 kind = holder if isinstance(holder, type) else type(holder)
                 yield f"{kind.__name__}.{name}", None if now is _MISSING else now
-        for array, before in self._arrays:
-            if bytes(memoryview(array)) != bytes(memoryview(before)):
-                yield f"a {type(array).__name__} of the model", None
+        for numbers, before in self._arrays:
+            if bytes(memoryview(numbers)) != bytes(memoryview(before)):
+                yield f"a {type(numbers).__name__} of the model", None
 
     def changed_iterators(self) -> Iterator[Any]:
         """Those that are no longer where they were."""
@@ -159,9 +160,9 @@ class OtherState:
         for holder, name, held in self._places:
             if _held_by(holder, name) is not held:
                 delattr(holder, name) if held is _MISSING else setattr(holder, name, held)
-        for array, held in self._arrays:
-            if bytes(memoryview(array)) != bytes(memoryview(held)):
-                array[:] = held
+        for numbers, held in self._arrays:
+            if bytes(memoryview(numbers)) != bytes(memoryview(held)):
+                numbers[:] = held
         for put_back in self._generators:
             put_back()
 
@@ -229,7 +230,8 @@ def is_plain_object(value: Any) -> bool:
         return hasattr(value, "__dict__")
     if module in ("torch", "builtins", "numpy") or module in sys.stdlib_module_names:
         return False
-    return hasattr(value, "__dict__") or bool(_slots(type(value)))
+    kind: Any = type(value)
+    return hasattr(value, "__dict__") or bool(_slots(kind))
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def pipes(model: nn.Module, call: Call, known: Container[str] = ()) -> Iterator[
     for first, second in PIPES:
         if inspect.ismethod(getattr(model, first, None)) and inspect.ismethod(getattr(model, second, None)):
             flags = [p for p in _parameters(getattr(model, second)) if isinstance(p.default, bool)]
-            whole = [] if first in known else [{}]
+            whole: list[dict[str, bool]] = [] if first in known else [{}]
             for options in (*whole, *({flag.name: not flag.default} for flag in flags)):
                 yield PipedCall(forward_of(call, first), second, **options)
 
@@ -196,11 +196,11 @@ def _of_value(
         near = dict.fromkeys((value + 1, value - 1, value + 2, 0, 1, 2, 3, *beyond))
         yield Variation(what, [changed(other) for other in near if other != value], all_of_them=True)
     elif value is None:
-        others = [*map(changed, (True, 0, 1, 2, 3)), *map(changed, words[:_MOST])]
-        yield Variation(what, list(map(changed, guesses)), otherwise=others)
+        otherwise = [*map(changed, (True, 0, 1, 2, 3)), *map(changed, words[:_MOST])]
+        yield Variation(what, list(map(changed, guesses)), otherwise=otherwise)
     elif isinstance(value, float):
-        near = [other for other in (value + 1, value - 1, value / 2, 0.0) if other != value]
-        yield Variation(what, list(map(changed, (guesses[0], *near))), all_of_them=True)
+        others = [other for other in (value + 1, value - 1, value / 2, 0.0, 1.0) if other != value]
+        yield Variation(what, list(map(changed, (guesses[0], *others))), all_of_them=True)
     elif isinstance(value, str):
         near_words = [word for word in words if word != value][:_MOST]
         yield Variation(what, list(map(changed, near_words)), all_of_them=True, is_text=True)
