@@ -38,7 +38,7 @@ def take_care(values: Values, outputs: Sequence[Any], state: SavedState, shapes_
     alive = _held(values, outputs, state)
     if alive:
         del alive
-        gc.collect()  # not held, but part of a circle that nobody refers to
+        gc.collect(1)  # not held, but part of a circle that nobody refers to
         alive = _held(values, outputs, state)
     depend = []
     for tensor in alive:

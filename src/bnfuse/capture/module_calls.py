@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bnfuse.capture.values import Values
 from bnfuse.graph.graph import Kind, ModuleCall
@@ -96,7 +97,8 @@ class ModuleCalls:
             given = args if not kwargs else (*args, *kwargs.values()) if kwargs.keys() == {"input"} else ()
             call.plain = len(given) == 1 and isinstance(given[0], Tensor) and isinstance(output, Tensor)
             if not call.plain and any(place in module._parameters for place in ("weight", "bias")):
-                call.arguments = pytree.map_tensors((args, kwargs), _without_contents)
+                with _disable_current_modes():  # what is noted here is no operator
+                    call.arguments = pytree.map_tensors((args, kwargs), _without_contents)
             if kwargs:
                 call.inputs += values.inside(kwargs)
             call.outputs = values.inside(output)
