@@ -36,7 +36,7 @@ _MEMORY = 4
 _MOST_MEMORY = 8
 """So many calls a small model is called at most for the sake of a number in its code."""
 
-_RUNS_FOR_REAL = (24, 2)
+_RUNS_FOR_REAL = (48, 2)
 """So many further runs are made with arithmetic, where the code looks at contents: of a small model, of a large one."""
 
 _SURELY_FOR_REAL = 1
