@@ -18,16 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import bnfuse
 from fuzz import calls
-from fuzz.calls_command import shrunk, try_calls
+from fuzz.calls_command import NOT_PROMISED, shrunk, try_calls
 from fuzz.check_calls import apart, called, check
 from fuzz.kinds import KINDS
 from fuzz.protocol import CalledProgram
 
 NETWORKS = 5
 MOST_TRIED = 80
-
-NOT_PROMISED = {"grad_mode", "layout"}
-"""Kinds of code of which the plan says that not everything was seen: whether gradients are tracked, where memory lies."""
 
 
 @pytest.fixture(autouse=True)
