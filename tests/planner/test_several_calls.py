@@ -715,3 +715,41 @@ def test_methods_that_follow_one_another() -> None:
     (decision,) = bnfuse.plan(model, x(*IMAGE)).decisions
     assert not decision.fused
     assert "output" in str(decision)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_parameter_that_a_flag_lets_out_of_the_same_operators(looks: bool) -> None:
+    class Shows(Net):
+        def forward(self, x: Tensor, weights: bool = False) -> Any:
+            y = self.c(x)
+            z = self.n(y.reshape(-1, 4, *y.shape[2:]) if looks else y)
+            return (z, self.c.weight) if weights else z
+
+    model = prepared(Shows(with_flag, c=conv(), n=norm()), dead=0.0)
+    agree(model, bnfuse.fuse(model, x(*IMAGE)), Call(x(*IMAGE), weights=True))
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_tensor_that_a_flag_puts_aside_among_the_same_operators(looks: bool) -> None:
+    kept: list[Tensor] = []
+
+    def put_aside(y: Tensor) -> None:
+        kept[:] = [y]
+
+    class Keeps(Net):
+        def forward(self, x: Tensor, keep: bool = False) -> Any:
+            y = self.c(x)
+            if keep:
+                put_aside(y)
+            shape = (y.shape[0], y.shape[2], -1, y.shape[1])
+            z = y.permute(0, 2, 3, 1).flatten(0, 1).reshape(shape).permute(0, 3, 1, 2) if looks else y
+            return self.n(z)
+
+    model = prepared(Keeps(with_flag, c=conv(), n=norm()), dead=0.0)
+    fused = bnfuse.fuse(model, x(*IMAGE))
+    found = []
+    with torch.no_grad():
+        for net in (model, fused):
+            net(x(*IMAGE), keep=True)
+            found.append(kept[0].clone())
+    assert difference(*found) <= EXACT

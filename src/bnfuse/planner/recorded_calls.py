@@ -26,7 +26,6 @@ from bnfuse.model import pytree
 from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import first_line
 from bnfuse.planner import inferred_calls, resized
-from bnfuse.reasons import IS_OUTPUT
 
 log = logging.getLogger("bnfuse")
 
@@ -350,12 +349,22 @@ class CallRecorder:
         outputs = None if outputs is None else outputs[: len(made)]
         earlier = self._earlier(made)
         if earlier is not None and earlier.certain:
-            recording.forget(made[0])
+            self._forget(made[0], earlier)
         # What ran the same operators needs no proof of its own, which would take as long as the model does.
         proven = earlier is not None and (earlier.certain or len(self.main.nodes) > _SMALL)
         if (given or not proven) and all(map(inferred_calls.is_complete, calls)):
             self.further.append(FurtherCall(what, calls, outputs, given))
         return earlier is None or not earlier.certain
+
+    def _forget(self, run: Run, earlier: Counterparts) -> None:
+        """Drop a run that teaches nothing, but for what is seen of it: that is pinned in the earlier run too."""
+        assert run.start is not None
+        seen = [(value, other.pinned) for other, value in earlier.same.items()]
+        seen += [(leaf, leaf.pinned) for leaf, _ in run.start.pins]
+        self.recording.forget(run)
+        for value, pinned in seen:
+            if value.pinned is None:
+                value.pinned = pinned
 
     def _record_for_real(self, calls: tuple[Call, ...], given: bool) -> list[Run]:
         if not given:
@@ -401,10 +410,7 @@ class CallRecorder:
         return made[:needed]
 
     def _earlier(self, made: list[Run]) -> Counterparts | None:
-        """The counterparts in an earlier run that ran the same operators, or began with them; None if there is none.
-
-        What the calls return is pinned there too.
-        """
+        """The counterparts in an earlier run that ran the same operators, or began with them; None if there is none."""
         if len(made) > 1:
             return None
         (run,) = made
@@ -415,9 +421,6 @@ class CallRecorder:
             same = _counterparts(earlier, run, {})
             if same is None:
                 continue
-            for value in run.outputs:
-                same.same.get(value, value).pin(IS_OUTPUT)
-            same.certain &= all(_same_pins(value, other) for value, other in same.same.items())
             if same.certain:
                 return same
             found.append(same)
@@ -443,8 +446,3 @@ def _plain(value: Any) -> str:
 def _counterparts(run: Run, other: Run, before: dict[Value, Value]) -> Counterparts | None:
     inputs, other_inputs = ([value for value in one.inputs if not value.unseen] for one in (run, other))
     return counterparts(run.nodes, inputs, other.nodes, other_inputs, before)
-
-
-def _same_pins(value: Value, counterpart: Value) -> bool:
-    """True if what is seen of a value in one call is also seen in the other."""
-    return value.pinned is None or counterpart.pinned is not None
