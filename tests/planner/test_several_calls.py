@@ -416,6 +416,7 @@ def test_what_was_not_seen_is_said() -> None:
         (Call(x(*IMAGE)), "a list of calls"),
         ([x(*IMAGE)], "bnfuse.Call"),
         ([Call(x(*IMAGE), method="no_such")], "no method 'no_such'"),
+        ([Call(x(*IMAGE), method="encod")], "Did you mean 'encode'"),
         ([Call(x(2, 5, 8, 8))], "does not run on the inputs"),
         ([Call(x(*IMAGE), method="encode", wrong=1)], "Encoder.encode does not run"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -134,5 +135,7 @@ def checked_calls(calls: Any, model: nn.Module) -> tuple[Call, ...]:
                 f"calls= takes calls.\n  got:      {type(call).__name__}\n  expected: bnfuse.Call(x, mask=m)"
             )
         if not callable(getattr(model, call.method, None)):
-            raise InputError(f"{call!r}: {type(model).__name__} has no method {call.method!r}.")
+            near = difflib.get_close_matches(call.method, dir(model), 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{call!r}: {type(model).__name__} has no method {call.method!r}.{hint}")
     return found
