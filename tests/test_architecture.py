@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"tools", "__main__"},
     {"api", "pair", "__init__"},
-    {"planner"},
+    {"planner", "checkpoint"},
     {"fusion_plan"},
     {"analysis", "solve", "verify", "transaction"},
     {"capture", "rules"},

@@ -2,8 +2,11 @@
 
 from bnfuse.api import fuse, plan
 from bnfuse.changes import Decision
+from bnfuse.checkpoint.files import load, save
+from bnfuse.checkpoint.structure import Structure, restructure, structure
 from bnfuse.errors import (
     BnFuseError,
+    CheckpointError,
     FusionError,
     InputError,
     NothingFusedWarning,
@@ -21,6 +24,7 @@ from bnfuse.verify.comparison import Comparison
 __all__ = [
     "BnFuseError",
     "Call",
+    "CheckpointError",
     "Comparison",
     "Decision",
     "FusionError",
@@ -30,9 +34,14 @@ __all__ = [
     "Plan",
     "Reason",
     "SpecError",
+    "Structure",
     "VerificationError",
     "compare",
     "fuse",
     "fuse_pair",
+    "load",
     "plan",
+    "restructure",
+    "save",
+    "structure",
 ]

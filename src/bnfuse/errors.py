@@ -24,5 +24,9 @@ class SpecError(BnFuseError):
     """A model specification names nothing that can be built."""
 
 
+class CheckpointError(BnFuseError):
+    """A file or a structure is damaged, or belongs to another model."""
+
+
 class NothingFusedWarning(UserWarning):
     """The model that comes back has all the batch norms that it had, or had none."""

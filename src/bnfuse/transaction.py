@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from bnfuse.errors import FusionError
 from bnfuse.model import tree
 from bnfuse.model.copying import copy_model, held_tensors, shared_memory
 from bnfuse.model.describe import one_line
+from bnfuse.model.marks import mark_created, mark_norm, mark_out_of_place
 from bnfuse.units import PIECE, Entries, Unit, add, multiply, row_ranges, scaled
 
 _Modules = Mapping[str, nn.Module]
@@ -108,8 +110,10 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
                     _create(modules, edit, undo)
             for name in changes.out_of_place:
                 _work_out_of_place(modules[name], undo)
+            keeping = any(replacement.keep for replacement in changes.replacements)
+            holders = _holders(modules) if keeping else {}
             for replacement in changes.replacements:
-                _replace(modules, replacement, undo)
+                _replace(modules, replacement, holders, undo)
             if undoable:
                 scratch = _scratch()
                 for edit, tensor in weights:
@@ -305,6 +309,9 @@ def _handle(layer: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[
         except Exception as error:
             raise _handler_error(layer, edit, f"failed: {one_line(error)}") from error
         after = _shapes(layer)
+        for name in after.keys() - shapes.keys():
+            path, _, place = name.rpartition(".")
+            undo.append(mark_created(layer.get_submodule(path), place))
         other = [name for name, shape in shapes.items() if after.get(name, shape) != shape]
         if other:
             raise _handler_error(layer, edit, f"left {other[0]} with shape {after[other[0]]}, not {shapes[other[0]]}")
@@ -353,22 +360,36 @@ def _create(modules: _Modules, edit: Edit, undo: list[Callable[[], None]]) -> No
     if place == "weight" or contents is None or unit.entries is not None:
         fill = 1.0 if place == "weight" else 0.0
         contents = _edited(torch.full(edit.shape, fill, dtype=torch.float64, device="cpu"), unit)
-    data = contents.expand(edit.shape).to(device=like.device, dtype=like.dtype, copy=True).contiguous()
+    data = contents.expand(edit.shape).to(dtype=like.dtype, copy=True).contiguous()
     if not math.isfinite(_sum(data)) and not bool(torch.isfinite(data).all()):
         raise FusionError(f"{edit.names[0]} would leave the range of {like.dtype}. Convert the model to float32 first.")
-    owner._parameters[place] = nn.Parameter(data, requires_grad=like.requires_grad)
+    owner._parameters[place] = nn.Parameter(data.to(like.device), requires_grad=like.requires_grad)
     undo.append(lambda: owner._parameters.__setitem__(place, None))
+    undo.append(mark_created(owner, place))
 
 
-def _replace(modules: _Modules, replacement: Replacement, undo: list[Callable[[], None]]) -> None:
-    """Put the children that stay, or an identity, in the place of a norm."""
+def _replace(
+    modules: _Modules, replacement: Replacement, holders: Mapping[int, int], undo: list[Callable[[], None]]
+) -> None:
+    """Put the children that stay, or an identity, in the place of a norm.
+
+    Args:
+        holders: how many modules have a module as their child, by its ``id``.
+    """
     norm = _norm(modules, replacement)
     kept = [norm.get_submodule(name) for name in replacement.keep]
-    new = _identity(norm) if not kept else kept[0] if len(kept) == 1 else nn.Sequential(*kept)
+    alone = len(kept) == 1 and holders[id(kept[0])] == 1  # a mark on a module held twice would be about two places
+    new = _identity(norm) if not kept else kept[0] if alone else nn.Sequential(*kept)
+    undo.append(mark_norm(new, type(norm).__name__, replacement.keep))
     for name in replacement.names:
         parent, place = _owner(modules, name)
         undo.append(lambda parent=parent, place=place: parent._modules.__setitem__(place, norm))  # type: ignore[misc]
         parent._modules[place] = new
+
+
+def _holders(modules: _Modules) -> Mapping[int, int]:
+    distinct = tree.distinct(modules.items())
+    return Counter(id(child) for module in distinct for child in module._modules.values())
 
 
 def _norm(modules: _Modules, replacement: Replacement) -> nn.Module:
@@ -383,6 +404,7 @@ def _norm(modules: _Modules, replacement: Replacement) -> nn.Module:
 def _identity(norm: nn.Module) -> nn.Identity:
     identity = nn.Identity()
     identity.training = norm.training
+    mark_norm(identity, type(norm).__name__, ())
     return identity
 
 
@@ -390,6 +412,7 @@ def _work_out_of_place(module: nn.Module, undo: list[Callable[[], None]]) -> Non
     """Let an activation return a new tensor instead of writing to its input."""
     undo.append(lambda: setattr(module, "inplace", True))
     setattr(module, "inplace", False)  # noqa: B010
+    undo.append(mark_out_of_place(module))
 
 
 def _owner(modules: _Modules, name: str) -> tuple[nn.Module, str]:

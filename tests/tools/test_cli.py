@@ -120,7 +120,10 @@ def test_fuse_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_fused_weights_are_saved(name: str, folder: Path) -> None:
     assert main(["fuse", "networks.py:net", "-o", name]) == 0
     path = folder / name
-    state = load_file(path) if name.endswith("safetensors") else torch.load(path, weights_only=True)
+    if name.endswith("safetensors"):
+        state = load_file(path)
+    else:
+        state = torch.load(path, weights_only=True)["state_dict"]
     assert set(state) == {"0.weight", "0.bias", *(f"3.{part}" for part in (
         "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
     ))}  # fmt: skip
@@ -132,8 +135,25 @@ def test_weights_are_loaded(capsys: pytest.CaptureFixture[str], folder: Path) ->
     state = {key: 2 * tensor for key, tensor in build("networks.py:net").state_dict().items()}
     torch.save(state, folder / "weights.pt")
     assert main(["fuse", "networks.py:net", "--weights", "weights.pt", "-o", "out.pt"]) == 0
-    saved = torch.load(folder / "out.pt", weights_only=True)
+    saved = torch.load(folder / "out.pt", weights_only=True)["state_dict"]
     assert torch.equal(saved["3.running_mean"], state["3.running_mean"])
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors"])
+def test_fused_weights_are_read_again(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuse", "networks.py:net", "-o", name]) == 0
+    capsys.readouterr()
+    assert main(["plan", "networks.py:net", "--weights", name, "--json"]) == 0
+    assert [decision["norm"] for decision in json.loads(capsys.readouterr().out)["decisions"]] == ["3"]
+    fused, again = bnfuse.fuse(build("networks.py:net")), build("networks.py:net", folder / name)
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in fused.state_dict().items())
+    assert main(["plan", "networks.py:encoder", "--weights", name]) == 2
+    assert "is that of another model" in capsys.readouterr().err
+
+
+def test_an_unknown_ending(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuse", "networks.py:net", "-o", "out.onnx"]) == 2
+    assert "write .safetensors, .pt, .pth" in capsys.readouterr().err
 
 
 def test_several_inputs_and_tokens() -> None:
@@ -160,7 +180,7 @@ def test_a_model_without_norms_is_no_mistake(capsys: pytest.CaptureFixture[str])
     captured = capsys.readouterr()
     assert captured.out.startswith("Linear: no batch norm\n\n")
     assert captured.err.startswith("bnfuse: Linear holds no batch norm, so nothing was fused")
-    assert torch.load("plain.pt").keys() == {"weight", "bias"}
+    assert torch.load("plain.pt")["state_dict"].keys() == {"weight", "bias"}
     assert main(["fuse", "networks.py:plain", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["plan"]["norms"] == 0
 

@@ -33,6 +33,7 @@ from bnfuse.report.tables import decisions_table
 from bnfuse.report.terminal import show
 from bnfuse.tools import zoo
 from bnfuse.tools.census.ledger import OUTCOMES
+from bnfuse.tools.zoo.weights import ENDINGS, STRUCTURE
 
 EXIT_NOT_EQUIVALENT = 1
 EXIT_USAGE = 2
@@ -164,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         metavar="OUT",
         type=Path,
-        help="save the fused state dict: as safetensors if the name ends so, else with torch.save",
+        help="save the fused weights with their structure, for --weights and bnfuse.load: as OUT.safetensors, or with "
+        "torch.save as OUT.pt or OUT.pth",
     )
     fuse.set_defaults(run=_fuse)
 
@@ -230,6 +232,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _fuse(options: argparse.Namespace) -> None:
     output: Path | None = options.output
+    if output is not None and output.suffix not in ENDINGS:
+        raise BnFuseError(f"{output.name} has an ending that is not known: write {', '.join(ENDINGS)}")
     if output is not None and not output.parent.is_dir():
         raise BnFuseError(f"there is no folder {output.parent} to write {output.name} into")
     model = _model(options)
@@ -336,15 +340,11 @@ def _value(text: str, model: nn.Module) -> Any:
 
 
 def _save(model: nn.Module, path: Path) -> None:
+    if path.suffix == ".safetensors":
+        bnfuse.save(model, path)
+        return
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_model
-
-            save_model(model, str(path))
-        else:
-            torch.save(model.state_dict(), path)
-    except ModuleNotFoundError as error:
-        raise BnFuseError(f"writing {path} takes safetensors: run pip install safetensors") from error
+        torch.save({"state_dict": model.state_dict(), STRUCTURE: bnfuse.structure(model).to_dict()}, path)
     except (OSError, RuntimeError) as error:
         raise BnFuseError(f"{path} cannot be written: {error}") from error
 

@@ -11,10 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfuse.errors import SpecError
+from bnfuse.checkpoint.files import holds_structure, load
+from bnfuse.checkpoint.structure import restructure
+from bnfuse.errors import CheckpointError, SpecError
 from bnfuse.model.describe import one_line, shape_text
 
 _LISTED = 3
+
+ENDINGS = (".safetensors", ".pt", ".pth")
+"""Of files that fused weights are saved in."""
+
+STRUCTURE = "bnfuse"
+"""The key beside ``state_dict`` under which a file of torch.save holds the structure of a fused model."""
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -22,13 +30,23 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: every parameter and buffer of its state dict must be in the file, and the reverse.
-        path: a ``.safetensors`` file, or a state dict saved with ``torch.save``.
+        path: a ``.safetensors`` file, or a state dict saved with ``torch.save``. Where the file holds the structure of
+            a fused model, ``model`` becomes that.
 
     Raises:
         SpecError: the file does not exist, holds more than tensors, or does not fit; the message lists the
             first few keys that are missing, left over or of another shape.
     """
-    state = _read_state_dict(Path(path))
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors" and holds_structure(path):
+            load(model, path)
+            return
+        state, structure = _read_state_dict(path)
+        if structure is not None:
+            restructure(model, structure)
+    except CheckpointError as error:
+        raise SpecError(f"{path}: {error}") from error
     own = {key: tensor for key, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     in_both = [key for key, tensor in state.items() if key in own and isinstance(tensor, Tensor)]
     differing = {
@@ -52,13 +70,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise SpecError(f"the weights in {path} do not fit the model: {'; '.join(found)}")
 
 
-def _read_state_dict(path: Path) -> MutableMapping[str, Any]:
+def _read_state_dict(path: Path) -> tuple[MutableMapping[str, Any], Mapping[str, Any] | None]:
+    """The state dict in a file, and the structure of a fused model if there is one beside it."""
     if not path.is_file():
         raise SpecError(f"there is no weights file {path}")
     if path.suffix == ".safetensors":
         content = _read_safetensors(path)
     else:
         content = _read_torch_file(path)
+    structure = content.get(STRUCTURE) if isinstance(content, Mapping) else None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -66,7 +86,7 @@ def _read_state_dict(path: Path) -> MutableMapping[str, Any]:
         raise SpecError(f"{path} holds a {type(content).__name__}, where a state dict was expected")
     # The prefix is left by nn.DataParallel.
     nn.modules.utils.consume_prefix_in_state_dict_if_present(content, "module.")  # type: ignore[arg-type]
-    return content
+    return content, structure if isinstance(structure, Mapping) else None
 
 
 def _read_safetensors(path: Path) -> object:

@@ -1,0 +1,351 @@
+"""The structure of a fused model as data: what a freshly built model of its class must become to take its weights.
+
+It is read from the marks that fusing leaves (:mod:`bnfuse.model.marks`), and does not depend on any weight. A model is
+rebuilt from it by the same code that fuses (:func:`bnfuse.transaction.rewrite`), with edits that change no number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from bnfuse.changes import Changes, Edit, Replacement
+from bnfuse.checkpoint.architecture import architecture
+from bnfuse.errors import CheckpointError, FusionError
+from bnfuse.model import tree
+from bnfuse.model.describe import dtype_name, one_line
+from bnfuse.model.marks import mark_of
+from bnfuse.model.wrappers import unwrap
+from bnfuse.transaction import rewrite
+
+FORMAT = 1
+"""Raised when a structure of an earlier release would be misread."""
+
+_LISTED = 3
+
+
+@dataclass(frozen=True)
+class RemovedNorm:
+    """A norm that is gone.
+
+    Attributes:
+        names: its names.
+        kind: its class.
+        keep: the names, within it, of the children that stayed in its place.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CreatedParameter:
+    """A bias or gain that a layer was made without.
+
+    Attributes:
+        names: its names.
+        shape: its shape.
+        dtype: such as "float32".
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What fusing has changed in a model, but for the values of weights.
+
+    Attributes:
+        model: the class of the model.
+        removed: the norms that are gone.
+        created: the parameters that layers were given.
+        out_of_place: the names of activations that no longer work in place.
+        modules: the class of every other module and a hash of its settings and shapes, by its name. Empty, they are
+            not checked.
+        bnfuse: the release that it was made by.
+    """
+
+    model: str
+    removed: tuple[RemovedNorm, ...] = ()
+    created: tuple[CreatedParameter, ...] = ()
+    out_of_place: tuple[str, ...] = ()
+    modules: Mapping[str, str] | None = None
+    bnfuse: str = ""
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether there is anything that a fresh model lacks."""
+        return bool(self.removed or self.created or self.out_of_place)
+
+    @property
+    def changes(self) -> tuple[object, ...]:
+        """What is done to a fresh model, in a form that can be compared with that of another structure."""
+        removed = frozenset((frozenset(norm.names), norm.keep) for norm in self.removed)
+        created = frozenset((frozenset(made.names), made.shape) for made in self.created)
+        return removed, created, frozenset(self.out_of_place)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"format": FORMAT, **asdict(self), "modules": dict(self.modules or {})}
+
+    @staticmethod
+    def from_dict(data: object) -> Structure:
+        """Read what `to_dict` gave, as it is or from JSON.
+
+        >>> made = Structure("Net", (RemovedNorm(("bn",), "BatchNorm2d"),))
+        >>> Structure.from_dict(made.to_dict()).removed
+        (RemovedNorm(names=('bn',), kind='BatchNorm2d', keep=()),)
+
+        Raises:
+            CheckpointError: it is something else, or of a later release.
+        """
+        whole = _dict(data, "the structure")
+        made_by = whole.get("format")
+        if made_by != FORMAT:
+            raise CheckpointError(
+                f"The structure has format {made_by!r:.40}, and this release of bnfuse reads {FORMAT}: "
+                f"{'install a newer bnfuse' if type(made_by) is int and made_by > FORMAT else 'the file is damaged'}."
+            )
+        modules = _dict(whole.get("modules"), "modules")
+        return Structure(
+            _text(whole.get("model"), "model"),
+            tuple(
+                RemovedNorm(
+                    _texts(norm.get("names"), "names", least=1), _text(norm.get("kind"), "kind"),
+                    _texts(norm.get("keep"), "keep"),
+                )
+                for norm in _dicts(whole.get("removed"), "removed")
+            ),
+            tuple(
+                CreatedParameter(
+                    _texts(made.get("names"), "names", least=1), _shape(made.get("shape")),
+                    dtype_name(_dtype(made.get("dtype"))),
+                )
+                for made in _dicts(whole.get("created"), "created")
+            ),
+            _texts(whole.get("out_of_place"), "out_of_place"),
+            {_text(name, "modules"): _text(kind, "modules") for name, kind in modules.items()},
+            _text(whole.get("bnfuse"), "bnfuse"),
+        )  # fmt: skip
+
+
+def structure(model: nn.Module) -> Structure:
+    """Read from a fused model what a freshly built one must become to take its weights.
+
+    >>> import bnfuse
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    >>> structure(bnfuse.fuse(net)).removed
+    (RemovedNorm(names=('1',), kind='BatchNorm2d', keep=()),)
+
+    Args:
+        model: a model that :func:`bnfuse.fuse` gave, or a copy, part or composition of such.
+
+    Returns:
+        The structure; ``structure(model).to_dict()`` can be written as JSON. Of a model that was not fused it is empty.
+    """
+    inner, _ = unwrap(model)
+    names: dict[int, list[str]] = {}
+    known: dict[int, nn.Module] = {}
+    for name, module in tree.named_modules(inner):
+        names.setdefault(id(module), []).append(name)
+        known[id(module)] = module
+    removed, created, out_of_place = [], [], []
+    empty: dict[str, tuple[str, ...]] = {}
+    for key, module in known.items():
+        mark, places = mark_of(module), tuple(names[key])
+        if mark.instead_of:
+            removed.append(RemovedNorm(places, mark.instead_of, mark.kept))
+        made = {place: module._parameters.get(place) for place in mark.created}
+        for place, parameter in made.items():
+            if parameter is not None:
+                full = tuple(f"{name}.{place}" if name else place for name in places)
+                created.append(CreatedParameter(full, tuple(parameter.shape), dtype_name(parameter.dtype)))
+        empty |= dict.fromkeys(places, mark.created)
+        if mark.out_of_place:
+            out_of_place.append(places[0])
+    # A norm inside the place of another one went with it.
+    gone = [f"{name}." for norm in removed for name in norm.names]
+    removed = [norm for norm in removed if not norm.names[0].startswith(tuple(gone))]
+    modules = architecture(inner, {name for norm in removed for name in norm.names}, empty)
+    return Structure(type(inner).__name__, tuple(removed), tuple(created), tuple(out_of_place), modules, _version())
+
+
+def restructure(model: nn.Module, structure: Structure | Mapping[str, Any]) -> nn.Module:
+    """Give a freshly built model the structure of a fused one, in place, so that it takes the fused state dict.
+
+    >>> import bnfuse
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    >>> fused = bnfuse.fuse(net)
+    >>> fresh = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    >>> restructure(fresh, bnfuse.structure(fused).to_dict()).load_state_dict(fused.state_dict())
+    <All keys matched successfully>
+
+    Args:
+        model: a model of the same class and settings as the one that was fused, also on the meta device. One that has
+            the structure already is left as it is.
+        structure: what :func:`bnfuse.structure` gave, or its ``to_dict()``.
+
+    Returns:
+        The same model. The norms that are gone hold no numbers any more; created biases are 0 and gains 1.
+
+    Raises:
+        CheckpointError: the structure is damaged, or of another model; the model is as it was.
+    """
+    restructured(model, structure)
+    return model
+
+
+def restructured(model: nn.Module, given: Structure | Mapping[str, Any]) -> Callable[[], None]:
+    """As `restructure`; returns a function that gives the model its former structure back."""
+    wanted = given if isinstance(given, Structure) else Structure.from_dict(given)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"A structure is given to a torch.nn.Module; got {type(model).__name__}.")
+    inner, _ = unwrap(model)
+    own = structure(inner)
+    if own.is_fused:
+        if own.changes != wanted.changes:
+            raise CheckpointError(
+                f"{type(inner).__name__} is fused already, with another structure: give a freshly built model."
+            )
+        return lambda: None
+    _check_architecture(inner, wanted)
+    try:
+        return rewrite(_changes(inner, wanted), inner)
+    except (FusionError, AttributeError) as error:
+        raise CheckpointError(f"The structure is that of another model: {one_line(error)}") from error
+
+
+def _check_architecture(model: nn.Module, wanted: Structure) -> None:
+    """Raise CheckpointError if the model is built in another way."""
+    if not wanted.modules:
+        return
+    created: dict[str, list[str]] = {}
+    for made in wanted.created:
+        for name in made.names:
+            path, _, place = name.rpartition(".")
+            created.setdefault(path, []).append(place)
+    found = architecture(model, {name for norm in wanted.removed for name in norm.names}, created)
+    if found == wanted.modules:
+        return
+    kinds = [{name: kind.partition(" ")[0] for name, kind in each.items()} for each in (found, wanted.modules)]
+    problems = {
+        "not in the model": [f"{name} ({kinds[1][name]})" for name in kinds[1] if name not in kinds[0]],
+        "not in the structure": [f"{name} ({kinds[0][name]})" for name in kinds[0] if name not in kinds[1]],
+        "of another class": [
+            f"{name or 'the model itself'} ({kinds[1][name]} in the structure, {kind} in the model)"
+            for name, kind in kinds[0].items()
+            if kinds[1].get(name, kind) != kind
+        ],
+        "with other settings or shapes": [
+            f"{name or 'the model itself'} ({kinds[0][name]})"
+            for name, line in found.items()
+            if name in kinds[1] and kinds[1][name] == kinds[0][name] and wanted.modules[name] != line
+        ],
+    }
+    listed = [f"  {len(names)} {problem}: {first_few(names)}" for problem, names in problems.items() if names]
+    raise CheckpointError(
+        "\n".join(
+            [
+                f"The structure is that of another model than this {type(model).__name__}:",
+                *listed,
+                "Build the model as it was built before fusing.",
+            ]
+        )
+    )
+
+
+def first_few(names: list[str]) -> str:
+    """The first names of a list, and that there are more.
+
+    >>> first_few(["a", "b", "c", "d"])
+    'a, b, c, ...'
+    """
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+
+
+def _changes(model: nn.Module, wanted: Structure) -> Changes:
+    """The structure as changes that write no number."""
+    modules = dict(tree.named_modules(model))
+    for norm in wanted.removed:
+        if any(modules.get(name) is not modules.get(norm.names[0]) for name in norm.names):
+            raise CheckpointError(f"The structure is that of another model: {' and '.join(norm.names)} are not one.")
+    for made in wanted.created:
+        owner = modules.get(made.names[0].rpartition(".")[0])
+        room = 0 if owner is None else sum(tensor.numel() for tensor in (*owner.parameters(), *owner.buffers()))
+        if owner is not None and not 0 < math.prod(made.shape) <= room:  # no file makes us allocate at will
+            raise CheckpointError(
+                f"The structure is damaged: {made.names[0]} of shape {made.shape} fits no such layer."
+            )
+    for name in wanted.out_of_place:
+        if not isinstance(getattr(modules.get(name), "inplace", None), bool):
+            raise CheckpointError(f"The structure is that of another model: {name} has no setting inplace.")
+    return Changes(
+        edits=tuple(Edit(made.names, made.shape, (), created=True) for made in wanted.created),
+        replacements=tuple(Replacement(norm.names, norm.keep) for norm in wanted.removed),
+        out_of_place=wanted.out_of_place,
+    )
+
+
+def _version() -> str:
+    try:
+        return version("bnfuse")
+    except PackageNotFoundError:
+        return ""
+
+
+# Reading data that may be damaged or hostile --------------------------------------------------------------------------
+
+_Kind = TypeVar("_Kind")
+
+
+def _read(value: object, what: str, kind: type[_Kind]) -> _Kind:
+    if not isinstance(value, kind):
+        raise CheckpointError(f"The structure is damaged: {what} is a {type(value).__name__}, not a {kind.__name__}.")
+    return value
+
+
+def _text(value: object, what: str) -> str:
+    return _read(value, what, str)
+
+
+def _list(value: object, what: str) -> list[object]:
+    return list(value) if isinstance(value, tuple) else _read(value, what, list)
+
+
+def _texts(value: object, what: str, least: int = 0) -> tuple[str, ...]:
+    texts = tuple(_text(item, what) for item in _list(value, what))
+    if len(texts) < least:
+        raise CheckpointError(f"The structure is damaged: {what} is empty.")
+    return texts
+
+
+def _dict(value: object, what: str) -> Mapping[str, object]:
+    return dict(value) if isinstance(value, Mapping) else _read(value, what, dict)
+
+
+def _dicts(value: object, what: str) -> Iterator[Mapping[str, object]]:
+    for item in _list(value, what):
+        yield _dict(item, what)
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    sizes = _list(value, "shape")
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise CheckpointError(f"The structure is damaged: {sizes!r:.60} is no shape.")
+    return tuple(sizes)  # type: ignore[arg-type]
+
+
+def _dtype(value: object) -> torch.dtype:
+    found = getattr(torch, _text(value, "dtype"), None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"The structure is damaged: {value!r:.60} is no dtype.")
+    return found
