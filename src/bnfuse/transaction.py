@@ -25,6 +25,9 @@ from bnfuse.model.describe import one_line
 from bnfuse.model.marks import mark_created, mark_norm, mark_out_of_place
 from bnfuse.units import PIECE, Entries, Unit, add, multiply, row_ranges, scaled
 
+_SMALL_SCALE = 2.0**-10
+"""Smaller scales make subnormal numbers of contents that are far from it."""
+
 _Modules = Mapping[str, nn.Module]
 """The modules of a model by name."""
 
@@ -192,12 +195,14 @@ class _Write:
         source: the part before.
         target: where the new contents go; may be the source.
         unit: the scale and shift of this part.
+        shrinks: whether some element may become so small that it is subnormal.
     """
 
     name: str
     source: Tensor
     target: Tensor
     unit: Unit
+    shrinks: bool
 
     def make(self, out: Tensor, scratch: Tensor) -> Tensor:
         """Write the new contents into ``out``.
@@ -212,6 +217,8 @@ class _Write:
         size = self.source.numel()
         wide = scratch[:size].view(self.source.shape) if size <= PIECE else scratch.new_empty(self.source.shape)
         values = _edited(wide.copy_(self.source), self.unit)
+        if self.shrinks:
+            values = _without_subnormals(values, out.dtype)
         out.copy_(values)
         if not math.isfinite(_sum(out)) and bool((torch.isfinite(values) & ~torch.isfinite(out.cpu())).any()):
             raise FusionError(
@@ -234,11 +241,12 @@ def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
     """The writes of an edit: one for each part of the weight of at most `bnfuse.units.PIECE` elements, or one row."""
     unit = _composed(edit.factors)
     source, target = source.data, target.data
+    shrinks = unit.scale is not None and bool((unit.scale.abs() < _SMALL_SCALE).any())
     if not source.dim() or source.numel() <= PIECE:
-        yield _Write(edit.names[0], source, target, unit)
+        yield _Write(edit.names[0], source, target, unit, shrinks)
         return
     for place in row_ranges(source):
-        yield _Write(edit.names[0], source.narrow(0, *place), target.narrow(0, *place), unit.rows(*place))
+        yield _Write(edit.names[0], source.narrow(0, *place), target.narrow(0, *place), unit.rows(*place), shrinks)
 
 
 def _composed(factors: tuple[Unit, ...]) -> Unit:
@@ -261,6 +269,18 @@ def _edited(tensor: Tensor, unit: Unit) -> Tensor:
     if unit.shift is not None:
         tensor = tensor.add_(unit.shift)
     return tensor if unit.entries is None else unit.entries.add_to(tensor)
+
+
+def _without_subnormals(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """New contents with 0 for what the dtype has as subnormal numbers, on which processors are a hundred times slower.
+
+    So it is only where the largest of the contents is that far above them that its rounding hides them twice over.
+    """
+    limits = torch.finfo(dtype)
+    magnitude = values.abs()
+    if values.numel() and float(magnitude.amax()) >= limits.tiny / limits.eps**2:
+        values.masked_fill_(magnitude < limits.tiny, 0.0)
+    return values
 
 
 def _check_range(tensor: Tensor, edit: Edit) -> None:
@@ -360,6 +380,7 @@ def _create(modules: _Modules, edit: Edit, undo: list[Callable[[], None]]) -> No
     if place == "weight" or contents is None or unit.entries is not None:
         fill = 1.0 if place == "weight" else 0.0
         contents = _edited(torch.full(edit.shape, fill, dtype=torch.float64, device="cpu"), unit)
+    contents = _without_subnormals(contents.clone(), like.dtype)
     data = contents.expand(edit.shape).to(dtype=like.dtype, copy=True).contiguous()
     if not math.isfinite(_sum(data)) and not bool(torch.isfinite(data).all()):
         raise FusionError(f"{edit.names[0]} would leave the range of {like.dtype}. Convert the model to float32 first.")
