@@ -3,6 +3,7 @@
 from bnfuse.api import fuse, plan
 from bnfuse.changes import Decision
 from bnfuse.checkpoint.files import load, save
+from bnfuse.checkpoint.original import unfuse
 from bnfuse.checkpoint.structure import Structure, restructure, structure
 from bnfuse.errors import (
     BnFuseError,
@@ -44,4 +45,5 @@ __all__ = [
     "restructure",
     "save",
     "structure",
+    "unfuse",
 ]

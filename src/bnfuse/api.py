@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from bnfuse.checkpoint.original import keep_original
 from bnfuse.errors import NothingFusedWarning, VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model import tree
@@ -112,9 +113,12 @@ def fuse_with_plan(
             contents = verify or options.budget is not None
             planner = Planner(Problem.of(source, example_inputs, options, keep, contents, checked_calls(calls, source)))
             made = _made(planner, options)
+            original = copy_model(source) if options.reversible and inplace else source
             made, target = carry_out(made, source, planner, verify, inplace)
             planner.release()
             del planner
+        if options.reversible:
+            keep_original(target, original)
         report(made)
     except BaseException:
         for module, flag in flags:

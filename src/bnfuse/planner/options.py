@@ -27,6 +27,8 @@ class Options:
             Where it costs more, norms are kept, those whose folding costs most first, as few as suffice.
         infer_calls: whether calls that nobody has named count too: other sizes, flags flipped, optional arguments,
             ``forward_features`` and the like. With False only the example inputs and ``calls`` count.
+        reversible: keep in the fused model what :func:`bnfuse.unfuse` needs, which is about as large as the weights
+            that change.
 
     Raises:
         InputError: a field holds something else.
@@ -40,6 +42,7 @@ class Options:
     handlers: Mapping[type[nn.Module], Handler] | None = None
     budget: float | None = None
     infer_calls: bool = True
+    reversible: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "also", patterns("also", self.also))
@@ -50,6 +53,8 @@ class Options:
             raise _wrong("budget= is a relative error of the outputs", self.budget, "a number of at least 0, or None")
         if not isinstance(self.infer_calls, bool):
             raise _wrong("infer_calls= says whether calls count that nobody named", self.infer_calls, "True or False")
+        if not isinstance(self.reversible, bool):
+            raise _wrong("reversible= says whether fusing can be undone later", self.reversible, "True or False")
 
 
 def checked_options(options: Any) -> Options:
