@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fuzz import files
 from fuzz.calls_command import show_calls, try_calls
 from fuzz.check import Outcome, bare_algebra, check
 from fuzz.generate import draw
@@ -119,10 +120,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bare", action="store_true", help="do not let plans be tried on other inputs")
     parser.add_argument("--coverage", action="store_true", help="count what crossed which rule (one process)")
     parser.add_argument("--calls", action="store_true", help="networks that go by more than the recorded call")
+    parser.add_argument("--files", action="store_true", help="damaged files of fused models instead of networks")
     parser.add_argument("--kind", help="with --calls, only kinds whose names match this expression")
     parser.add_argument("--failures", type=int, default=3, help="how many failures of one class to print")
     options = parser.parse_args(arguments)
     _start()
+    if options.files:
+        return files.main(options.count, options.seed)
     if options.calls:
         return show_calls(options.seed) if options.show else _try_calls(options, options.count)
     if options.show:

@@ -110,7 +110,7 @@ class Structure:
         """
         whole = _dict(data, "the structure")
         made_by = whole.get("format")
-        if made_by != FORMAT:
+        if type(made_by) is not int or made_by != FORMAT:
             raise CheckpointError(
                 f"The structure has format {made_by!r:.40}, and this release of bnfuse reads {FORMAT}: "
                 f"{'install a newer bnfuse' if type(made_by) is int and made_by > FORMAT else 'the file is damaged'}."
