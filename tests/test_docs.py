@@ -77,7 +77,8 @@ def failures(text: str, name: str, names: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_examples(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # for the files that examples write
     """They print what stands there, and every network that is planned is fused and verified as well."""
     planned: list[tuple[nn.Module, Any, dict[str, Any]]] = []
     plan = bnfuse.plan
