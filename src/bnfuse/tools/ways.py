@@ -34,7 +34,7 @@ NETWORKS = (
     "torchvision:resnet18",
     "torchvision:densenet121",
     "timm:mobilenetv3_small_050",
-    "pytorchcv:shufflenetv2_wd2",
+    "timm:ghostnet_050",
 )
 SIZE = 64
 """Height and width of the images (pixels)."""
