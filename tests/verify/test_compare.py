@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from bnfuse.errors import BnFuseError, InputError
+from bnfuse.model.calls import Call
 from bnfuse.verify.compare import compare
 from bnfuse.verify.comparison import Comparison
 
@@ -110,6 +111,81 @@ def test_accuracy_needs_labels_and_classes() -> None:
     assert compare(dense, dense, [(x, labels)]).accuracy_before is None
     two_arguments = Fixed(lambda x, y: x + y)
     assert compare(two_arguments, two_arguments, [(x, x)]).accuracy_before is None
+
+
+def hugging_face(pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """What a classifier of theirs returns: with labels a loss comes first."""
+    features = {"pooled": pixel_values.flip(1), "logits": pixel_values}
+    if labels is None:
+        return features
+    return {"loss": nn.functional.cross_entropy(pixel_values, labels), **features}
+
+
+def plain(pixel_values: Tensor) -> Tensor:
+    return pixel_values
+
+
+class Taking(nn.Module):
+    """A module whose forward has the arguments of a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+@pytest.mark.parametrize("name", ["labels", "label", "targets", "target"])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("single", [False, True])
+def test_labels_in_a_dict(name: str, wrapped: bool, single: bool) -> None:
+    """They count as labels, and the model is given them only if it takes them."""
+    labels = torch.tensor([1, 0, 2, 2, 1])
+    scores = nn.functional.one_hot(labels, 3).float()
+    wrong = scores.clone()
+    wrong[:2] = scores[:2].roll(1, dims=1)
+    before = Taking(hugging_face if wrapped else plain)
+    after = Taking(lambda pixel_values: (wrong, plain(pixel_values))[0])
+    given = {"pixel_values": scores, name: labels}
+    comparison = compare(before, before, given if single else [given, given])
+    times = 1 if single else 2
+    assert (comparison.batches, comparison.samples) == (times, 5 * times)
+    assert comparison.accuracy_before is not None
+    assert comparison.accuracy_before == comparison.accuracy_after
+    assert comparison.accuracy_before.top1 == 1.0
+    assert any("loss" in output.path for output in comparison.outputs) is (wrapped and name == "labels")
+    if not wrapped:
+        found = compare(before, after, given if single else [given])
+        assert (found.accuracy_before.top1, found.accuracy_after.top1) == (1.0, 0.6)
+
+
+def test_of_several_outputs_the_logits_count() -> None:
+    labels = torch.tensor([1, 0, 2, 2, 1])
+    scores = nn.functional.one_hot(labels, 3).float()
+    model = Taking(hugging_face)  # whose first output with classes is another one
+    assert compare(model, model, [{"pixel_values": scores, "labels": labels}]).accuracy_before.top1 == 1.0
+    assert compare(model, model, [({"pixel_values": scores}, labels)]).accuracy_before.top1 == 1.0
+
+
+def test_what_is_no_label_is_an_argument() -> None:
+    x, labels = torch.randn(4, 3), torch.arange(4)
+    model = Fixed(lambda x, labels: x + labels if labels.ndim else x)
+    for other in (x, x > 0, torch.ones(4, 3, dtype=torch.int64), torch.tensor(1)):
+        comparison = compare(model, model, [{"x": x, "labels": other}])
+        assert comparison.accuracy_before is None
+        assert comparison.samples == 4
+    call = Call(x=x, label=labels)  # says what is passed, and all of it
+    with pytest.raises(InputError, match="label"):
+        compare(Taking(lambda x: x), model, [call])
+    demanding = Fixed(lambda x, target: x + target[:, None])
+    assert compare(demanding, demanding, [{"x": x, "target": labels}]).accuracy_before is not None
+
+
+def test_a_loss_has_no_samples() -> None:
+    model = Fixed(lambda x: (x.sum(), x))
+    assert compare(model, model, [torch.ones(2, 3), torch.ones(4, 3)]).samples == 6
+    alone = Fixed(lambda x: x.sum())
+    assert compare(alone, alone, torch.ones(2, 3)).samples == 0
+    labels = torch.arange(4)
+    assert compare(alone, alone, [(torch.ones(4, 3), labels)]).samples == 4
 
 
 @pytest.mark.parametrize(

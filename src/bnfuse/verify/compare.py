@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,7 +36,8 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
             Anything else that can be iterated, such as a list, a generator or a ``DataLoader``, gives batches. Each
             batch is a tensor, a tuple or list of positional arguments, or a dict. A pair whose second member is an
             integer tensor of shape (N,), where N is the length of the first member's first axis, is
-            ``(inputs, labels)``.
+            ``(inputs, labels)``. Such a tensor in a dict under "labels", "label", "targets" or "target" is labels too.
+            A model is given what stands there only if its forward has an argument of that name.
             Write one call whose argument is a list as ``([a, b],)``.
 
     Raises:
@@ -46,10 +48,10 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
     >>> compare(model, model, torch.ones(4, 2)).within_tolerance()
     True
     """
-    for name, model in (("before", before), ("after", after)):
+    models = {"before": before, "after": after}
+    for name, model in models.items():
         if not isinstance(model, nn.Module):
             raise InputError(f"compare() takes two modules\n  got:      {name} is a {type(model).__name__}")
-    accumulator = Accumulator()
     single = isinstance(inputs, (Tensor, tuple, Mapping, Call))
     batches = [inputs] if single else inputs
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
@@ -58,26 +60,45 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
             "  expected: a tensor, a tuple of arguments, a dict of arguments, or an iterable of batches\n"
             f"  got:      {type(inputs).__name__}"
         )
+    accumulator = Accumulator()
     for number, batch in enumerate(batches):
-        labels = None if single else _labels(batch)
-        call = _call(batch[0] if labels is not None else batch)
+        call, labels = _call_and_labels(batch, single)
         outputs = []
-        for name, model in (("before", before), ("after", after)):
+        for name, model in models.items():
+            own = call if isinstance(batch, Call) else _without_what_it_does_not_take(model, call)
             try:
-                outputs.append(_run(model, _on_device_of(model, call), number))
+                outputs.append(_run(model, _on_device_of(model, own), number))
             except Exception as error:
-                raise InputError(_not_running(name, model, number, single, call, error)) from error
+                raise InputError(_not_running(name, model, number, single, own, error)) from error
         accumulator.add(outputs[0], outputs[1], labels)
     if not accumulator.batches:
         raise InputError("compare() was given no batch: the iterable is empty, or it was used up before")
     return accumulator.finish()
 
 
-def _labels(batch: Any) -> Tensor | None:
-    """The labels of a batch ``(inputs, labels)``; None if the batch is of another form."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+_LABELS = ("labels", "label", "targets", "target")
+
+
+def _call_and_labels(batch: Any, single: bool) -> tuple[Call, Tensor | None]:
+    """The call that a batch makes, and its labels, if it has any: in a pair, or in a dict under a name of theirs."""
+    if isinstance(batch, Call):
+        return batch, None
+    if isinstance(batch, Mapping):
+        name = next((name for name in _LABELS if name in batch), None)
+        others = {key: value for key, value in batch.items() if key != name}
+        return _call(batch), None if name is None else _fitting(batch[name], others)
+    if not single and isinstance(batch, (tuple, list)) and len(batch) == 2:
+        labels = _fitting(batch[1], batch[0])
+        if labels is not None:
+            return _call(batch[0]), labels
+    return _call(batch), None
+
+
+def _fitting(labels: Any, inputs: Any) -> Tensor | None:
+    """The labels, if they can be labels of the inputs: an integer for each sample."""
+    if not isinstance(labels, Tensor):
         return None
-    labels, first = batch[1], tensors(batch[0])
+    first = tensors(inputs)
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     fits = bool(first) and first[0][1].ndim > 0 and labels.shape == first[0][1].shape[:1]
     return labels if whole and fits else None
@@ -89,6 +110,21 @@ def _call(inputs: Any) -> Call:
     if isinstance(inputs, Mapping):
         return Call(**inputs)
     return Call(*inputs) if isinstance(inputs, (tuple, list)) else Call(inputs)
+
+
+def _without_what_it_does_not_take(model: nn.Module, call: Call) -> Call:
+    """The call without labels, unless the model's forward has an argument for them."""
+    given = [name for name in _LABELS if name in call.kwargs]
+    if not given:
+        return call
+    try:
+        taken = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return call
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+        return call
+    dropped = [name for name in given if name not in taken]
+    return call.with_inputs(call.args, {name: value for name, value in call.kwargs.items() if name not in dropped})
 
 
 def _run(model: nn.Module, call: Call, seed: int) -> Any:

@@ -121,8 +121,10 @@ class Comparison:
     Attributes:
         outputs: one difference for each output tensor.
         batches: how many batches were compared.
-        samples: the length of the first output's first axis, summed over the batches.
-        accuracy_before: accuracy of the first model; None without labels, or without an output (samples, classes).
+        samples: how many labels there were; for a batch without, the length of the first axis of the first output that
+            has one.
+        accuracy_before: accuracy of the first model; None without labels, or without an output (samples, classes). Of
+            several such outputs the one called logits counts, else the first.
         accuracy_after: accuracy of the second model.
     """
 

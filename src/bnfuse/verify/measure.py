@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from bnfuse.model.describe import dtype_name
 from bnfuse.model.pytree import tensors
 from bnfuse.verify.comparison import Accuracy, Comparison, OutputDifference, Summary
+
+_LOGITS = re.compile(r"^(\.logits|\['logits'\])$")
 
 _PIECE = 2**18
 """How many numbers are compared at a time: few enough to stay in the processor's cache in float64."""
@@ -45,15 +48,17 @@ class Accumulator:
             for path in first | second:
                 accumulator = self.outputs.setdefault(path, _OutputAccumulator(path))
                 accumulator.add(first.get(path), second.get(path), self.batches)
-        if first and next(iter(first.values())).ndim:
-            self.samples += next(iter(first.values())).size(0)
+        if labels is not None:
+            self.samples += labels.shape[0]
+        else:  # what has no axes, such as a loss, is of no sample
+            self.samples += next((tensor.size(0) for tensor in first.values() if tensor.ndim), 0)
         self.batches += 1
         if labels is not None:
             self.classify(first, second, labels)
 
     def classify(self, first: dict[str, Tensor], second: dict[str, Tensor], labels: Tensor) -> None:
-        """Count the correct samples in the first output of shape (samples, classes)."""
-        for path, logits in first.items():
+        """Count the correct samples in the output called logits, else in the first of shape (samples, classes)."""
+        for path, logits in sorted(first.items(), key=lambda item: not _LOGITS.search(item[0])):
             other = second.get(path)
             if other is None or other.shape != logits.shape or not logits.is_floating_point():
                 continue
