@@ -1,8 +1,11 @@
 """Measuring how far outputs lie apart, and what a comparison says. Every check is also shown to fail."""
 
+import functools
 import json
 import math
+import operator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnfuse.verify.comparison import TOLERANCE, Comparison
-from bnfuse.verify.measure import compare_outputs
+from bnfuse.verify.measure import Accumulator, _Sum, compare_outputs
 
 inf, nan = math.inf, math.nan
 
@@ -207,3 +210,73 @@ def test_the_text_of_a_comparison() -> None:
         "  same arg-max 100.00%\n"
         "NOT equal within tolerance"
     )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sums_are_exact_in_any_order(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    magnitudes = 10.0 ** torch.randint(-18, 18, (60,), generator=generator)
+    numbers = (torch.randn(60, generator=generator, dtype=torch.float64) * magnitudes).tolist()
+    numbers += [-number for number in numbers if abs(number) > 1]  # what is left is lost where sums are rounded
+    expected = float(sum(map(Fraction, numbers)))
+    assert functools.reduce(operator.add, numbers) != expected, "these numbers do not tell"
+    whole, first, second = _Sum(), _Sum(), _Sum()
+    for place, number in enumerate(numbers):
+        whole.add(number)
+        (first if place % 3 else second).add(number)
+    first.join(second)
+    assert whole.rounded() == first.rounded() == expected
+
+
+def test_sums_beyond_what_numbers_can_be() -> None:
+    for numbers, expected in (([1e308, 1e308], inf), ([inf, 1.0], inf), ([-inf, 1.0], -inf), ([], 0.0)):
+        total, other = _Sum(), _Sum()
+        for number in numbers:
+            total.add(number)
+        other.join(total)
+        assert total.rounded() == other.rounded() == expected
+    total.add(inf)
+    total.add(-inf)
+    assert math.isnan(total.rounded())
+
+
+def odd_batches() -> list[tuple[Any, Any, Tensor | None]]:
+    """Outputs of two models for some batches, in which everything happens that can be noted."""
+    torch.manual_seed(0)
+    batches: list[tuple[Any, Any, Tensor | None]] = []
+    for number in range(8):
+        x, labels = torch.randn(4, 6), torch.randint(6, (4,))
+        y = x + 0.1 * torch.randn(4, 6)
+        before = {"x": x, "whole": torch.arange(3), "late": None if number < 4 else x[0], "none": x[:0]}
+        batches.append(
+            (before, before | {"x": y, "late": None if number < 6 else y[0]}, labels if number % 2 else None)
+        )
+    batches[2][0]["x"][1, 1] = batches[2][1]["x"][1, 1] = nan
+    batches[3][1]["whole"] = torch.tensor([0, 1, 7])
+    batches[5][1]["late"] = torch.ones(2, 2)  # another shape
+    return batches
+
+
+@pytest.mark.parametrize("infinite", [None, 1, 6])
+def test_parts_that_are_joined_are_the_whole(infinite: int | None) -> None:
+    """To the last bit, wherever the batches are divided."""
+    batches = odd_batches()
+    if infinite is not None:
+        batches[infinite][1]["x"][3, 2] = inf
+        batches[infinite][1]["late"] = None
+
+    def added(first: int, last: int) -> Accumulator:
+        accumulator = Accumulator()
+        for batch in batches[first:last]:
+            accumulator.add(*batch)
+        return accumulator
+
+    whole = repr(added(0, 8).finish())
+    assert all(f"path=\"['{name}']\"" in whole for name in ("x", "whole", "late", "none"))
+    for first in range(9):
+        for second in range(first, 9):
+            joined = Accumulator()
+            for part in ((0, first), (first, second), (second, 8)):
+                joined.join(added(*part))
+            assert repr(joined.finish()) == whole, (first, second)
+    assert repr(added(0, 7).finish()) != whole

@@ -1,4 +1,7 @@
-"""Measuring how far outputs lie apart: computed in float64, added up piece by piece and batch by batch."""
+"""Measuring how far outputs lie apart: computed in float64, added up piece by piece and batch by batch.
+
+Sums are exact and rounded once: several processes that add up a part each come to the same numbers as one.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,17 @@ class Accumulator:
         first, five = (count / self.labelled for count in self.correct[model])
         return Accuracy(first, five if self.classes >= 5 else None)
 
+    def join(self, other: Accumulator) -> None:
+        """Add what another has added up, as if its batches came after all that are here."""
+        for path, output in other.outputs.items():
+            self.outputs.setdefault(path, _OutputAccumulator(path)).join(output, self.batches)
+        self.batches += other.batches
+        self.samples += other.samples
+        self.labelled += other.labelled
+        self.classes = other.classes or self.classes
+        for counts, more in zip(self.correct, other.correct, strict=True):
+            counts[:] = [count + another for count, another in zip(counts, more, strict=True)]
+
     def finish(self) -> Comparison:
         outputs = tuple(output.finish() for output in self.outputs.values())
         return Comparison(outputs, self.batches, self.samples, self.accuracy(0), self.accuracy(1))
@@ -94,10 +108,11 @@ class _OutputAccumulator:
         self.problem = ""
         self.before, self.after = _Statistics(), _Statistics()
         self.count = self.differing = self.agreeing = self.positions = 0
-        self.squares = self.reference_squares = self.reference_max = 0.0
+        self.squares, self.reference_squares = _Sum(), _Sum()
+        self.reference_max = 0.0
         self.max_abs = -1.0
         self.where: tuple[int, ...] | None = None
-        self.batch = 0
+        self.batch: int | None = None
         self.expected = self.got = math.nan
 
     def add(self, before: Tensor | None, after: Tensor | None, batch: int) -> None:
@@ -109,24 +124,26 @@ class _OutputAccumulator:
             self.shape, self.dtype = tuple(only.shape), only.dtype
         if before is None or after is None:
             who = "second" if after is None else "first"
-            self.fail(only.numel(), f"the {who} model does not return this tensor")
+            self.fail(only.numel(), f"the {who} model does not return this tensor", batch)
             return
         if before.shape != after.shape:
             sizes = sorted((before.numel(), after.numel()))
-            self.fail(sizes[1] - sizes[0], f"shape {tuple(before.shape)} became {tuple(after.shape)}")
+            self.fail(sizes[1] - sizes[0], f"shape {tuple(before.shape)} became {tuple(after.shape)}", batch)
             self.count += sizes[0]
             return
         if before.dtype != after.dtype:
             self.problem = self.problem or f"dtype {dtype_name(before.dtype)} became {dtype_name(after.dtype)}"
         self.measure(_strided(before), _strided(after), batch)
 
-    def fail(self, differing: int, problem: str) -> None:
+    def fail(self, differing: int, problem: str, batch: int) -> None:
         """Note that tensors cannot be compared; ``differing`` of their elements count as different."""
         self.problem = self.problem or problem
         self.differing += max(differing, 1)
         self.count += max(differing, 1)
-        self.max_abs = self.squares = math.inf
-        self.where = None
+        self.squares.add(math.inf)
+        if self.max_abs < math.inf:
+            self.max_abs, self.where, self.batch = math.inf, None, batch
+            self.expected = self.got = math.nan
 
     def measure(self, before: Tensor, after: Tensor, batch: int) -> None:
         """Add the difference of two dense tensors of the same shape."""
@@ -166,8 +183,8 @@ class _OutputAccumulator:
             reference = torch.where(both, x, 0.0)
         self.differing += int(unequal.count_nonzero())
         difference, reference = difference.abs(), reference.abs()
-        self.squares += float(difference.dot(difference))
-        self.reference_squares += float(reference.dot(reference))
+        self.squares.add(float(difference.dot(difference)))
+        self.reference_squares.add(float(reference.dot(reference)))
         self.reference_max = max(self.reference_max, float(reference.max()))
         largest, index = difference.max(dim=0)
         if float(largest) <= self.max_abs:
@@ -176,9 +193,31 @@ class _OutputAccumulator:
         self.expected, self.got = (float(v[index].abs() if v.is_complex() else v[index]) for v in (x, y))
         return int(index)
 
+    def join(self, other: _OutputAccumulator, batches: int) -> None:
+        """Add what another has added up.
+
+        Args:
+            batches: how many batches came before its first one.
+        """
+        if self.dtype is None:
+            self.shape, self.dtype = other.shape, other.dtype
+        self.problem = self.problem or other.problem
+        self.before.join(other.before)
+        self.after.join(other.after)
+        self.count += other.count
+        self.differing += other.differing
+        self.agreeing += other.agreeing
+        self.positions += other.positions
+        self.squares.join(other.squares)
+        self.reference_squares.join(other.reference_squares)
+        self.reference_max = max(self.reference_max, other.reference_max)
+        if other.max_abs > self.max_abs:  # of equal ones the first counts
+            self.max_abs, self.where, self.expected, self.got = other.max_abs, other.where, other.expected, other.got
+            self.batch = None if other.batch is None else batches + other.batch
+
     def finish(self) -> OutputDifference:
         assert self.dtype is not None
-        max_abs = max(self.max_abs, 0.0)
+        max_abs, squares = max(self.max_abs, 0.0), self.squares.rounded()
         return OutputDifference(
             path=self.path,
             shape=self.shape,
@@ -187,12 +226,12 @@ class _OutputAccumulator:
             after=self.after.finish(),
             max_abs=max_abs,
             where=self.where,
-            batch=self.batch,
+            batch=self.batch or 0,
             expected=self.expected,
             got=self.got,
-            relative_l2=_ratio(math.sqrt(self.squares), math.sqrt(self.reference_squares)),
+            relative_l2=_ratio(math.sqrt(squares), math.sqrt(self.reference_squares.rounded())),
             relative_max=_ratio(max_abs, self.reference_max),
-            mse=self.squares / self.count if self.count else 0.0,
+            mse=squares / self.count if self.count else 0.0,
             differing=self.differing / self.count if self.count else 0.0,
             argmax_agreement=self.agreeing / self.positions if self.positions else None,
             problem=self.problem,
@@ -231,7 +270,7 @@ class _Statistics:
     """Running minimum, sum and maximum of finite values."""
 
     def __init__(self) -> None:
-        self.minimum, self.total, self.maximum, self.count = math.inf, 0.0, -math.inf, 0
+        self.minimum, self.total, self.maximum, self.count = math.inf, _Sum(), -math.inf, 0
 
     def add(self, values: Tensor) -> bool:
         """Add the finite values of a flat tensor, and return whether all were finite."""
@@ -244,14 +283,60 @@ class _Statistics:
             minimum, maximum = torch.aminmax(values)
             self.minimum = min(self.minimum, float(minimum))
             self.maximum = max(self.maximum, float(maximum))
-            self.total += total
+            self.total.add(total)
             self.count += values.numel()
         return finite
+
+    def join(self, other: _Statistics) -> None:
+        """Add what another has added up."""
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        self.total.join(other.total)
+        self.count += other.count
 
     def finish(self) -> Summary:
         if not self.count:
             return Summary(math.nan, math.nan, math.nan)
-        return Summary(self.minimum, self.total / self.count, self.maximum)
+        return Summary(self.minimum, self.total.rounded() / self.count, self.maximum)
+
+
+class _Sum:
+    """The exact sum of floating-point numbers: rounded once, whatever the order in which they were added.
+
+    It is held as few numbers of which none reaches into the digits of another (J. R. Shewchuk, "Adaptive Precision
+    Floating-Point Arithmetic", 1997).
+
+    >>> total = _Sum()
+    >>> for number in (1e16, 1.0, 1.0, -1e16):
+    ...     total.add(number)
+    >>> total.rounded(), 1e16 + 1.0 + 1.0 - 1e16
+    (2.0, 0.0)
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[float] = []
+        self.beyond = 0.0  # the sum of what is infinite
+
+    def add(self, number: float) -> None:
+        parts = []
+        for part in self.parts:
+            large, small = (part, number) if abs(part) > abs(number) else (number, part)
+            number = large + small
+            rest = small - (number - large)
+            if rest and math.isfinite(rest):
+                parts.append(rest)
+        if math.isfinite(number):
+            self.parts = [*parts, number] if number else parts
+        else:
+            self.beyond += number
+
+    def join(self, other: _Sum) -> None:
+        """Add what another has added up."""
+        for part in other.parts:
+            self.add(part)
+        self.beyond += other.beyond
+
+    def rounded(self) -> float:
+        return self.beyond or math.fsum(self.parts)
 
 
 def _place_of(index: int, shape: Sequence[int]) -> tuple[int, ...]:
