@@ -12,9 +12,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfuse import reasons
 from bnfuse.capture.module_calls import has_hooks
-from bnfuse.graph.graph import Graph, ModuleCall, Node
+from bnfuse.graph.graph import Graph, ModuleCall, Node, is_as_in_its_class
 from bnfuse.graph.norms import Norm, Site
 from bnfuse.model import tree
+from bnfuse.model.wrappers import HOOK_OF_ACCELERATE
 from bnfuse.reasons import Reason
 from bnfuse.rules.norm_statistics import is_step
 from bnfuse.rules.shapes import is_rearrangement, rearranged
@@ -100,7 +101,7 @@ def _obstacle(module: nn.Module, names: list[str], calls: list[ModuleCall], refe
         return reasons.TRACKS_NO_STATISTICS.reason()
     if isinstance(module, torch.jit.ScriptModule):
         return reasons.IS_SCRIPTED.reason()
-    if has_hooks(module):
+    if has_hooks(module) or HOOK_OF_ACCELERATE in module.__dict__:
         return reasons.HAS_HOOK.reason()
     if referenced is not None:
         return reasons.REFERENCED_ELSEWHERE.reason(place=referenced)
@@ -195,9 +196,16 @@ def _comes_back(site: Site) -> bool:
 def _referenced_elsewhere(model: nn.Module) -> dict[int, str]:
     """Plain attributes that also refer to a module (in a list, as a bound method, from a function's closure), by the
     ``id`` of the module."""
+    modules = dict(tree.named_modules(model))
+
+    def is_method(place: str) -> bool:
+        holder, _, name = place.rpartition(".")
+        return holder in modules and is_as_in_its_class(modules[holder], name)
+
     return {
         id(other): place
         for place, value in tree.plain_attributes(model)
+        if not is_method(place)
         for other in tree.referred(value, _DEPTH)
         if isinstance(other, nn.Module)
     }

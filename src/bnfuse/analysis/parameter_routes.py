@@ -20,7 +20,7 @@ from torch._ops import HigherOrderOperator
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from bnfuse.graph.graph import ModuleCall, Node
+from bnfuse.graph.graph import ModuleCall, Node, is_as_in_its_class
 from bnfuse.model import pytree, tree
 from bnfuse.model.sandbox import Mode, forked_random_state, leave_no_trace
 from bnfuse.operators import operator_of
@@ -115,7 +115,8 @@ def _to_all(nodes: list[Node], call: ModuleCall) -> Route:
 
 def _has_methods_of_its_own(module: nn.Module) -> bool:
     """True if methods of the object stand before those of its class."""
-    return any(callable(getattr(type(module), name, None)) for name in module.__dict__)
+    names = (name for name in module.__dict__ if callable(getattr(type(module), name, None)))
+    return any(not is_as_in_its_class(module, name) for name in names)
 
 
 @functools.cache

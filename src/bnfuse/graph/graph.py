@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -166,13 +167,30 @@ class ModuleCall:
         if isinstance(self.module, torch.jit.ScriptModule):
             return False
         kind: Any = type(self.module)
-        return "forward" not in self.module.__dict__ and _runs_as_pytorch_does(kind)
+        own = "forward" in self.module.__dict__ and not is_as_in_its_class(self.module, "forward")
+        return not own and _runs_as_pytorch_does(kind)
 
     @property
     def label(self) -> str:
         """A name for messages."""
         kind = type(self.module).__name__
         return f"{self.path} ({kind})" if self.path else kind
+
+
+def is_as_in_its_class(module: nn.Module, name: str) -> bool:
+    """True if an attribute of a module is its method of that name, which changes nothing.
+
+    accelerate leaves such a ``forward`` behind where it has removed its hooks.
+
+    >>> layer = nn.ReLU()
+    >>> layer.forward = layer.forward
+    >>> is_as_in_its_class(layer, "forward"), is_as_in_its_class(layer, "training")
+    (True, False)
+    """
+    value = module.__dict__.get(name)
+    if type(value) is not types.MethodType or value.__self__ is not module:
+        return False
+    return value.__func__ is getattr(type(module), name, None)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bnfuse.errors import InputError
+from bnfuse.model import tree
 from bnfuse.model.copying import held_tensors
 
 
@@ -26,15 +27,40 @@ def checked(model: object) -> nn.Module:
         raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("No module of a scripted or traced model can be replaced: fuse the original, then compile it.")
-    for key, tensor in held_tensors(model).items():
-        if tensor.is_meta or nn.parameter.is_lazy(tensor):
-            names = {id(held): name for name, held in (*model.named_parameters(), *model.named_buffers())}
-            if tensor.is_meta:
-                problem = "is on the meta device and holds no numbers: load the weights, then fuse."
-            else:
-                problem = "is not initialised yet: run the model once on real inputs, then fuse it."
-            raise InputError(f"{names[key]} {problem}")
+    held = held_tensors(model)
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    absent = [names[key] for key, tensor in held.items() if tensor.is_meta]
+    if absent:
+        raise InputError(_holds_no_numbers(model, absent))
+    for key, tensor in held.items():
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"{names[key]} is not initialised yet: run the model once on real inputs, then fuse it.")
     return model
+
+
+def _holds_no_numbers(model: nn.Module, absent: list[str]) -> str:
+    """What to do about tensors on the meta device, given their names."""
+    if any(_offloads(getattr(module, HOOK_OF_ACCELERATE, None)) for module in tree.modules(model)):
+        return (
+            f"{absent[0]} is offloaded: accelerate loads it for each call and drops it again.\n"
+            f"Load the weights, fuse, and offload the fused model. Build the model without device_map; or, if its "
+            f"weights were loaded before, accelerate.hooks.remove_hook_from_module(model, recurse=True) puts them back."
+        )
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return (
+            f"{type(model).__name__} is on the meta device and holds no numbers: load the weights, then fuse.\n"
+            f"model.load_state_dict(state, assign=True) puts them in."
+        )
+    return f"{absent[0]} is on the meta device and holds no numbers: load the weights, then fuse."
+
+
+HOOK_OF_ACCELERATE = "_hf_hook"
+"""The attribute of a module in which accelerate keeps the hook that it has put around the module's forward."""
+
+
+def _offloads(hook: Any) -> bool:
+    """Whether a hook of accelerate's, or one of several in a row, keeps the module's weights elsewhere."""
+    return bool(getattr(hook, "offload", False)) or any(map(_offloads, getattr(hook, "hooks", ())))
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bnfuse.fusion_plan import Plan
+from bnfuse.model.wrappers import HOOK_OF_ACCELERATE
 from bnfuse.reasons import CALLER_KEEPS, CAUSES, DID_NOT_RUN, IS_FUNCTION_CALL
 
 
@@ -29,6 +30,12 @@ def nothing_fused(plan: Plan, model: nn.Module) -> str:
     if _is_exported(model):
         why = "The model is a graph that torch.export has made, in which norms are function calls."
         advice = "Fuse the model first, and export the fused one."
+    elif any(HOOK_OF_ACCELERATE in module.__dict__ for module in model.modules()):
+        why = "Its layers run inside hooks of accelerate (device_map), which would be lost with the norms."
+        advice = (
+            "Remove them with accelerate.hooks.remove_hook_from_module(model, recurse=True), fuse the model on one "
+            "device, and dispatch it again."
+        )
     elif code == DID_NOT_RUN.code and count == len(kept):
         why = "None of its batch norms ran on the inputs: its forward leads past them, as that of a wrapper does."
         inner = _common_child([decision.norm for decision in kept])
