@@ -12,13 +12,14 @@ from torch import nn
 from bnfuse.errors import InputError
 from bnfuse.model import tree
 from bnfuse.model.copying import held_tensors
+from bnfuse.model.sharded import sharding
 
 
 def checked(model: object) -> nn.Module:
     """The model itself, if its modules can be replaced and its parameters hold numbers.
 
     Raises:
-        InputError: it is not a module, is scripted, or has parameters or buffers without contents.
+        InputError: it is not a module, is scripted, is sharded, or has parameters or buffers without contents.
     """
     if not isinstance(model, nn.Module):
         hint = ""
@@ -27,6 +28,12 @@ def checked(model: object) -> nn.Module:
         raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("No module of a scripted or traced model can be replaced: fuse the original, then compile it.")
+    sharded = sharding(model)
+    if sharded:
+        raise InputError(
+            f"{sharded}: each process holds a part of the weights only, and no norm can be folded into a part.\n"
+            f"Fuse first, then shard: every process comes to the same fused model."
+        )
     held = held_tensors(model)
     names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     absent = [names[key] for key, tensor in held.items() if tensor.is_meta]

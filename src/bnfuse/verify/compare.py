@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from bnfuse.errors import InputError
 from bnfuse.model.alone import one_at_a_time
@@ -15,13 +16,18 @@ from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import dtype_name
 from bnfuse.model.pytree import tensors
 from bnfuse.model.sandbox import run
+from bnfuse.model.sharded import in_shards, sharding
+from bnfuse.model.wrappers import unwrap
 from bnfuse.verify.comparison import Comparison
 from bnfuse.verify.measure import Accumulator
+from bnfuse.verify.ranks import joined
 from bnfuse.verify.several_calls import SeveralCalls
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-@one_at_a_time
-def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
+
+def compare(before: nn.Module, after: nn.Module, inputs: object, *, group: ProcessGroup | None = None) -> Comparison:
     """Run two models on the same inputs in evaluation mode and measure how far their outputs lie apart.
 
     Both models get the same random state, and each gets its own copy of the inputs on its device. Both are left as they
@@ -39,19 +45,46 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
             ``(inputs, labels)``. Such a tensor in a dict under "labels", "label", "targets" or "target" is labels too.
             A model is given what stands there only if its forward has an argument of that name.
             Write one call whose argument is a list as ``([a, b],)``.
+        group: the processes that compare together, ``torch.distributed.group.WORLD`` for all of them. Each gives
+            batches of its own, as many as it has, none too; each gets the result for the batches of all, the same as
+            one process that goes through those of the first rank, then those of the second, and so on. Every member
+            must call, and waits for the slowest. None, as WORLD is where no processes were joined: this process
+            compares alone, and what it finds is about its own batches.
 
     Raises:
-        InputError: ``before`` or ``after`` is not a module; ``inputs`` has another form or gives no batch; or a model
-            does not run on the inputs.
+        InputError: ``before`` or ``after`` is not a module; ``inputs`` has another form or gives no batch (with a
+            ``group``: on no rank); or a model does not run on the inputs. With a ``group``, also: another rank failed;
+            a ``DistributedSampler`` repeats samples, so that they would count twice; or a model is sharded.
 
     >>> model = nn.Linear(2, 3)
     >>> compare(model, model, torch.ones(4, 2)).within_tolerance()
     True
     """
+    if group is None:
+        measured = _measured(before, after, inputs)
+    else:
+        # Outside of the lock: while a thread waits for the other ranks, another may compare or fuse.
+        models = [model for model in (before, after) if isinstance(model, nn.Module)]
+        measured = joined(lambda: _measured(before, after, inputs, together=True), group, models)
+    if not measured.batches:
+        on_ranks = " on any rank" if group is not None else ""
+        raise InputError(f"compare() was given no batch{on_ranks}: the iterable is empty, or it was used up before")
+    return measured.finish()
+
+
+@one_at_a_time
+def _measured(before: nn.Module, after: nn.Module, inputs: object, together: bool = False) -> Accumulator:
+    """What `compare` measures in this process.
+
+    Args:
+        together: whether other processes measure on other batches.
+    """
     models = {"before": before, "after": after}
     for name, model in models.items():
         if not isinstance(model, nn.Module):
             raise InputError(f"compare() takes two modules\n  got:      {name} is a {type(model).__name__}")
+        # As one process each: the wrappers of DistributedDataParallel wait for each other at every call.
+        models[name] = unwrap(model)[0]
     single = isinstance(inputs, (Tensor, tuple, Mapping, Call))
     batches = [inputs] if single else inputs
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
@@ -60,6 +93,9 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
             "  expected: a tensor, a tuple of arguments, a dict of arguments, or an iterable of batches\n"
             f"  got:      {type(inputs).__name__}"
         )
+    if together:
+        _check_sampler(inputs)
+        _check_shards(models.values())
     accumulator = Accumulator()
     for number, batch in enumerate(batches):
         call, labels = _call_and_labels(batch, single)
@@ -67,13 +103,23 @@ def compare(before: nn.Module, after: nn.Module, inputs: object) -> Comparison:
         for name, model in models.items():
             own = call if isinstance(batch, Call) else _without_what_it_does_not_take(model, call)
             try:
-                outputs.append(_run(model, _on_device_of(model, own), number))
+                with in_shards(model):
+                    outputs.append(_run(model, _on_device_of(model, own), number))
             except Exception as error:
                 raise InputError(_not_running(name, model, number, single, own, error)) from error
         accumulator.add(outputs[0], outputs[1], labels)
-    if not accumulator.batches:
-        raise InputError("compare() was given no batch: the iterable is empty, or it was used up before")
-    return accumulator.finish()
+    return accumulator
+
+
+def _check_shards(models: Iterable[nn.Module]) -> None:
+    """Raise InputError if processes would wait for each other in every call: they may have fewer calls than others."""
+    for model in models:
+        sharded = sharding(model)
+        if sharded:
+            raise InputError(
+                f"{sharded}: its calls wait for the other processes, which may have another number of batches.\n"
+                f"Compare before the model is sharded, or without group=, every process on as many batches."
+            )
 
 
 _LABELS = ("labels", "label", "targets", "target")
@@ -127,6 +173,20 @@ def _without_what_it_does_not_take(model: nn.Module, call: Call) -> Call:
     return call.with_inputs(call.args, {name: value for name, value in call.kwargs.items() if name not in dropped})
 
 
+def _check_sampler(loader: Any) -> None:
+    """Raise InputError if a sampler gives the same samples to several ranks, so that all get as many."""
+    for holder in (loader, getattr(loader, "batch_sampler", None)):
+        sampler = getattr(holder, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            size = len(sampler.dataset)  # type: ignore[arg-type]
+            if sampler.total_size > size:
+                raise InputError(
+                    f"compare() would count samples twice: the DistributedSampler repeats {sampler.total_size - size} "
+                    f"of {size}, so that all ranks get as many. Here they may get as many as there are:\n"
+                    f"  DataLoader(dataset, sampler=range(dist.get_rank(), len(dataset), dist.get_world_size()))"
+                )
+
+
 def _run(model: nn.Module, call: Call, seed: int) -> Any:
     if call.method == FORWARD:
         return run(model, call.args, call.kwargs, seed)
@@ -134,8 +194,12 @@ def _run(model: nn.Module, call: Call, seed: int) -> Any:
 
 
 def _on_device_of(model: nn.Module, call: Call) -> Call:
-    parameter = next(model.parameters(), None)
-    return call if parameter is None else call.map(lambda tensor: tensor.to(parameter.device))
+    """The call with its tensors on the model's device; where it has several, on the first, unless they are on one."""
+    devices = {parameter.device: None for parameter in model.parameters() if not parameter.is_meta}
+    if not devices:
+        return call
+    first = next(iter(devices))
+    return call.map(lambda tensor: tensor if tensor.device in devices else tensor.to(first))
 
 
 def _not_running(name: str, model: nn.Module, number: int, single: bool, call: Call, error: Exception) -> str:
