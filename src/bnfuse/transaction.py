@@ -319,13 +319,15 @@ def _carry_through(writes: list[_Write], undo: list[Callable[[], None]]) -> None
 def _handle(layer: nn.Module, edit: Edit, handler: Handler, undo: list[Callable[[], None]]) -> None:
     """Let the caller's handler fold scale and shift into its layer."""
     undo.extend(_restorer_of_module(module) for module in layer.modules())
+    held = next(itertools.chain(layer.parameters(), layer.buffers()), None)
+    device = torch.device("cpu") if held is None or held.is_mps else held.device  # MPS knows no float64
     for unit in edit.factors:
         scale = torch.ones(edit.shape, dtype=torch.float64, device="cpu") if unit.scale is None else unit.scale
         shift = torch.zeros(edit.shape, dtype=torch.float64, device="cpu") if unit.shift is None else unit.shift
         shapes = _shapes(layer)
         try:
             with torch.no_grad():
-                handler(layer, scale.clone(), shift.clone())
+                handler(layer, scale.to(device, copy=True), shift.to(device, copy=True))
         except Exception as error:
             raise _handler_error(layer, edit, f"failed: {one_line(error)}") from error
         after = _shapes(layer)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 import torch.nn.functional as F
 from rule_cases import BACKWARD, FORWARD, Case, Net, Odd, Removal, anything, check, check_goes, fold, norm
-from torch import nn
+from torch import Tensor, nn
 
 import bnfuse
+from bnfuse.changes import Changes, Edit
+from bnfuse.transaction import rewrite
+from bnfuse.units import Unit
 
 CASES = [
     Case(
@@ -45,3 +51,18 @@ REMOVED = [
 @pytest.mark.parametrize("case", REMOVED)
 def test_norm_goes(case: Removal) -> None:
     check_goes(case)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_handler_gets_tensors_on_the_device_of_its_layer(device: str) -> None:
+    given: list[tuple[Any, ...]] = []
+
+    def handler(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+        given.extend((tensor.device.type, tensor.dtype, tuple(tensor.shape)) for tensor in (scale, shift))
+        layer.weight.mul_(scale[:, None])
+
+    scale = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 2, bias=False, device=device))
+    rewrite(Changes(edits=(Edit(("0",), (2,), (Unit(scale, None),), handler=handler),)), model)
+    assert given == [(device, torch.float64, (2,))] * 2
+    assert scale.tolist() == [2.0, 3.0]

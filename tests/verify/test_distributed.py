@@ -6,15 +6,20 @@ they run. The tests read it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +30,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bnfuse
 from bnfuse.tools.zoo.randomise import randomise_
+from bnfuse.verify.ranks import _device_of
 
 CHECKS: dict[str, Callable[[int], Any]] = {}
 """What each process does, in this order; it is given its rank."""
@@ -236,10 +242,30 @@ def tensor_parallel(rank: int) -> Any:
     return [refused, float((model(x) - expected).detach().abs().max())]
 
 
+@check
+def the_page(rank: int) -> Any:
+    """The script in the documentation, wherever it stands; the processes are joined already, and stay so."""
+    [script] = [
+        block
+        for page in (Path(__file__).parents[2] / "docs").glob("*.md")
+        for block in re.findall("^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        if block.startswith("# torchrun ")
+    ]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        for name in ("init_process_group", "destroy_process_group"):
+            patch.setattr(dist, name, lambda *args: None)
+        exec(script, names)
+    return [printed.getvalue(), str(names["comparison"])]
+
+
 def work(folder: Path) -> None:
     """Make every check, in one of the processes."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=45))
     found = {}
     for name, function in CHECKS.items():
         try:
@@ -265,8 +291,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "--master-port", str(port), __file__, str(folder),
     ]  # fmt: skip
     settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=os.environ | settings, start_new_session=True, **pipes) as started:
+        try:
+            said, _ = started.communicate(timeout=100)
+        finally:
+            if started.poll() is None:  # torchrun and what it has started
+                os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, said
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -374,6 +406,14 @@ def test_a_model_with_distributed_parameters(found: list[dict[str, Any]]) -> Non
         assert difference < 1e-12
 
 
+def test_the_script_of_the_page_runs(found: list[dict[str, Any]]) -> None:
+    (printed, comparison), (nothing, same) = (found[rank]["the_page"] for rank in range(2))
+    assert (printed, nothing, comparison) == (comparison + "\n", "", same)
+    assert comparison.startswith("16 batches, 1001 samples\n")
+    assert comparison.count("accuracy ") == 2
+    assert comparison.endswith("\nequal within tolerance")
+
+
 @pytest.mark.parametrize("group", [True, "WORLD", dist.GroupMember.NON_GROUP_MEMBER])
 def test_what_is_no_group(group: Any) -> None:
     with pytest.raises(bnfuse.InputError, match=r"group|member"):
@@ -383,6 +423,21 @@ def test_what_is_no_group(group: Any) -> None:
 def test_without_processes_the_whole_world_is_this_one() -> None:
     assert dist.group.WORLD is None
     assert bnfuse.compare(*pair(), batches(0, 2), group=dist.group.WORLD).samples == 7
+
+
+@pytest.mark.parametrize("indices", [(None, 1), (1, 0), (None, None)])
+def test_results_are_sent_from_the_device_of_the_models(
+    indices: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL sends from the current device, and several ranks must not use one."""
+
+    def model(index: int | None) -> Any:
+        device = torch.device("cpu") if index is None else torch.device("cuda", index)
+        return SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=device)]))
+
+    monkeypatch.setattr(torch.accelerator, "device_index", contextlib.nullcontext)
+    with _device_of(map(model, indices)) as used:
+        assert used == next((index for index in indices if index is not None), None)
 
 
 if __name__ == "__main__":
