@@ -7,6 +7,7 @@ they run. The tests read it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import io
 import json
@@ -237,9 +238,14 @@ def tensor_parallel(rank: int) -> Any:
     model = randomise_(layers.double()).eval()
     x = torch.randn(3, 4, dtype=torch.float64)
     expected = model(x).detach()
-    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    mesh = init_device_mesh("cpu", (2,))
+    first = nn.Sequential(copy.deepcopy(model[0]))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     refused = message(lambda: bnfuse.fuse(model, x))
-    return [refused, float((model(x) - expected).detach().abs().max())]
+    parts = parallelize_module(copy.deepcopy(first), mesh, {"0": ColwiseParallel(use_local_output=False)})
+    compared = [bnfuse.compare(whole, parts, x) for whole in (first, nn.Sequential(nn.Linear(4, 8).double()))]
+    differences = [comparison.outputs[0].relative_l2 for comparison in compared]
+    return [refused, float((model(x) - expected).detach().abs().max()), differences]
 
 
 @check
@@ -401,9 +407,11 @@ def test_a_model_that_fsdp_has_sharded(found: list[dict[str, Any]]) -> None:
 
 def test_a_model_with_distributed_parameters(found: list[dict[str, Any]]) -> None:
     for rank in range(2):
-        (kind, text), difference = found[rank]["tensor_parallel"]
+        assert not isinstance(found[rank]["tensor_parallel"], str), found[rank]["tensor_parallel"]
+        (kind, text), difference, (same, other) = found[rank]["tensor_parallel"]
         assert (kind, text.startswith("0.weight is a DTensor: each process holds a part")) == ("InputError", True)
-        assert difference < 1e-12
+        assert max(difference, same) < 1e-12
+        assert other > 0.1
 
 
 def test_the_script_of_the_page_runs(found: list[dict[str, Any]]) -> None:

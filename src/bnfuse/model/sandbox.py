@@ -489,5 +489,8 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor's storage begins; 0 where it has none of its own (sparse tensors)."""
-    return tensor.untyped_storage().data_ptr() if is_dense(tensor) else 0
+    """Where a tensor's storage begins; 0 where it has none of its own (sparse and distributed tensors)."""
+    try:
+        return tensor.untyped_storage().data_ptr() if is_dense(tensor) else 0
+    except RuntimeError:
+        return 0

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bnfuse.model import tree
 from bnfuse.model.copying import held_tensors
@@ -23,16 +23,23 @@ def sharding(model: nn.Module) -> str:
     >>> sharding(nn.Linear(2, 2))
     ''
     """
-    for name, module in tree.named_modules(model):
-        for kind in ("FSDPModule", "FullyShardedDataParallel"):
-            if isinstance(module, _loaded("torch.distributed.fsdp", kind)):
-                return f"{name or type(model).__name__} is sharded by FSDP"
-    held = held_tensors(model)
-    for key, tensor in held.items():
-        if isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor")):
+    wrappers = tuple(_loaded("torch.distributed.fsdp", "FSDPModule", "FullyShardedDataParallel"))
+    for name, module in tree.named_modules(model) if wrappers else ():
+        if isinstance(module, wrappers):
+            return f"{name or type(model).__name__} is sharded by FSDP"
+    for key, tensor in held_tensors(model).items() if _is_loaded() else ():
+        if _is_distributed(tensor):
             names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
             return f"{names[key]} is a DTensor"
     return ""
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which each process holds a part, at which all must ask for it; any other as it is."""
+    if not _is_distributed(tensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return whole
 
 
 @contextlib.contextmanager
@@ -42,8 +49,10 @@ def in_shards(*models: nn.Module) -> Iterator[None]:
     FSDP keeps the parameters of its outermost module whole after a call. Who puts back a module's parameters puts back
     the shards, and FSDP must know.
     """
-    kind = _loaded("torch.distributed.fsdp", "FSDPModule")
-    modules: list[Any] = [module for model in models for module in tree.modules(model) if isinstance(module, kind)]
+    kinds = tuple(_loaded("torch.distributed.fsdp", "FSDPModule"))
+    modules: list[Any] = []
+    if kinds:
+        modules += [module for model in models for module in tree.modules(model) if isinstance(module, kinds)]
     for module in modules:
         module.reshard()
     try:
@@ -53,6 +62,17 @@ def in_shards(*models: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
-def _loaded(module: str, name: str) -> Any:
-    """A class, or the empty tuple, of which nothing is an instance, where it is not loaded."""
-    return getattr(sys.modules.get(module), name, ())
+def _is_distributed(tensor: Tensor) -> bool:
+    return _is_loaded() and isinstance(tensor, tuple(_loaded("torch.distributed.tensor", "DTensor")))
+
+
+def _is_loaded() -> bool:
+    return "torch.distributed.tensor" in sys.modules
+
+
+def _loaded(module: str, *names: str) -> Iterator[type[Any]]:
+    """The classes of these names, as far as they are loaded."""
+    for name in names:
+        found = getattr(sys.modules.get(module), name, None)
+        if found is not None:
+            yield found

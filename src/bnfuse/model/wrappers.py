@@ -34,22 +34,20 @@ def checked(model: object) -> nn.Module:
             f"{sharded}: each process holds a part of the weights only, and no norm can be folded into a part.\n"
             f"Fuse first, then shard: every process comes to the same fused model."
         )
-    held = held_tensors(model)
-    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    absent = [names[key] for key, tensor in held.items() if tensor.is_meta]
-    if absent:
-        raise InputError(_holds_no_numbers(model, absent))
-    for key, tensor in held.items():
-        if nn.parameter.is_lazy(tensor):
+    for key, tensor in held_tensors(model).items():
+        if tensor.is_meta or nn.parameter.is_lazy(tensor):
+            names = {id(held): name for name, held in (*model.named_parameters(), *model.named_buffers())}
+            if tensor.is_meta:
+                raise InputError(_holds_no_numbers(model, names[key]))
             raise InputError(f"{names[key]} is not initialised yet: run the model once on real inputs, then fuse it.")
     return model
 
 
-def _holds_no_numbers(model: nn.Module, absent: list[str]) -> str:
-    """What to do about tensors on the meta device, given their names."""
+def _holds_no_numbers(model: nn.Module, absent: str) -> str:
+    """What to do about tensors on the meta device, given the name of one."""
     if any(_offloads(getattr(module, HOOK_OF_ACCELERATE, None)) for module in tree.modules(model)):
         return (
-            f"{absent[0]} is offloaded: accelerate loads it for each call and drops it again.\n"
+            f"{absent} is offloaded: accelerate loads it for each call and drops it again.\n"
             f"Load the weights, fuse, and offload the fused model. Build the model without device_map; or, if its "
             f"weights were loaded before, accelerate.hooks.remove_hook_from_module(model, recurse=True) puts them back."
         )
@@ -58,7 +56,7 @@ def _holds_no_numbers(model: nn.Module, absent: list[str]) -> str:
             f"{type(model).__name__} is on the meta device and holds no numbers: load the weights, then fuse.\n"
             f"model.load_state_dict(state, assign=True) puts them in."
         )
-    return f"{absent[0]} is on the meta device and holds no numbers: load the weights, then fuse."
+    return f"{absent} is on the meta device and holds no numbers: load the weights, then fuse."
 
 
 HOOK_OF_ACCELERATE = "_hf_hook"

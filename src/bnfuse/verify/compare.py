@@ -14,9 +14,9 @@ from bnfuse.errors import InputError
 from bnfuse.model.alone import one_at_a_time
 from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import dtype_name
-from bnfuse.model.pytree import tensors
+from bnfuse.model.pytree import map_tensors, tensors
 from bnfuse.model.sandbox import run
-from bnfuse.model.sharded import in_shards, sharding
+from bnfuse.model.sharded import gathered, in_shards, sharding
 from bnfuse.model.wrappers import unwrap
 from bnfuse.verify.comparison import Comparison
 from bnfuse.verify.measure import Accumulator
@@ -104,7 +104,8 @@ def _measured(before: nn.Module, after: nn.Module, inputs: object, together: boo
             own = call if isinstance(batch, Call) else _without_what_it_does_not_take(model, call)
             try:
                 with in_shards(model):
-                    outputs.append(_run(model, _on_device_of(model, own), number))
+                    output = _run(model, _on_device_of(model, own), number)
+                    outputs.append(map_tensors(output, gathered))
             except Exception as error:
                 raise InputError(_not_running(name, model, number, single, own, error)) from error
         accumulator.add(outputs[0], outputs[1], labels)
