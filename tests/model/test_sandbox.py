@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import OrderedDict
+from typing import Any
 
 import numpy
 import pytest
@@ -151,3 +153,31 @@ def test_a_model_that_just_fits_on_the_stack_runs_while_it_is_watched() -> None:
     fused = bnfuse.fuse(model, x)
     assert isinstance(fused.get_submodule(".".join(["0"] * (inner - 20)) + ".1"), nn.Identity)
     assert sys.getrecursionlimit() == limit
+
+
+class Instances(OrderedDict[str, Any]):
+    """Makes an object of the class that it holds, as the table of activations of transformers does."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+ACTIVATIONS = Instances(relu=nn.ReLU, silu=nn.SiLU)
+
+
+class Looking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.own = Instances(relu=nn.ReLU)
+        self.act = ACTIVATIONS["relu"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.linear(x)) if len(ACTIVATIONS) else self.own["relu"](x)
+
+
+def test_a_container_that_makes_something_of_what_it_holds_keeps_it() -> None:
+    model, x = Looking(), torch.randn(2, 3)
+    assert torch.equal(run(model, (x,), {}), model(x))
+    assert list(ACTIVATIONS.items()) == [("relu", nn.ReLU), ("silu", nn.SiLU)]
+    assert list(model.own.items()) == [("relu", nn.ReLU)]

@@ -24,7 +24,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnfuse.model import tree
-from bnfuse.model.other_state import OtherState
+from bnfuse.model.other_state import OtherState, plain_copy
 from bnfuse.model.pytree import map_tensors, tensors
 from bnfuse.operators import is_dense, memory_of, operator_of, shape_of
 
@@ -290,7 +290,7 @@ class SavedState:
         mutable = {kind for kind in set(kinds) if issubclass(kind, (dict, list, set))}
         containers = list(itertools.compress(self._attributes.values, map(mutable.__contains__, kinds)))
         self._empty = [container for container in containers if not container]  # most of them, and most stay so
-        self._containers = [(container, container.copy()) for container in containers if container]
+        self._containers = [(container, plain_copy(container)) for container in containers if container]
         self._others = OtherState(modules, zip(self._attributes.names, self._attributes.values, strict=True))
         self._containers += self._others.containers
         self._held: set[int] | None = None
