@@ -65,7 +65,8 @@ def fuse(
 
     Raises:
         InputError: no inputs could be inferred, or the model does not run on them, or ``keep`` or
-            ``options.also`` matches nothing, or no copy can be made that runs on parameters of its own.
+            ``options.also`` matches nothing, or no copy can be made that runs on parameters of its own; or the model
+            is scripted, sharded, offloaded or without contents.
         FusionError: a handler failed.
         VerificationError: the outputs differ; the model is as it was.
 
