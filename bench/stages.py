@@ -19,7 +19,7 @@ STEPS = {
     "bnfuse.api.fused_copy": "copy",
     "bnfuse.planner.problem.captured": "capture",
     "bnfuse.planner.planner.solve": "solve",
-    "bnfuse.planner.problem.CallRecorder.infer": "other calls",
+    "bnfuse.planner.problem.CallInference.infer": "other calls",
     "bnfuse.planner.planner.needed_in_place": "assumptions",
     "bnfuse.api.rewrite": "rewrite",
     "bnfuse.api.InPlace": "rewrite",

@@ -11,6 +11,7 @@ import bnfuse
 from bnfuse.capture.run import Recording
 from bnfuse.model.calls import Call
 from bnfuse.planner import resized
+from bnfuse.planner.inferred_calls import CallInference
 from bnfuse.planner.recorded_calls import CallRecorder
 from bnfuse.rules import RULES
 
@@ -51,7 +52,7 @@ def shapes(model: nn.Module, *size: int) -> CallRecorder:
     recording.record(Call(torch.randn(size)))
     SHAPES.clear()
     recorder = CallRecorder(recording, contents=False)
-    recorder.infer()
+    CallInference(recorder).infer()
     return recorder
 
 

@@ -1,412 +1,227 @@
-"""Calls that a model surely takes too, though nobody has named them: known methods, flags, optional arguments."""
+"""Calls that a model surely takes too, though nobody has named them.
+
+What is inferred: methods that take the same inputs by the conventions of the zoos; flags flipped, optional arguments
+given; where the code looks at sizes, other sizes; where it looks at elements, other contents; where the model
+remembers something, further calls.
+"""
 
 from __future__ import annotations
 
-import copy
-import dis
-import functools
-import inspect
-import re
-import types
-import typing
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor, nn
+from bnfuse.capture.run import Run
+from bnfuse.capture.shapes_only import FixedSizeError
+from bnfuse.model.calls import FORWARD, Call
+from bnfuse.planner import known_methods, model_code, resized, variations
+from bnfuse.planner.recorded_calls import SMALL, CallRecorder
+from bnfuse.planner.variations import Variation
 
-from bnfuse.capture.unseen import Guess, Unseen
-from bnfuse.model import pytree
-from bnfuse.model.calls import Call, PipedCall
-from bnfuse.model.other_state import code_of, is_plain_object
-from bnfuse.operators import is_dense
+_MEMORY = 4
+"""So many calls follow one another where the model remembers something."""
 
-METHODS = (
-    "forward_features",
-    "forward_intermediates",
-    "forward_feature",
-    "extract_features",
-    "extract_feature",
-    "extract_endpoints",
-    "get_intermediate_layers",
-    "forward_dummy",
-)
-"""Methods that take what forward takes, by the conventions of model zoos (timm, efficientnet_pytorch, DINO)."""
+_MOST_MEMORY = 8
+"""So many calls a small model is called at most for the sake of a number in its code."""
 
-PIPES = (("forward_features", "forward_head"),)
-"""Methods of which the second takes what the first returned, by the same conventions."""
+_SURELY_FOR_REAL = 1
+"""So many runs with arithmetic are kept for every method and for every argument: each may return what no other call
+does."""
 
-RESETS = re.compile(
-    r"(reset|clear|flush|forget|(reset|clear|init|flush|forget)_"
-    r"(state|states|hidden|memory|cache|caches|buffer|buffers|history|context))"
-)
-"""The names of methods by which models forget."""
+_OF_METHODS = ("larger", "batch of one")
+"""Other sizes that other methods of a large model are tried at, whose forward goes by sizes too."""
 
-_MOST = 8
-"""So many names of keywords or keys are tried."""
+_ARGUMENTS = 16
+"""So many arguments are varied."""
+
+_DIFFERENT_SIZES = 8
+"""So many runs at other sizes are solved together, of those that are different."""
 
 
-def methods(model: nn.Module) -> list[str]:
-    """The known methods that the model has."""
-    return [name for name in METHODS if inspect.ismethod(getattr(model, name, None))]
+class CallInference:
+    """Infers calls and records them."""
 
+    def __init__(self, recorder: CallRecorder) -> None:
+        """
+        Args:
+            recorder: has recorded the first call and those that the caller names.
+        """
+        self._recorder, self._main = recorder, recorder.main
+        self._attempt, self._say = recorder.attempt, recorder.say
+        self._model = recorder.recording.model
+        self._is_large = len(self._main.nodes) > SMALL
 
-def pipes(model: nn.Module, call: Call, known: Container[str] = ()) -> Iterator[PipedCall]:
-    """What the model has cut into two methods, with every flag of the second turned.
+    def infer(self) -> None:
+        """Record what can be known without asking: of the first call, of those that the caller names, of the others.
 
-    Args:
-        known: the first methods that the forward calls itself; it is then taken for both of them, without flags.
-    """
-    for first, second in PIPES:
-        if inspect.ismethod(getattr(model, first, None)) and inspect.ismethod(getattr(model, second, None)):
-            flags = [p for p in _parameters(getattr(model, second)) if isinstance(p.default, bool)]
-            whole: list[dict[str, bool]] = [] if first in known else [{}]
-            for options in (*whole, *({flag.name: not flag.default} for flag in flags)):
-                yield PipedCall(forward_of(call, first), second, **options)
+        What is inferred of a call is what its own code asks for. So a flag under which the code goes by sizes or
+        contents, or remembers something, is followed by other sizes, contents and calls under the same flag.
+        """
+        main = self._main
+        self._infer_from(main.call, main)
+        for call, run in self._recorder.given:
+            self._infer_from(call, run)
+        if main.call.method == FORWARD:
+            self._methods(main.call)
+        self._resets(main.call)
+        self._sequences()
+        while self._recorder.found:
+            call, run = self._recorder.found.pop(0)
+            self._go_on(call, run, of_main=False)
 
+    def _infer_from(self, call: Call, run: Run) -> None:
+        separate = resized.with_separate_inputs(call)
+        if separate is not None:
+            self._attempt("other tensors where one was passed twice", separate)
+        for other in resized.with_one_input(call):
+            self._attempt("one tensor passed twice", other)
+        self._go_on(call, run, of_main=True)
+        for what, other in resized.with_other_lists(call):
+            self._attempt(what, other)
+        if run.modes:
+            self._say("the code asks whether gradients are tracked: it ran without")
+        varied = list(itertools.islice(variations.variations(self._model, call), _ARGUMENTS + 1))
+        if len(varied) > _ARGUMENTS:
+            del varied[_ARGUMENTS:]
+            self._say(f"only {_ARGUMENTS} arguments were given another value")
+        for variation in varied:
+            self._vary(variation)
+        for variation in variations.together(self._model, call, varied):
+            self._attempt(variation.what, *variation.calls[:1])
 
-def resets(model: nn.Module) -> list[str]:
-    """The methods without required arguments by which the model forgets."""
-    found = []
-    for name in dir(type(model)):
-        if RESETS.fullmatch(name) is None or name in model._modules:
-            continue
-        method = getattr(type(model), name, None)
-        if callable(method):
-            required = [p for p in _parameters(method)[1:] if p.default is p.empty and p.kind not in _VARIABLE]
-            if not required:
-                found.append(name)
-    return found
+    def _go_on(self, call: Call, run: Run, of_main: bool) -> None:
+        """Other contents, sizes, layouts and further calls, where the code of a call asks for them."""
+        if run.contents:
+            self._other_contents(call)
+        if run.looks:
+            fewer = not of_main and self._main.looks and self._is_large
+            self._other_sizes(call, _OF_METHODS if fewer else ())
+        if run.layout:
+            self._say("the code asks how tensors lie in memory: of that only other strides were tried")
+            for other in resized.with_other_layouts(call):
+                self._attempt("another layout in memory", other)
+        if run.traces or run.stateful:
+            self._memory(call, run)
 
+    def _sequences(self) -> None:
+        """What the caller names and leaves something behind, before and after the first call, and one another."""
+        main = self._main.call
+        for call, run in self._recorder.given:
+            if run.stateful or run.traces:
+                self._attempt(f"{call!r}, and then the first call", call, main)
+                self._attempt(f"the first call, and then {call!r}", main, call, main)
+                for other, _ in self._recorder.given:
+                    if other is not call:
+                        self._attempt(f"{call!r}, and then {other!r}", call, other)
 
-@dataclass(frozen=True)
-class Variation:
-    """One argument of a call, and other values for it.
-
-    Attributes:
-        what: the argument, in words.
-        calls: the call with these values.
-        all_of_them: whether each value may lead somewhere else; else the first that does is enough.
-        otherwise: further values that may, each for itself, unless the very first led somewhere else.
-        is_flag: whether it is a flag.
-        may_fail: whether nobody need be told if the model takes none of the values.
-        is_text: whether it is given text, of which more may be known to the code.
-    """
-
-    what: str
-    calls: list[Call]
-    all_of_them: bool = False
-    otherwise: Sequence[Call] = ()
-    is_flag: bool = False
-    is_text: bool = False
-    may_fail: bool = False
-
-
-def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
-    """Other values of every argument that is no tensor, given or left at its default.
-
-    A flag is flipped, a number is counted up and down. What is None, or may be there and is not, becomes a tensor or an
-    object of which nothing is known, or a flag.
-    """
-    method = getattr(type(model), call.method, None) if call.method not in model.__dict__ else None
-    parameters = _parameters(method)[1:] if method is not None else []
-    words = _words(model)
-    numbers = thresholds(model)
-    for place, value in enumerate(call.args):
-        yield from _of_value(
-            f"argument {place}", value, _guesses(call), words,
-            functools.partial(_at, call, place), numbers,
-        )  # fmt: skip
-    for name, value in call.kwargs.items():
-        yield from _of_value(name, value, _guesses(call), words, functools.partial(_with, call, name), numbers)
-    yield from _left_out(call, parameters)
-    for place, parameter in enumerate(parameters):
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            more = [call.with_inputs((*call.args, value), call.kwargs) for value in (*_guesses(call), True)]
-            yield Variation("one more argument", more, may_fail=True)
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            known = {parameter.name for parameter in parameters} | set(call.kwargs)
-            for name in ["unknown", *(word for word in words if word not in known)][:_MOST]:
-                yield Variation(name, [_with(call, name, value) for value in (*_guesses(call), True)], may_fail=True)
-        elif place >= len(call.args) and parameter.name not in call.kwargs and parameter.default is not parameter.empty:
-            if parameter.kind is parameter.POSITIONAL_ONLY:
+    def _methods(self, call: Call) -> None:
+        """Known methods, with every flag of theirs; what their own code asks for follows."""
+        model = self._model
+        given = {run.call.method for run in self._recorder.recording.runs}
+        for name in known_methods.methods(model):
+            if name in given:
                 continue
-            flag = parameter.default is None and _says_bool(parameter.annotation)
-            yield from _of_value(
-                parameter.name, False if flag else parameter.default, _guesses(call), words,
-                functools.partial(_with, call, parameter.name), numbers,
-            )  # fmt: skip
+            self._recorder.for_real = max(self._recorder.for_real, _SURELY_FOR_REAL)
+            method = known_methods.forward_of(call, name)
+            if name not in self._main.methods and self._attempt(name, method) is None:
+                continue
+            left = []
+            for variation in variations.variations(model, method):
+                skipped = self._is_large or not variation.is_flag
+                if skipped or self._attempt(f"{name}, {variation.what}", *variation.calls) is None:
+                    left.append(variation.what)
+            if left:
+                self._say(f"{name} was given no other value of {', '.join(left)}")
+        for piped in known_methods.pipes(self._model, call, self._main.methods):
+            self._recorder.for_real = max(self._recorder.for_real, _SURELY_FOR_REAL)
+            self._attempt(piped.method, piped)
 
+    def _vary(self, variation: Variation) -> None:
+        """Record the first of some values of an argument that leads somewhere else, or all of them."""
+        taken = False
+        self._recorder.for_real = max(self._recorder.for_real, _SURELY_FOR_REAL)
+        for place, call in enumerate(variation.calls):
+            found = self._attempt(variation.what, call)
+            taken |= found is not None
+            last = self._recorder.last
+            if found and not variation.all_of_them and not (last is not None and last.contents):
+                if place == 0:
+                    return
+                break
+        for call in variation.otherwise:
+            taken |= self._attempt(variation.what, call) is not None
+        if not taken and not variation.may_fail:
+            self._say(f"{variation.what} was never given another value: what that does is not known")
+        elif taken and variation.is_text:
+            self._say(f"{variation.what} was given only words of the code")
 
-def _left_out(call: Call, parameters: Sequence[inspect.Parameter]) -> Iterator[Variation]:
-    """The call without a tensor that need not be given: left out, or its default in its place."""
-    by_name = {parameter.name: parameter for parameter in parameters}
-    for place, value in enumerate(call.args):
-        parameter = parameters[place] if place < len(parameters) else None
-        if parameter is not None and parameter.kind in _VARIABLE:
+    def _other_sizes(self, call: Call, groups: Sequence[str] = ()) -> None:
+        """Other sizes in both directions, of every group the first that the model takes.
+
+        Args:
+            groups: only these, if there are any.
+        """
+        done: set[str] = set()
+        fixed: list[frozenset[int]] = []
+        varied: frozenset[int] = frozenset()
+        before = len(self._recorder.recording.runs)
+        thresholds = model_code.thresholds(self._model)
+        for number, resizing in enumerate(resized.resizings(call, thresholds)):
+            alone = resizing.group[-1].isdigit()
+            if groups and resizing.group not in groups:
+                continue
+            if resizing.group in done or (alone and resizing.axes <= varied):
+                continue
+            if resizing.group == "larger batch" and "larger" in done:
+                continue
+            if any(axes <= resizing.axes for axes in fixed) and resizing.axes != {1}:  # which may be taken apart
+                continue
+            other = resizing.of(call, number)
+            if other is None:
+                continue
+            try:
+                if self._attempt(resizing.what, other, pass_on=FixedSizeError) is not None:
+                    done.add(resizing.group)
+                    if resizing.group in ("larger", "smaller"):
+                        varied |= resizing.axes  # single ones teach nothing more
+            except FixedSizeError:  # a table of one size fits no other size
+                fixed.append(resizing.axes)
+            if len(self._recorder.recording.runs) - before >= _DIFFERENT_SIZES:
+                return
+
+    def _other_contents(self, call: Call) -> None:
+        """Other contents, for half of the runs with arithmetic; the other half is for other sizes."""
+        left = self._recorder.for_real // 2
+        self._say("the code goes by contents: of these only some others were tried")
+        for number in (1, 2, 3, 4, 0, 5):
+            if self._recorder.for_real > left:
+                self._attempt("other contents", resized.revalued(call, number))
+
+    def _memory(self, call: Call, run: Run) -> None:
+        """Further calls of a model that remembers something, as long as they change something, and after a reset.
+
+        Where it keeps nothing but what does not depend on the input (a table), one more call is enough.
+        """
+        if not run.stateful:
+            self._attempt("a second call", call, call)
             return
-        if parameter is None or parameter.default is parameter.empty or not pytree.tensors(value):
-            continue
-        others = [_at(call, place, parameter.default)]
-        yield Variation(f"{parameter.name} left out", others, may_fail=True)
-    for name, value in call.kwargs.items():
-        parameter = by_name.get(name)
-        needed = parameter is not None and parameter.default is parameter.empty
-        if not needed and pytree.tensors(value):
-            without = {other: given for other, given in call.kwargs.items() if other != name}
-            yield Variation(f"{name} left out", [call.with_inputs(call.args, without)], may_fail=True)
+        numbers = [] if self._is_large else model_code.thresholds(self._model)
+        times = max([_MEMORY, *(number + 2 for number in numbers if number <= _MOST_MEMORY)])
+        self._say(f"the model remembers something: only {times} calls followed one another")
+        self._recorder.for_real += 3
+        self._attempt("further calls", *[call] * times)
+        self._attempt("calls with other inputs in between", call, *self._others(call), call)
+        for name in known_methods.resets(self._model):
+            self._attempt(f"a call after {name}", call, Call(method=name), call)
 
+    def _resets(self, call: Call) -> None:
+        """What the model does once it has forgotten, which it may have remembered since before the first call."""
+        for name in known_methods.resets(self._model):
+            self._attempt(f"a call after {name}", Call(method=name), call)
 
-def _at(call: Call, place: int, value: Any) -> Call:
-    return call.with_inputs((*call.args[:place], value, *call.args[place + 1 :]), call.kwargs)
-
-
-def _with(call: Call, name: str, value: Any) -> Call:
-    return call.with_inputs(call.args, {**call.kwargs, name: value})
-
-
-def _guesses(call: Call) -> list[Any]:
-    """What an argument could be of which nothing is known."""
-    guesses: list[Any] = [Unseen()]
-    for like in call.tensors[:1]:
-        if is_dense(like) and like.dim():
-            mask = like[:, :1] if like.dim() > 2 else like[:, 0] if like.dim() == 2 else like
-            one = like.new_ones([1] * like.dim())  # it is broadcast to any other
-            guesses += [Guess(one.bool()), Guess(one), Guess(torch.ones_like(mask, dtype=torch.bool))]
-            guesses += [Guess(torch.ones_like(like))]
-            torn = torch.arange(mask.numel(), device=mask.device).reshape(mask.shape) % 2 == 0
-            guesses += [Guess(torn), Guess(torn.to(like.dtype)), Guess(torch.zeros_like(torn))]
-    return guesses
-
-
-def _of_value(
-    what: str,
-    value: Any,
-    guesses: list[Any],
-    words: list[str],
-    changed: Callable[[Any], Call],
-    numbers: Sequence[int] = (),
-    depth: int = 0,
-) -> Iterator[Variation]:
-    if isinstance(value, bool):
-        yield Variation(f"{what}={not value}", [changed(not value)], is_flag=True)
-    elif isinstance(value, int):
-        beyond = [number + more for number in numbers for more in (0, 1)]
-        near = dict.fromkeys((value + 1, value - 1, value + 2, 0, 1, 2, 3, *beyond))
-        yield Variation(what, [changed(other) for other in near if other != value], all_of_them=True)
-    elif value is None:
-        otherwise = [*map(changed, (True, 0, 1, 2, 3)), *map(changed, words[:_MOST])]
-        yield Variation(what, list(map(changed, guesses)), otherwise=otherwise)
-    elif isinstance(value, float):
-        others = [other for other in (value + 1, value - 1, value / 2, 0.0, 1.0) if other != value]
-        yield Variation(what, list(map(changed, (guesses[0], *others))), all_of_them=True)
-    elif isinstance(value, str):
-        near_words = [word for word in words if word != value][:_MOST]
-        yield Variation(what, list(map(changed, near_words)), all_of_them=True, is_text=True)
-    elif type(value) in (list, tuple) and all(type(item) in (int, float, str) for item in value):
-        kind = type(value)
-        sets: list[Any] = [(), (0,), (1,), (2,), (0, 1, 2, 3), (-1,)]
-        if value:
-            sets += [value[:-1], (*value, value[-1])]
-            if all(type(item) is int for item in value):
-                sets += [tuple(item + 1 for item in value)]
-        yield Variation(what, [changed(kind(other)) for other in sets if kind(other) != value], all_of_them=True)
-    elif type(value) is dict:
-        for word in [word for word in words if word not in value][:_MOST]:
-            yield Variation(
-                f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)], may_fail=True
-            )
-        held = [item for item in value.values() if isinstance(item, Tensor)]
-        if held:
-            yield Variation(f"one more of {what}", [changed({**value, "unknown": held[-1].clone()})], may_fail=True)
-        yield from _of_members(what, value, guesses, words, changed, numbers, depth)
-    elif not isinstance(value, Tensor):
-        members = list(_members(value))
-        if members and depth < _DEEPEST:
-            yield from _of_members(what, value, guesses, words, changed, numbers, depth)
-        elif not pytree.tensors(value):
-            yield Variation(what, [])
-
-
-_DEEPEST = 2
-"""So deep is data looked into, in which a value may be another."""
-
-
-def _of_members(
-    what: str,
-    value: Any,
-    guesses: list[Any],
-    words: list[str],
-    changed: Callable[[Any], Call],
-    numbers: Sequence[int],
-    depth: int,
-) -> Iterator[Variation]:
-    """Other values of what stands in a container or data object, and tensors that may not be there."""
-    for name, item, put in list(_members(value))[:_MOST]:
-
-        def inside(other: Any, put: Callable[[Any], Any] = put) -> Call:
-            return changed(put(other))
-
-        if not isinstance(item, Tensor):
-            yield from _of_value(f"{what}{name}", item, guesses, words, inside, numbers, depth + 1)
-        elif type(value) is dict:
-            without = {key: other for key, other in value.items() if other is not item}
-            yield Variation(f"{what} without {name}", [changed(without)], may_fail=True)
-        else:
-            yield Variation(f"{what}{name} is None", [inside(None)], may_fail=True)
-
-
-def _members(value: Any) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
-    """What stands in data: the name, the value, and what gives a copy with another value in its place."""
-    if type(value) is dict:
-        for key, item in value.items():
-            yield f"[{key!r}]", item, functools.partial(_with_item, value, key)
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        for name in value._fields:
-            yield f".{name}", getattr(value, name), functools.partial(_with_field, value, name)
-    elif type(value) in (list, tuple):
-        for place, item in enumerate(value):
-            yield f"[{place}]", item, functools.partial(_with_place, value, place)
-    elif is_plain_object(value) and hasattr(value, "__dict__") and not callable(value):
-        for name, item in vars(value).items():
-            yield f".{name}", item, functools.partial(_with_attribute, value, name)
-
-
-def _with_item(held: dict[Any, Any], key: Any, value: Any) -> dict[Any, Any]:
-    return {**held, key: value}
-
-
-def _with_field(held: Any, name: str, value: Any) -> Any:
-    return held._replace(**{name: value})
-
-
-def _with_place(held: Any, place: int, value: Any) -> Any:
-    return type(held)((*held[:place], value, *held[place + 1 :]))
-
-
-def _with_attribute(held: Any, name: str, value: Any) -> Any:
-    other = copy.copy(held)
-    vars(other)[name] = value
-    return other
-
-
-_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-
-
-def _parameters(method: Any) -> list[inspect.Parameter]:
-    try:
-        return list(inspect.signature(method).parameters.values())
-    except (TypeError, ValueError):
-        return []
-
-
-def _words(model: nn.Module) -> list[str]:
-    """The strings in the code of a model that could be names of arguments or keys."""
-    codes = [function.__code__ for function, _ in _functions(model)]
-    codes.reverse()  # those of the model itself are taken first
-    found: dict[str, None] = {}
-    while codes:
-        for constant in codes.pop().co_consts:
-            if isinstance(constant, types.CodeType):
-                codes.append(constant)
-            elif isinstance(constant, str) and constant.isidentifier():
-                found[constant] = None
-    return list(found)
-
-
-def _functions(model: nn.Module) -> Iterator[tuple[types.FunctionType, list[nn.Module]]]:
-    """The functions of the caller's in which a model is written, with the modules of their class.
-
-    Those are the methods of its modules, the functions that modules hold, and those of the same file that they call.
-    """
-    holders: dict[type, list[nn.Module]] = {}
-    for module in model.modules():
-        holders.setdefault(type(module), []).append(module)
-    seen: set[int] = set()
-    for kind, modules in holders.items():
-        waiting = list(code_of(kind))
-        if waiting:
-            held = [value for module in modules for value in vars(module).values()]
-            waiting += [value for value in held if isinstance(value, types.FunctionType)]
-        while waiting:
-            function = waiting.pop(0)
-            if id(function) in seen:
-                continue
-            seen.add(id(function))
-            yield function, modules
-            called = [function.__globals__.get(name) for name in function.__code__.co_names]
-            waiting += [
-                other
-                for other in called
-                if isinstance(other, types.FunctionType) and other.__module__ == function.__module__
-            ]
-
-
-def thresholds(model: nn.Module) -> list[int]:
-    """The whole numbers that the code of a model compares something with: constants and attributes."""
-    found: set[int] = set()
-    for function, modules in _functions(model):
-        lines: dict[int | None, list[dis.Instruction]] = {}
-        line = None
-        for step in dis.get_instructions(function):
-            line = step.positions.lineno if step.positions is not None else line
-            lines.setdefault(line, []).append(step)
-        for steps in lines.values():
-            if not any(step.opname == "COMPARE_OP" for step in steps):
-                continue
-            for step in steps:
-                numbers = [step.argval] if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") else []
-                if step.opname == "LOAD_ATTR":
-                    numbers = [vars(module).get(step.argval) for module in modules]
-                elif step.opname == "LOAD_GLOBAL":
-                    numbers = [function.__globals__.get(step.argval)]
-                found.update(number for number in numbers if type(number) is int and 1 < number <= _LARGEST)
-    return sorted(found)[:_MOST]
-
-
-_LARGEST = 2048
-"""No larger size is tried for the sake of a number in the code."""
-
-
-def together(model: nn.Module, call: Call, varied: Sequence[Variation]) -> Iterator[Variation]:
-    """Two flags flipped at a time, and a flag beside an argument that may be there."""
-    flags = [variation for variation in varied if variation.is_flag or variation.calls][:_TOGETHER]
-    for place, variation in enumerate(flags):
-        if not variation.is_flag:
-            continue
-        names = {other.what for number, other in enumerate(flags) if other.is_flag <= (number > place)} - {
-            variation.what
-        }
-        for other in variations(model, variation.calls[0]):
-            if other.what in names and other.calls:
-                yield Variation(f"{variation.what}, {other.what}", other.calls)
-
-
-_TOGETHER = 5
-"""So many arguments are varied two at a time."""
-
-
-def _says_bool(annotation: Any) -> bool:
-    """True for ``bool`` and ``Optional[bool]``, also as text."""
-    if isinstance(annotation, str):
-        return annotation.replace(" ", "") in ("bool", "Optional[bool]", "bool|None", "None|bool")
-    return annotation is bool or bool in typing.get_args(annotation)
-
-
-def is_complete(call: Call) -> bool:
-    """True if the call can be made: nothing in it is unseen."""
-    return not any(map(_is_unseen, (*call.args, *call.kwargs.values())))
-
-
-def _is_unseen(value: Any, depth: int = 0) -> bool:
-    if isinstance(value, (Unseen, Guess)):
-        return True
-    if isinstance(value, Tensor) or depth > _DEEPEST:
-        return False
-    return any(_is_unseen(item, depth + 1) for _, item, _ in _members(value))
-
-
-def forward_of(call: Call, method: str) -> Call:
-    """Another method with the same arguments."""
-    return Call(*call.args, method=method, **call.kwargs)
+    def _others(self, call: Call) -> Iterator[Call]:
+        """The call with another batch, if the model takes it, and with other contents."""
+        for resizing in resized.resizings(call):
+            other = resizing.of(call, 1) if resizing.group == "larger batch" else None
+            if other is not None and self._attempt(resizing.what, other) is not None:
+                yield other
+        yield resized.revalued(call, 1)

@@ -24,8 +24,9 @@ from bnfuse.model.calls import Call
 from bnfuse.model.describe import first_line
 from bnfuse.model.inputs import candidates
 from bnfuse.model.witness import Witness
-from bnfuse.planner import inferred_calls
 from bnfuse.planner.assumptions import varying
+from bnfuse.planner.inferred_calls import CallInference
+from bnfuse.planner.known_methods import methods as known_methods
 from bnfuse.planner.options import Options
 from bnfuse.planner.recorded_calls import CallRecorder, FurtherCall
 from bnfuse.reasons import CALLER_KEEPS, Reason
@@ -92,7 +93,7 @@ class Problem:
         recorder = CallRecorder(recording, contents)
         recorder.add_given(calls)
         if options.infer_calls:
-            recorder.infer()
+            CallInference(recorder).infer()
         unseen = [*recorder.unseen, *filter(None, [str(watch or "")])]
         return Problem(model, options, recording, keep, recorder.further, unseen)
 
@@ -121,7 +122,7 @@ def captured(
     lines: LineWatch | None = None,
 ) -> Recording:
     """Run the model on the inputs, or on the first of the inferred ones that it takes."""
-    methods = inferred_calls.methods(model) if infer_calls else []
+    methods = known_methods(model) if infer_calls else []
 
     def run(call: Call) -> Recording:
         recording = Recording(model, RULES, methods, lines)

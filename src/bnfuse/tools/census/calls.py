@@ -23,7 +23,7 @@ from torch import nn
 from bnfuse.api import fuse_with_plan
 from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import one_line
-from bnfuse.planner.inferred_calls import methods
+from bnfuse.planner.known_methods import methods
 from bnfuse.planner.options import Options
 from bnfuse.tools import zoo
 from bnfuse.tools.census.ledger import read

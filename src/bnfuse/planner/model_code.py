@@ -1,0 +1,95 @@
+"""What the code of a model says of itself: the arguments of its methods, words that may be names, numbers that it
+compares with."""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from bnfuse.model.other_state import code_of
+
+MOST = 8
+"""So many names of keywords or keys, and so many numbers, are tried."""
+
+_LARGEST = 2048
+"""No larger size is tried for the sake of a number in the code."""
+
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+"""The kinds of parameters that take any number of arguments."""
+
+
+def parameters_of(method: Any) -> list[inspect.Parameter]:
+    """The parameters of a method, none where Python does not know them."""
+    try:
+        return list(inspect.signature(method).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def words(model: nn.Module) -> list[str]:
+    """The strings in the code of a model that could be names of arguments or keys."""
+    codes = [function.__code__ for function, _ in _functions(model)]
+    codes.reverse()  # those of the model itself are taken first
+    found: dict[str, None] = {}
+    while codes:
+        for constant in codes.pop().co_consts:
+            if isinstance(constant, types.CodeType):
+                codes.append(constant)
+            elif isinstance(constant, str) and constant.isidentifier():
+                found[constant] = None
+    return list(found)
+
+
+def thresholds(model: nn.Module) -> list[int]:
+    """The whole numbers that the code of a model compares something with: constants and attributes."""
+    found: set[int] = set()
+    for function, modules in _functions(model):
+        lines: dict[int | None, list[dis.Instruction]] = {}
+        line = None
+        for step in dis.get_instructions(function):
+            line = step.positions.lineno if step.positions is not None else line
+            lines.setdefault(line, []).append(step)
+        for steps in lines.values():
+            if not any(step.opname == "COMPARE_OP" for step in steps):
+                continue
+            for step in steps:
+                numbers = [step.argval] if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") else []
+                if step.opname == "LOAD_ATTR":
+                    numbers = [vars(module).get(step.argval) for module in modules]
+                elif step.opname == "LOAD_GLOBAL":
+                    numbers = [function.__globals__.get(step.argval)]
+                found.update(number for number in numbers if type(number) is int and 1 < number <= _LARGEST)
+    return sorted(found)[:MOST]
+
+
+def _functions(model: nn.Module) -> Iterator[tuple[types.FunctionType, list[nn.Module]]]:
+    """The functions of the caller's in which a model is written, with the modules of their class.
+
+    Those are the methods of its modules, the functions that modules hold, and those of the same file that they call.
+    """
+    holders: dict[type, list[nn.Module]] = {}
+    for module in model.modules():
+        holders.setdefault(type(module), []).append(module)
+    seen: set[int] = set()
+    for kind, modules in holders.items():
+        waiting = list(code_of(kind))
+        if waiting:
+            held = [value for module in modules for value in vars(module).values()]
+            waiting += [value for value in held if isinstance(value, types.FunctionType)]
+        while waiting:
+            function = waiting.pop(0)
+            if id(function) in seen:
+                continue
+            seen.add(id(function))
+            yield function, modules
+            called = [function.__globals__.get(name) for name in function.__code__.co_names]
+            waiting += [
+                other
+                for other in called
+                if isinstance(other, types.FunctionType) and other.__module__ == function.__module__
+            ]
