@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from bnfuse.capture.run import Run
 from bnfuse.capture.shapes_only import FixedSizeError
 from bnfuse.model.calls import FORWARD, Call
-from bnfuse.planner import known_methods, model_code, resized, variations
+from bnfuse.planner import known_methods, resized, variations
+from bnfuse.planner.model_code import ModelCode
 from bnfuse.planner.recorded_calls import SMALL, CallRecorder
 from bnfuse.planner.variations import Variation
 
@@ -48,6 +49,7 @@ class CallInference:
         self._recorder, self._main = recorder, recorder.main
         self._attempt, self._say = recorder.attempt, recorder.say
         self._model = recorder.recording.model
+        self._code = ModelCode(self._model)
         self._is_large = len(self._main.nodes) > SMALL
 
     def infer(self) -> None:
@@ -79,13 +81,13 @@ class CallInference:
             self._attempt(what, other)
         if run.modes:
             self._say("the code asks whether gradients are tracked: it ran without")
-        varied = list(itertools.islice(variations.variations(self._model, call), _ARGUMENTS + 1))
+        varied = list(itertools.islice(variations.variations(self._code, call), _ARGUMENTS + 1))
         if len(varied) > _ARGUMENTS:
             del varied[_ARGUMENTS:]
             self._say(f"only {_ARGUMENTS} arguments were given another value")
         for variation in varied:
             self._vary(variation)
-        for variation in variations.together(self._model, call, varied):
+        for variation in variations.together(self._code, varied):
             self._attempt(variation.what, *variation.calls[:1])
 
     def _go_on(self, call: Call, run: Run, of_main: bool) -> None:
@@ -125,7 +127,7 @@ class CallInference:
             if name not in self._main.methods and self._attempt(name, method) is None:
                 continue
             left = []
-            for variation in variations.variations(model, method):
+            for variation in variations.variations(self._code, method):
                 skipped = self._is_large or not variation.is_flag
                 if skipped or self._attempt(f"{name}, {variation.what}", *variation.calls) is None:
                     left.append(variation.what)
@@ -164,8 +166,7 @@ class CallInference:
         fixed: list[frozenset[int]] = []
         varied: frozenset[int] = frozenset()
         before = len(self._recorder.recording.runs)
-        thresholds = model_code.thresholds(self._model)
-        for number, resizing in enumerate(resized.resizings(call, thresholds)):
+        for number, resizing in enumerate(resized.resizings(call, self._code.thresholds)):
             alone = resizing.group[-1].isdigit()
             if groups and resizing.group not in groups:
                 continue
@@ -204,7 +205,7 @@ class CallInference:
         if not run.stateful:
             self._attempt("a second call", call, call)
             return
-        numbers = [] if self._is_large else model_code.thresholds(self._model)
+        numbers = [] if self._is_large else self._code.thresholds
         times = max([_MEMORY, *(number + 2 for number in numbers if number <= _MOST_MEMORY)])
         self._say(f"the model remembers something: only {times} calls followed one another")
         self._recorder.for_real += 3

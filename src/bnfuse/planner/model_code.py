@@ -4,9 +4,10 @@ compares with."""
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import nn
@@ -31,40 +32,59 @@ def parameters_of(method: Any) -> list[inspect.Parameter]:
         return []
 
 
-def words(model: nn.Module) -> list[str]:
-    """The strings in the code of a model that could be names of arguments or keys."""
-    codes = [function.__code__ for function, _ in _functions(model)]
-    codes.reverse()  # those of the model itself are taken first
-    found: dict[str, None] = {}
-    while codes:
-        for constant in codes.pop().co_consts:
-            if isinstance(constant, types.CodeType):
-                codes.append(constant)
-            elif isinstance(constant, str) and constant.isidentifier():
-                found[constant] = None
-    return list(found)
+class ModelCode:
+    """The code in which a model is written, read when something of it is asked for, and once.
 
+    Attributes:
+        model: the model.
+    """
 
-def thresholds(model: nn.Module) -> list[int]:
-    """The whole numbers that the code of a model compares something with: constants and attributes."""
-    found: set[int] = set()
-    for function, modules in _functions(model):
-        lines: dict[int | None, list[dis.Instruction]] = {}
-        line = None
-        for step in dis.get_instructions(function):
-            line = step.positions.lineno if step.positions is not None else line
-            lines.setdefault(line, []).append(step)
-        for steps in lines.values():
-            if not any(step.opname == "COMPARE_OP" for step in steps):
-                continue
-            for step in steps:
-                numbers = [step.argval] if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") else []
-                if step.opname == "LOAD_ATTR":
-                    numbers = [vars(module).get(step.argval) for module in modules]
-                elif step.opname == "LOAD_GLOBAL":
-                    numbers = [function.__globals__.get(step.argval)]
-                found.update(number for number in numbers if type(number) is int and 1 < number <= _LARGEST)
-    return sorted(found)[:MOST]
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @functools.cached_property
+    def words(self) -> list[str]:
+        """The strings in the code of a model that could be names of arguments or keys."""
+        codes = [function.__code__ for function, _ in self._functions]
+        codes.reverse()  # those of the model itself are taken first
+        found: dict[str, None] = {}
+        while codes:
+            for constant in codes.pop().co_consts:
+                if isinstance(constant, types.CodeType):
+                    codes.append(constant)
+                elif isinstance(constant, str) and constant.isidentifier():
+                    found[constant] = None
+        return list(found)
+
+    def words_but(self, known: Container[str]) -> list[str]:
+        """Those of the words that are not known already."""
+        return [word for word in self.words if word not in known]
+
+    @functools.cached_property
+    def thresholds(self) -> list[int]:
+        """The whole numbers that the code of a model compares something with: constants and attributes."""
+        found: set[int] = set()
+        for function, modules in self._functions:
+            lines: dict[int | None, list[dis.Instruction]] = {}
+            line = None
+            for step in dis.get_instructions(function):
+                line = step.positions.lineno if step.positions is not None else line
+                lines.setdefault(line, []).append(step)
+            for steps in lines.values():
+                if not any(step.opname == "COMPARE_OP" for step in steps):
+                    continue
+                for step in steps:
+                    numbers = [step.argval] if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") else []
+                    if step.opname == "LOAD_ATTR":
+                        numbers = [vars(module).get(step.argval) for module in modules]
+                    elif step.opname == "LOAD_GLOBAL":
+                        numbers = [function.__globals__.get(step.argval)]
+                    found.update(number for number in numbers if type(number) is int and 1 < number <= _LARGEST)
+        return sorted(found)[:MOST]
+
+    @functools.cached_property
+    def _functions(self) -> list[tuple[types.FunctionType, list[nn.Module]]]:
+        return list(_functions(self.model))
 
 
 def _functions(model: nn.Module) -> Iterator[tuple[types.FunctionType, list[nn.Module]]]:

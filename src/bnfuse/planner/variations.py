@@ -6,20 +6,19 @@ import copy
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnfuse.capture.unseen import Guess, Unseen
 from bnfuse.model import pytree
 from bnfuse.model.calls import Call
 from bnfuse.model.other_state import is_plain_object
 from bnfuse.operators import is_dense
-from bnfuse.planner import model_code
-from bnfuse.planner.model_code import MOST, VARIABLE, parameters_of
+from bnfuse.planner.model_code import MOST, VARIABLE, ModelCode, parameters_of
 
 _DEEPEST = 2
 """So deep is data looked into, in which a value may be another."""
@@ -30,61 +29,83 @@ _TOGETHER = 5
 
 @dataclass(frozen=True)
 class Variation:
-    """One argument of a call, and other values for it.
+    """One argument of a call, and other values for it, which are made when they are asked for.
 
     Attributes:
         what: the argument, in words.
-        calls: the call with these values.
+        changed: the call with a value in the place of the argument.
+        values: gives the values.
         all_of_them: whether each value may lead somewhere else; else the first that does is enough.
-        otherwise: further values that may, each for itself, unless the very first led somewhere else.
+        further_values: gives values that may lead somewhere else, each for itself, unless the very first did.
         is_flag: whether it is a flag.
         may_fail: whether nobody need be told if the model takes none of the values.
         is_text: whether it is given text, of which more may be known to the code.
     """
 
     what: str
-    calls: list[Call]
+    changed: Callable[[Any], Call]
+    values: Callable[[], Iterable[Any]]
     all_of_them: bool = False
-    otherwise: Sequence[Call] = ()
+    further_values: Callable[[], Iterable[Any]] = tuple
     is_flag: bool = False
     is_text: bool = False
     may_fail: bool = False
 
+    @functools.cached_property
+    def calls(self) -> list[Call]:
+        """The call with each of the values."""
+        return list(map(self.changed, self.values()))
 
-def variations(model: nn.Module, call: Call) -> Iterator[Variation]:
+    @property
+    def otherwise(self) -> Iterator[Call]:
+        """The call with each of the further values."""
+        return map(self.changed, self.further_values())
+
+
+class _Known:
+    """What values are made of: the code of the model, and guesses at what an argument of a call could be."""
+
+    def __init__(self, code: ModelCode, call: Call) -> None:
+        self.code, self._call = code, call
+
+    @functools.cached_property
+    def guesses(self) -> list[Any]:
+        return _guesses(self._call)
+
+    def guesses_or_true(self) -> list[Any]:
+        return [*self.guesses, True]
+
+
+def variations(code: ModelCode, call: Call) -> Iterator[Variation]:
     """Other values of every argument that is no tensor, given or left at its default.
 
     A flag is flipped, a number is counted up and down. What is None, or may be there and is not, becomes a tensor or an
     object of which nothing is known, or a flag.
     """
+    model = code.model
     method = getattr(type(model), call.method, None) if call.method not in model.__dict__ else None
     parameters = parameters_of(method)[1:] if method is not None else []
-    words = model_code.words(model)
-    numbers = model_code.thresholds(model)
+    known = _Known(code, call)
     for place, value in enumerate(call.args):
-        yield from _of_value(
-            f"argument {place}", value, _guesses(call), words,
-            functools.partial(_at, call, place), numbers,
-        )  # fmt: skip
+        yield from _of_value(f"argument {place}", value, known, functools.partial(_at, call, place))
     for name, value in call.kwargs.items():
-        yield from _of_value(name, value, _guesses(call), words, functools.partial(_with, call, name), numbers)
+        yield from _of_value(name, value, known, functools.partial(_with, call, name))
     yield from _left_out(call, parameters)
     for place, parameter in enumerate(parameters):
         if parameter.kind is parameter.VAR_POSITIONAL:
-            more = [call.with_inputs((*call.args, value), call.kwargs) for value in (*_guesses(call), True)]
-            yield Variation("one more argument", more, may_fail=True)
+            changed = functools.partial(_at, call, len(call.args))
+            yield Variation("one more argument", changed, known.guesses_or_true, may_fail=True)
         elif parameter.kind is parameter.VAR_KEYWORD:
-            known = {parameter.name for parameter in parameters} | set(call.kwargs)
-            for name in ["unknown", *(word for word in words if word not in known)][:MOST]:
-                yield Variation(name, [_with(call, name, value) for value in (*_guesses(call), True)], may_fail=True)
+            taken = {parameter.name for parameter in parameters} | set(call.kwargs)
+            for name in ["unknown", *code.words_but(taken)][:MOST]:
+                changed = functools.partial(_with, call, name)
+                yield Variation(name, changed, known.guesses_or_true, may_fail=True)
         elif place >= len(call.args) and parameter.name not in call.kwargs and parameter.default is not parameter.empty:
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 continue
             flag = parameter.default is None and _says_bool(parameter.annotation)
-            yield from _of_value(
-                parameter.name, False if flag else parameter.default, _guesses(call), words,
-                functools.partial(_with, call, parameter.name), numbers,
-            )  # fmt: skip
+            changed = functools.partial(_with, call, parameter.name)
+            yield from _of_value(parameter.name, False if flag else parameter.default, known, changed)
 
 
 def _left_out(call: Call, parameters: Sequence[inspect.Parameter]) -> Iterator[Variation]:
@@ -96,14 +117,18 @@ def _left_out(call: Call, parameters: Sequence[inspect.Parameter]) -> Iterator[V
             return
         if parameter is None or parameter.default is parameter.empty or not pytree.tensors(value):
             continue
-        others = [_at(call, place, parameter.default)]
-        yield Variation(f"{parameter.name} left out", others, may_fail=True)
+        yield _exactly(f"{parameter.name} left out", _at(call, place, parameter.default))
     for name, value in call.kwargs.items():
         parameter = by_name.get(name)
         needed = parameter is not None and parameter.default is parameter.empty
         if not needed and pytree.tensors(value):
             without = {other: given for other, given in call.kwargs.items() if other != name}
-            yield Variation(f"{name} left out", [call.with_inputs(call.args, without)], may_fail=True)
+            yield _exactly(f"{name} left out", call.with_inputs(call.args, without))
+
+
+def _exactly(what: str, call: Call) -> Variation:
+    """A variation that is this call, and that the model need not take."""
+    return Variation(what, lambda value: call, lambda: (None,), may_fail=True)
 
 
 def _at(call: Call, place: int, value: Any) -> Call:
@@ -129,76 +154,73 @@ def _guesses(call: Call) -> list[Any]:
 
 
 def _of_value(
-    what: str,
-    value: Any,
-    guesses: list[Any],
-    words: list[str],
-    changed: Callable[[Any], Call],
-    numbers: Sequence[int] = (),
-    depth: int = 0,
+    what: str, value: Any, known: _Known, changed: Callable[[Any], Call], depth: int = 0
 ) -> Iterator[Variation]:
+    code = known.code
     if isinstance(value, bool):
-        yield Variation(f"{what}={not value}", [changed(not value)], is_flag=True)
+        yield Variation(f"{what}={not value}", changed, lambda: (not value,), is_flag=True)
     elif isinstance(value, int):
-        beyond = [number + more for number in numbers for more in (0, 1)]
-        near = dict.fromkeys((value + 1, value - 1, value + 2, 0, 1, 2, 3, *beyond))
-        yield Variation(what, [changed(other) for other in near if other != value], all_of_them=True)
+        yield Variation(what, changed, functools.partial(_numbers_near, value, code), all_of_them=True)
     elif value is None:
-        otherwise = [*map(changed, (True, 0, 1, 2, 3)), *map(changed, words[:MOST])]
-        yield Variation(what, list(map(changed, guesses)), otherwise=otherwise)
+        yield Variation(
+            what, changed, lambda: known.guesses, further_values=lambda: (True, 0, 1, 2, 3, *code.words[:MOST])
+        )
     elif isinstance(value, float):
-        others = [other for other in (value + 1, value - 1, value / 2, 0.0, 1.0) if other != value]
-        yield Variation(what, list(map(changed, (guesses[0], *others))), all_of_them=True)
+        near = [other for other in (value + 1, value - 1, value / 2, 0.0, 1.0) if other != value]
+        yield Variation(what, changed, lambda: (known.guesses[0], *near), all_of_them=True)
     elif isinstance(value, str):
-        near_words = [word for word in words if word != value][:MOST]
-        yield Variation(what, list(map(changed, near_words)), all_of_them=True, is_text=True)
+        yield Variation(what, changed, lambda: code.words_but({value})[:MOST], all_of_them=True, is_text=True)
     elif type(value) in (list, tuple) and all(type(item) in (int, float, str) for item in value):
-        kind = type(value)
-        sets: list[Any] = [(), (0,), (1,), (2,), (0, 1, 2, 3), (-1,)]
-        if value:
-            sets += [value[:-1], (*value, value[-1])]
-            if all(type(item) is int for item in value):
-                sets += [tuple(item + 1 for item in value)]
-        yield Variation(what, [changed(kind(other)) for other in sets if kind(other) != value], all_of_them=True)
+        yield Variation(what, changed, functools.partial(_sequences_near, value), all_of_them=True)
     elif type(value) is dict:
-        for word in [word for word in words if word not in value][:MOST]:
-            yield Variation(
-                f"{what}[{word!r}]", [changed({**value, word: guess}) for guess in (*guesses, True)], may_fail=True
-            )
+        for word in code.words_but(value)[:MOST]:
+            put_in = _then(functools.partial(_with_item, value, word), changed)
+            yield Variation(f"{what}[{word!r}]", put_in, known.guesses_or_true, may_fail=True)
         held = [item for item in value.values() if isinstance(item, Tensor)]
         if held:
-            yield Variation(f"one more of {what}", [changed({**value, "unknown": held[-1].clone()})], may_fail=True)
-        yield from _of_members(what, value, guesses, words, changed, numbers, depth)
+            yield _exactly(f"one more of {what}", changed({**value, "unknown": held[-1].clone()}))
+        yield from _of_members(what, value, known, changed, depth)
     elif not isinstance(value, Tensor):
         members = list(_members(value))
         if members and depth < _DEEPEST:
-            yield from _of_members(what, value, guesses, words, changed, numbers, depth)
+            yield from _of_members(what, value, known, changed, depth)
         elif not pytree.tensors(value):
-            yield Variation(what, [])
+            yield Variation(what, changed, tuple)
+
+
+def _numbers_near(value: int, code: ModelCode) -> list[int]:
+    beyond = [number + more for number in code.thresholds for more in (0, 1)]
+    near = dict.fromkeys((value + 1, value - 1, value + 2, 0, 1, 2, 3, *beyond))
+    return [other for other in near if other != value]
+
+
+def _sequences_near(value: Any) -> list[Any]:
+    kind = type(value)
+    sets: list[Any] = [(), (0,), (1,), (2,), (0, 1, 2, 3), (-1,)]
+    if value:
+        sets += [value[:-1], (*value, value[-1])]
+        if all(type(item) is int for item in value):
+            sets += [tuple(item + 1 for item in value)]
+    return [kind(other) for other in sets if kind(other) != value]
 
 
 def _of_members(
-    what: str,
-    value: Any,
-    guesses: list[Any],
-    words: list[str],
-    changed: Callable[[Any], Call],
-    numbers: Sequence[int],
-    depth: int,
+    what: str, value: Any, known: _Known, changed: Callable[[Any], Call], depth: int
 ) -> Iterator[Variation]:
     """Other values of what stands in a container or data object, and tensors that may not be there."""
     for name, item, put in list(_members(value))[:MOST]:
-
-        def inside(other: Any, put: Callable[[Any], Any] = put) -> Call:
-            return changed(put(other))
-
+        inside = _then(put, changed)
         if not isinstance(item, Tensor):
-            yield from _of_value(f"{what}{name}", item, guesses, words, inside, numbers, depth + 1)
+            yield from _of_value(f"{what}{name}", item, known, inside, depth + 1)
         elif type(value) is dict:
             without = {key: other for key, other in value.items() if other is not item}
-            yield Variation(f"{what} without {name}", [changed(without)], may_fail=True)
+            yield _exactly(f"{what} without {name}", changed(without))
         else:
-            yield Variation(f"{what}{name} is None", [inside(None)], may_fail=True)
+            yield _exactly(f"{what}{name} is None", inside(None))
+
+
+def _then(first: Callable[[Any], Any], second: Callable[[Any], Call]) -> Callable[[Any], Call]:
+    return lambda value: second(first(value))
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
@@ -235,7 +257,7 @@ def _with_attribute(held: Any, name: str, value: Any) -> Any:
     return other
 
 
-def together(model: nn.Module, call: Call, varied: Sequence[Variation]) -> Iterator[Variation]:
+def together(code: ModelCode, varied: Sequence[Variation]) -> Iterator[Variation]:
     """Two flags flipped at a time, and a flag beside an argument that may be there."""
     flags = [variation for variation in varied if variation.is_flag or variation.calls][:_TOGETHER]
     for place, variation in enumerate(flags):
@@ -244,9 +266,9 @@ def together(model: nn.Module, call: Call, varied: Sequence[Variation]) -> Itera
         names = {other.what for number, other in enumerate(flags) if other.is_flag <= (number > place)} - {
             variation.what
         }
-        for other in variations(model, variation.calls[0]):
+        for other in variations(code, variation.calls[0]):
             if other.what in names and other.calls:
-                yield Variation(f"{variation.what}, {other.what}", other.calls)
+                yield replace(other, what=f"{variation.what}, {other.what}")
 
 
 def _says_bool(annotation: Any) -> bool:
