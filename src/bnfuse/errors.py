@@ -9,7 +9,13 @@ class BnFuseError(Exception):
 
 
 class InputError(BnFuseError):
-    """The example inputs are missing, of the wrong form, or the model does not run on them."""
+    """The example inputs are missing, of the wrong form, or the model does not run on them.
+
+    Attributes:
+        call: the :class:`bnfuse.Call` that the model does not take, if that is the mistake.
+    """
+
+    call: object = None
 
 
 class FusionError(BnFuseError):

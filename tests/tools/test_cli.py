@@ -45,6 +45,9 @@ class Encoder(nn.Module):
     def encode(self, x, raw=False):
         return self.linear(x) if raw else self.forward(x)
 
+    def other(self, x, mask):
+        return self.linear(x) * mask
+
 def encoder():
     return Encoder()
 
@@ -199,7 +202,7 @@ def test_verbose_logs_each_norm(caplog: pytest.LogCaptureFixture) -> None:
         (["plan", "timm:resnet1888"], "SpecError", "timm has no model 'resnet1888'; did you mean resnet18"),
         (["plan", "networks.py:ne"], "SpecError", "networks.py has no 'ne'; did you mean net"),
         (["plan", "networks.py:net", "--input", "1xx3"], "InputError", "'1xx3' is no shape"),
-        (["fuse", "networks.py:net", "--input", "2x5x9x9"], "InputError", ""),
+        (["fuse", "networks.py:net", "--input", "2x5x9x9"], "InputError", "--input 2x5x9x9: the model does not run"),
         (["fuse", "networks.py:net", "--keep", "tail.*"], "InputError", ""),
         (
             ["fuse", "networks.py:net", "--weights", "absent.pt"],
@@ -290,6 +293,37 @@ def test_what_was_not_seen_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_is_no_call(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "networks.py:encoder", "--input", "2x3", "--call", text]) == 2
     assert "is no call" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "fuse"])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("encode raww=true", "unexpected keyword argument 'raww'"),
+        ("encode x=2x4", "multiple values for argument 'x'"),
+        ("other mask=7x9", "The size of tensor"),
+    ],
+)
+def test_a_call_that_the_model_does_not_take(
+    command: str, text: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["networks.py:encoder", "--input", "2x3", "--call", "encode raw=true", "--call", text]
+    assert main([command, *arguments]) == 2
+    first, second = capsys.readouterr().err.strip().split("\n")
+    assert first.startswith(f"bnfuse: --call {text!r}: the model does not take this call: ")
+    assert why in first
+    assert "--input" in second
+    assert "bnfuse.fuse(" not in first + second
+
+
+def test_inputs_that_the_model_does_not_take(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["--input", "2x3", "--input", "2x7"]
+    assert main(["plan", "networks.py:Two", *shapes, "--call", "forward"]) == 2
+    first, second = capsys.readouterr().err.strip().split("\n")
+    assert first.startswith(
+        "bnfuse: --input 2x3 --input 2x7: the model does not run on these inputs: RuntimeError: mat1"
+    )
+    assert second.endswith("as in --input 1x3x224x224.")
 
 
 def test_values_of_keywords() -> None:

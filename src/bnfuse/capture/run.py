@@ -240,7 +240,9 @@ class Recording:
         except Exception as error:
             if shapes_only:
                 raise
-            raise InputError(_does_not_run(self.model, call, error)) from error
+            refused = InputError(_does_not_run(self.model, call, error))
+            refused.call = call
+            raise refused from error
         if shapes_only and escapes.gradients:
             raise NeedsContentsError("gradients")
         run.gradients = gradients or escapes.gradients

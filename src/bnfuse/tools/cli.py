@@ -8,12 +8,13 @@ asked.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import bnfuse
 from bnfuse.api import fuse_with_plan
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.model.calls import FORWARD, Call
+from bnfuse.model.describe import first_line
 from bnfuse.model.inputs import random_inputs, token_bound
 from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.options import Options
@@ -221,7 +223,9 @@ def _demo(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     model = _model(options)
     inputs = _inputs(options, model)
-    plan = bnfuse.plan(model, inputs, keep=options.keep, calls=_calls(options, model, inputs), options=_wanted(options))
+    calls = _calls(options, model, inputs)
+    with _naming(options, calls):
+        plan = bnfuse.plan(model, inputs, keep=options.keep, calls=calls, options=_wanted(options))
     if options.json:
         _print_json({"spec": options.spec, **plan.to_dict()})
     else:
@@ -239,7 +243,8 @@ def _fuse(options: argparse.Namespace) -> None:
     model = _model(options)
     inputs = _inputs(options, model)
     calls = _calls(options, model, inputs)
-    fused, plan = fuse_with_plan(model, inputs, keep=options.keep, calls=calls, options=_wanted(options))
+    with _naming(options, calls):
+        fused, plan = fuse_with_plan(model, inputs, keep=options.keep, calls=calls, options=_wanted(options))
     comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls] if calls else inputs)
     if output is not None:
         _save(fused, output)
@@ -321,6 +326,29 @@ def parse_call(text: str, first: Call, model: nn.Module) -> Call:
         else:
             raise InputError(f"{text!r} is no call: write a method and keywords, as in 'encode normalise=true'")
     return Call(*first.args, method=method, **keywords)
+
+
+@contextlib.contextmanager
+def _naming(options: argparse.Namespace, calls: Sequence[Call]) -> Iterator[None]:
+    """Say of a call that the model does not take which of the arguments of the command line it was."""
+    try:
+        yield
+    except InputError as error:
+        if error.call is None:
+            raise
+        why = first_line(error.__cause__ or error)
+        for text, call in zip(options.call, calls, strict=True):
+            if call is error.call:
+                raise InputError(
+                    f"--call {text!r}: the model does not take this call: {why}\n"
+                    f"Write a method and keywords that it has, and shapes that fit --input, as in "
+                    f"--call 'encode normalise=true mask=1x1x14x14'."
+                ) from error
+        given = " ".join(f"--input {shape}" for shape in options.input) or "without --input"
+        raise InputError(
+            f"{given}: the model does not run on these inputs: {why}\n"
+            f"Write a shape that it takes for each of its positional inputs, as in --input 1x3x224x224."
+        ) from error
 
 
 _WORDS = {"true": True, "false": False, "none": None}
