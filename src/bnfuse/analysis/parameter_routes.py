@@ -22,6 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bnfuse.graph.graph import ModuleCall, Node, is_as_in_its_class
 from bnfuse.model import pytree, tree
+from bnfuse.model.other_state import OF_MODULES
 from bnfuse.model.sandbox import Mode, forked_random_state, leave_no_trace
 from bnfuse.operators import operator_of
 
@@ -115,7 +116,7 @@ def _to_all(nodes: list[Node], call: ModuleCall) -> Route:
 
 def _has_methods_of_its_own(module: nn.Module) -> bool:
     """True if methods of the object stand before those of its class."""
-    names = (name for name in module.__dict__ if callable(getattr(type(module), name, None)))
+    names = (name for name in module.__dict__.keys() - OF_MODULES if callable(getattr(type(module), name, None)))
     return any(not is_as_in_its_class(module, name) for name in names)
 
 

@@ -59,8 +59,8 @@ def _idle(model: nn.Module, ran: set[int], read: set[str]) -> Iterator[str]:
     stack = [(name, child) for name, child in model.named_children()]
     while stack:
         name, module = stack.pop()
-        inside = [*module.named_parameters(name), *module.named_buffers(name)]
         if id(module) not in ran and not any(id(part) in ran for part in tree.modules(module)):
+            inside = [*module.named_parameters(name), *module.named_buffers(name)]
             if inside and not any(place in read for place, _ in inside):
                 yield name
         else:

@@ -150,7 +150,7 @@ class Recorder(Mode):
             self._save_before_write(written, pinned=not _masks(operator, bound))
         if self._shapes_only and not independent:
             try:
-                result = without_arithmetic.compute(func, operator, args, kwargs)
+                result = without_arithmetic.compute(func, operator, args, kwargs, tensors)
             except RuntimeError as error:
                 if any(value.independent and value.shape for value in inputs):
                     raise without_arithmetic.FixedSizeError(str(error)) from error

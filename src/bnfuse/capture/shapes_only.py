@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfuse.model import pytree
 from bnfuse.operators import Operator, is_dense
 
 
@@ -28,10 +27,15 @@ class FixedSizeError(RuntimeError):
     """A tensor that depends on the input does not fit one that does not, such as a parameter."""
 
 
-def compute(func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def compute(
+    func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]
+) -> Any:
     """What an operator returns on arguments that depend on the input, without contents if the operator is known here.
 
     Arguments that do not fit together are left to the operator itself, which raises an error.
+
+    Args:
+        tensors: those among the arguments.
 
     Raises:
         NeedsContentsError: the result, or its shape, depends on the contents of tensors.
@@ -40,7 +44,7 @@ def compute(func: Any, operator: Operator, args: tuple[Any, ...], kwargs: dict[s
     if operator.needs_contents or (name == "index" and _masked(args[1])):
         raise NeedsContentsError(func._schema.name)
     make = _MADE.get(name)
-    if make is None or not all(is_dense(tensor) for _, tensor in pytree.tensors(args)):
+    if make is None or not all(map(is_dense, tensors)):
         return func(*args, **kwargs)
     if not operator.written:
         made = make(*args, **kwargs)

@@ -81,6 +81,8 @@ class Values:
         """The values of all tensors in nested data."""
         if isinstance(structure, Tensor):
             return [self.of(structure)]
+        if type(structure) is tuple and len(structure) == 1 and isinstance(structure[0], Tensor):
+            return [self.of(structure[0])]  # what most modules are called with
         return [self.of(tensor) for _, tensor in pytree.tensors(structure)]
 
     def _unrecorded(self, tensor: Tensor) -> Value:

@@ -10,12 +10,14 @@ import array
 import contextlib
 import copy
 import functools
+import itertools
 import random
 import sys
 import threading
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from operator import and_
 from typing import Any
 
 import torch
@@ -32,9 +34,12 @@ _SKIPPED = (
     functools.partial, torch.Size, torch.dtype, torch.device,
 )  # fmt: skip
 
-_KNOWN = SIMPLE | {Tensor, nn.Parameter, types.FunctionType, types.BuiltinFunctionType}
+_CLOSED = SIMPLE | {tuple}
+"""Classes of values that are not looked into."""
 
-_OF_MODULES = frozenset(vars(nn.Module()))
+_KNOWN = _CLOSED | {Tensor, nn.Parameter, types.FunctionType, types.BuiltinFunctionType}
+
+OF_MODULES = frozenset(vars(nn.Module()))
 """Attributes of every module, which are looked after elsewhere."""
 
 
@@ -46,10 +51,10 @@ class OtherState:
         tensors: those that were found.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], attributes: Iterable[tuple[str, Any]]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], names: Sequence[str], values: Sequence[Any]) -> None:
         """
         Args:
-            attributes: all attributes of the modules, by name.
+            names, values: of all attributes of the modules.
         """
         self.containers: list[tuple[Any, Any]] = []
         self._iterators: list[tuple[Callable[[Any], None], Any, Any]] = []
@@ -61,21 +66,22 @@ class OtherState:
         modules = list(modules)
         self._modules = set(map(id, modules))
         iterators = False
-        for name, value in attributes:
-            if type(value) not in _KNOWN and name not in _OF_MODULES and not isinstance(value, _SKIPPED):
+        for value in _unusual(names, values):
+            if not isinstance(value, _SKIPPED):
                 iterators |= _is_iterator(value)
                 self._add(value, 0, None, own=True)
         for module in modules if iterators else ():
             for name, value in list(vars(module).items()):
                 if type(value) not in SIMPLE and _is_iterator(value):
                     self._add(value, 0, functools.partial(vars(module).__setitem__, name), own=True)
-        for kind in dict.fromkeys(base for module in modules for base in type(module).__mro__):
+        kinds: dict[type, None] = dict.fromkeys(map(type, modules))
+        for kind in dict.fromkeys(itertools.chain.from_iterable(kind.__mro__ for kind in kinds)):
             if base_is_of_the_caller(kind):
                 for name, value in list(vars(kind).items()):
                     if not name.startswith("__") and not callable(value) and not hasattr(value, "__get__"):
                         self._places.append((kind, name, value))
                         self._add(value, 0, None)
-        for kind in {type(module) for module in modules}:
+        for kind in kinds:
             for holder, name in _referred(kind):
                 self._of_code(holder, name)
 
@@ -92,7 +98,7 @@ class OtherState:
             put: puts another object in the place of the value.
             own: whether a module holds it; then its containers are looked after already.
         """
-        if type(value) in SIMPLE or id(value) in self._seen or depth > _DEEPEST:
+        if type(value) in _CLOSED or id(value) in self._seen or depth > _DEEPEST:
             return
         if isinstance(value, Tensor):
             self.tensors.append(value)
@@ -111,7 +117,7 @@ class OtherState:
                 self.containers.append((value, plain_copy(value)))
             items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
             for key, item in items if not isinstance(value, set) else ():
-                if type(item) not in SIMPLE:
+                if type(item) not in _CLOSED:
                     self._add(item, depth + 1, functools.partial(_put, value, key), own=False)
         elif isinstance(value, torch.Generator):
             self._generators.append(functools.partial(value.set_state, value.get_state()))
@@ -179,6 +185,14 @@ def plain_copy(container: Any) -> Any:
     if isinstance(container, dict):
         return dict(container.items())
     return set(container) if isinstance(container, set) else list(container)
+
+
+def _unusual(names: Sequence[str], values: Sequence[Any]) -> Iterator[Any]:
+    """The attributes that not every module has, and of no simple class. There are thousands of the others."""
+    kinds = list(map(type, values))
+    unusual_names, unusual_kinds = set(names) - OF_MODULES, set(kinds) - _KNOWN
+    chosen = map(and_, map(unusual_names.__contains__, names), map(unusual_kinds.__contains__, kinds))
+    return itertools.compress(values, chosen)
 
 
 def _held_by(holder: Any, name: str) -> Any:

@@ -291,7 +291,7 @@ class SavedState:
         containers = list(itertools.compress(self._attributes.values, map(mutable.__contains__, kinds)))
         self._empty = [container for container in containers if not container]  # most of them, and most stay so
         self._containers = [(container, plain_copy(container)) for container in containers if container]
-        self._others = OtherState(modules, zip(self._attributes.names, self._attributes.values, strict=True))
+        self._others = OtherState(modules, self._attributes.names, self._attributes.values)
         self._containers += self._others.containers
         self._held: set[int] | None = None
         self._found: list[tuple[nn.Module, dict[str, Any]]] | None = None

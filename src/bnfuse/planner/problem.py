@@ -164,7 +164,7 @@ def _kept(norms: list[Norm], patterns: Sequence[str]) -> dict[Norm, Reason]:
 
 
 def _check_also(model: nn.Module, patterns: Sequence[str]) -> None:
-    kinds = {type(module).__name__ for module in model.modules()}
+    kinds = {type(module).__name__ for module in model.modules()} if patterns else set()
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(kind.lower(), pattern.lower()) for kind in kinds):
             near = difflib.get_close_matches(pattern.lower(), {kind.lower(): kind for kind in kinds}, 1)
