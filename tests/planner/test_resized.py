@@ -12,6 +12,8 @@ from bnfuse.capture.run import Recording
 from bnfuse.model.calls import Call
 from bnfuse.planner import resized
 from bnfuse.planner.inferred_calls import CallInference
+from bnfuse.planner.options import Options
+from bnfuse.planner.problem import Problem
 from bnfuse.planner.recorded_calls import CallRecorder
 from bnfuse.rules import RULES
 
@@ -82,6 +84,30 @@ def test_a_model_that_looks_at_nothing_is_run_at_no_other_size() -> None:
 
     shapes(Blind(), 2, 3, 16, 16)
     assert not SHAPES
+
+
+@pytest.mark.parametrize(("another_way", "features"), [(False, 1), (True, 2)])
+def test_what_the_first_of_two_methods_does_is_recorded_again_only_if_the_second_goes_another_way(
+    another_way: bool, features: int
+) -> None:
+    class CutInTwo(Counting):
+        def forward_features(self, x: Tensor) -> Tensor:
+            note((1,))
+            y: Tensor = self.conv(x)
+            return y
+
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            y: Tensor = self.norm(x * 2 if pre_logits and another_way else x)
+            return y if pre_logits else y.sin()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.forward_head(self.forward_features(x))
+
+    SHAPES.clear()
+    problem = Problem.of(CutInTwo().eval(), torch.randn(2, 3, 16, 16), Options(), contents=False)
+    assert [(1,)] * features == SHAPES
+    assert len(problem.recording.runs) == features
+    assert problem.norms[0].sites[-1].y.pinned is not None
 
 
 def test_a_table_of_one_size_fits_no_other_size() -> None:

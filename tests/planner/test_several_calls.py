@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import bnfuse
 from bnfuse import Call, InputError, Options
 from bnfuse.model import pytree
+from bnfuse.model.calls import PipedCall
 from bnfuse.model.copying import copy_model
 from bnfuse.planner.options import checked_options
 from bnfuse.planner.problem import Problem
@@ -716,6 +717,32 @@ def test_methods_that_follow_one_another() -> None:
     (decision,) = bnfuse.plan(model, x(*IMAGE)).decisions
     assert not decision.fused
     assert "output" in str(decision)
+
+
+def head_in_place(s: Any, x: Tensor, pre_logits: bool) -> Tensor:
+    y = s.n(x.relu_().mean((2, 3)))
+    return y if pre_logits else s.fc(y)
+
+
+def head_of_another_way(s: Any, x: Tensor, pre_logits: bool) -> Tensor:
+    y = x.mean((2, 3))
+    return s.fc(y.sin()) if pre_logits else s.fc(s.n(y))
+
+
+def head_that_gives_its_input(s: Any, x: Tensor, pre_logits: bool) -> Tensor:
+    return x if pre_logits else s.fc(s.n(x.mean((2, 3))))
+
+
+@pytest.mark.parametrize("head", [head_in_place, head_of_another_way, head_that_gives_its_input])
+def test_a_second_method_that_ends_early(head: Callable[..., Tensor]) -> None:
+    class Cut(CutInTwo):
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            return head(self, x, pre_logits)
+
+    model = prepared(Cut(), dead=0.0)
+    fused = bnfuse.fuse(model, x(*IMAGE))
+    piped = PipedCall(Call(x(*IMAGE), method="forward_features"), "forward_head", pre_logits=True)
+    agree(model, fused, Call(x(*IMAGE)), piped, piped)
 
 
 @pytest.mark.parametrize("looks", [False, True])

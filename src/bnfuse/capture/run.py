@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bnfuse import reasons
 from bnfuse.capture import leftovers, unseen
@@ -36,6 +37,28 @@ from bnfuse.operators import shape_of
 from bnfuse.reasons import Reason
 
 
+@dataclass(frozen=True)
+class Returned:
+    """What a watched method returned during a run.
+
+    Attributes:
+        value: of the one tensor that it returned, None if it was called twice or returned something else.
+        place: so many operators of the run came before.
+        device: of the tensor.
+    """
+
+    value: Value | None
+    place: int
+    device: torch.device | None = None
+
+    def stand_in(self) -> Tensor | None:
+        """A tensor like the one that was returned, without its contents; None if nothing is like it."""
+        value = self.value
+        if value is None or value.strides is None or value.version != value.storage.version:  # it was written to
+            return None
+        return torch.empty_strided(value.shape, value.strides, dtype=value.dtype, device=self.device)
+
+
 @dataclass(eq=False)
 class Run:
     """What one call of a model did.
@@ -54,7 +77,7 @@ class Run:
         stateful: True if the run left something behind that depends on the input, or a number.
         traces: True if it left anything behind.
         gradients: True if it asked for gradients, or runs only where they are tracked.
-        methods: those of the watched methods that were called with the same arguments.
+        methods: what those of the watched methods returned that were called with the same arguments, by name.
     """
 
     call: Call
@@ -70,7 +93,7 @@ class Run:
     stateful: bool = False
     traces: bool = False
     gradients: bool = False
-    methods: set[str] = field(default_factory=set)
+    methods: dict[str, Returned] = field(default_factory=dict)
     start: _Mark | None = None
 
 
@@ -226,7 +249,7 @@ class Recording:
         try:
             with contextlib.ExitStack() as around:
                 for context in (
-                    watch.of(own, values, run),
+                    watch.of(own, values, run, graph.nodes),
                     forked_random_state(),
                     unseen.pinning(values),
                     calls.recorded(escapes.pause, escapes.resume),
@@ -330,7 +353,9 @@ class _MethodWatch(contextlib.AbstractContextManager["_MethodWatch"]):
         self._methods = [name for name in methods if name not in model.__dict__]
         self._call: Call | None = None
         self._values: Values | None = None
-        self._seen: set[str] = set()
+        self._seen: dict[str, Returned] = {}
+        self._nodes: Sequence[Node] = ()
+        self._before = 0
 
     def __enter__(self) -> _MethodWatch:
         for name in self._methods:
@@ -342,9 +367,14 @@ class _MethodWatch(contextlib.AbstractContextManager["_MethodWatch"]):
             self._model.__dict__.pop(name, None)
 
     @contextlib.contextmanager
-    def of(self, call: Call, values: Values, run: Run) -> Iterator[None]:
-        """Watch during a call."""
+    def of(self, call: Call, values: Values, run: Run, nodes: Sequence[Node]) -> Iterator[None]:
+        """Watch during a call.
+
+        Args:
+            nodes: the operators, to which those of the run are added.
+        """
         self._call, self._values, self._seen = call, values, run.methods
+        self._nodes, self._before = nodes, len(nodes)
         try:
             yield
         finally:
@@ -355,8 +385,10 @@ class _MethodWatch(contextlib.AbstractContextManager["_MethodWatch"]):
         def call(*args: Any, **kwargs: Any) -> Any:
             output = method(*args, **kwargs)
             if self._call is not None and self._values is not None and _same_arguments(self._call, args, kwargs):
-                self._values.expose(output, reasons.IS_OUTPUT)
-                self._seen.add(name)
+                exposed = self._values.expose(output, reasons.IS_OUTPUT)
+                place = len(self._nodes) - self._before
+                alone = isinstance(output, Tensor) and name not in self._seen
+                self._seen[name] = Returned(exposed[0], place, output.device) if alone else Returned(None, place)
             return output
 
         return call

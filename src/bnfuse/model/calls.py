@@ -108,6 +108,16 @@ class PipedCall(Call):
         first, then, options = self._parts
         return getattr(model, then)(first.with_inputs(self.args, self.kwargs).run(model), **options)
 
+    @property
+    def first(self) -> str:
+        """The name of the method that is called first."""
+        return self._parts[0].method
+
+    def second(self, given: Any) -> Call:
+        """The call of the second method alone, with what the first returned."""
+        _, then, options = self._parts
+        return Call(given, method=then, **options)
+
     _parts: tuple[Call, str, dict[str, Any]]
 
 

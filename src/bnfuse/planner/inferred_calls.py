@@ -135,7 +135,8 @@ class CallInference:
                 self._say(f"{name} was given no other value of {', '.join(left)}")
         for piped in known_methods.pipes(self._model, call, self._main.methods):
             self._recorder.for_real = max(self._recorder.for_real, _SURELY_FOR_REAL)
-            self._attempt(piped.method, piped)
+            if not self._recorder.ends_as_main(piped):
+                self._attempt(piped.method, piped)
 
     def _vary(self, variation: Variation) -> None:
         """Record the first of some values of an argument that leads somewhere else, or all of them."""

@@ -18,7 +18,7 @@ from bnfuse.capture.shapes_only import FixedSizeError, NeedsContentsError
 from bnfuse.graph.graph import Value
 from bnfuse.graph.same_run import Counterparts, counterparts
 from bnfuse.model import pytree
-from bnfuse.model.calls import FORWARD, Call
+from bnfuse.model.calls import FORWARD, Call, PipedCall
 from bnfuse.model.describe import first_line
 from bnfuse.planner.variations import is_complete
 
@@ -121,6 +121,29 @@ class CallRecorder:
         except (NeedsContentsError, Exception) as error:  # noqa: BLE001 (whatever the model raises on a call that it does not take)
             log.debug("%s: not taken, %s", what, first_line(error))
             return None
+
+    def ends_as_main(self, piped: PipedCall) -> bool:
+        """Whether a call does what the first call does, or the beginning of that, as far as its second method tells.
+
+        The first call has run the first method already, on the same arguments. So the second is recorded alone; what is
+        seen of it is pinned. That is left undone where the code looks at anything, or the model keeps something.
+        """
+        main = self.main
+        returned = main.methods.get(piped.first)
+        stand_in = None if returned is None or _asked_for(main) else returned.stand_in()
+        if returned is None or returned.value is None or stand_in is None:
+            return False
+        try:
+            (run,) = self.recording.record(piped.second(stand_in), shapes_only=True)
+        except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever it raises, the whole of it may tell more)
+            return False
+        rest = main.nodes[returned.place :]
+        same = None if _asked_for(run) else counterparts(rest, [returned.value], run.nodes, run.inputs)
+        if same is not None and same.certain:
+            self._forget(run, same)
+            return True
+        self.recording.forget(run)
+        return False
 
     def _note(self, call: Call, run: Run) -> None:
         """Remember a call that asks for what no call before it has asked for under the same arguments."""
