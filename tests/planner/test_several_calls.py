@@ -781,3 +781,33 @@ def test_a_tensor_that_a_flag_puts_aside_among_the_same_operators(looks: bool) -
             net(x(*IMAGE), keep=True)
             found.append(kept[0].clone())
     assert difference(*found) <= EXACT
+
+
+# Hooks that the model's own code puts on its layers
+
+
+class Profiled(nn.Module):
+    """A flag by which hooks count what every layer does (ultralytics and thop)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, profile: bool = False) -> Tensor:
+        counts: list[int] = []
+        hooks = []
+        if profile:
+            hooks = [self.conv.register_forward_hook(lambda module, args, output: counts.append(output.numel()))]
+        y = self.norm(self.conv(x)).relu()
+        for hook in hooks:
+            hook.remove()
+        return y
+
+
+def test_hooks_of_a_call_that_nobody_asked_for() -> None:
+    model, image = prepared(Profiled()), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    plan = bnfuse.plan(model, image)
+    assert len(plan.fused) == 1
+    assert any("profile=True puts hooks on layers" in text for text in plan.unseen)
+    named = bnfuse.plan(model, image, calls=[Call(image, profile=True)])
+    assert "a hook on conv (Conv2d) reads it" in reason(named, "norm")

@@ -31,6 +31,7 @@ class ModuleCalls:
     Attributes:
         current: the innermost call that is running.
         ended: the calls that have returned, in the order of returning.
+        hooks: True once a module ran on which the model's own code has put a hook since the run began.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class ModuleCalls:
         """
         self.current = ModuleCall("", named[0][1], None)
         self.ended: list[ModuleCall] = [] if ended is None else ended
+        self.hooks = False
         self._paths = {id(module): name for name, module in reversed(named)}
+        self._hooked = {id(module) for _, module in named if has_own_hooks(module)}
         self._values = values
         self._thread = threading.get_ident()
         self._paused = False
@@ -75,6 +78,7 @@ class ModuleCalls:
             self.current = call
             if hooked or has_own_hooks(module):
                 values.expose(args, HOOK_READS, owner=call.label)
+                self.hooks |= not hooked and id(module) not in self._hooked
             elif not module._modules and call.is_standard:
                 pause()  # it reads sizes only to check them, and no contents
 

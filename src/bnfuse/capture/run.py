@@ -78,6 +78,7 @@ class Run:
         traces: True if it left anything behind.
         gradients: True if it asked for gradients, or runs only where they are tracked.
         methods: what those of the watched methods returned that were called with the same arguments, by name.
+        hooks: True if the code put hooks on modules that then ran.
     """
 
     call: Call
@@ -94,6 +95,7 @@ class Run:
     traces: bool = False
     gradients: bool = False
     methods: dict[str, Returned] = field(default_factory=dict)
+    hooks: bool = False
     start: _Mark | None = None
 
 
@@ -278,6 +280,7 @@ class Recording:
         run.contents = escapes.reads_elements or recorder.reads_elements
         run.looks = escapes.looks or recorder.looks or run.contents
         run.layout, run.modes = escapes.reads_layout, escapes.reads_modes
+        run.hooks = calls.hooks
         if gradients:
             run.output = without_history(run.output)  # which holds tensors of the run
         return run

@@ -51,6 +51,10 @@ class FurtherCall:
     given: bool = False
 
 
+class _HooksError(Exception):
+    """An inferred call puts hooks on layers."""
+
+
 class CallRecorder:
     """Records further calls beside the first one.
 
@@ -171,6 +175,11 @@ class CallRecorder:
             if not given and (isinstance(error, FixedSizeError) or self._takes_main_without_arithmetic):
                 raise
             made = self._record_for_real(calls, given)
+        if not given and any(run.hooks for run in made):
+            # It looks at every layer from outside (a profile), which would keep every norm for nobody's sake.
+            self.recording.forget(made[0])
+            self._say(f"{what} puts hooks on layers: what they do is not known")
+            raise _HooksError(what)
         shapes_only = made[0].start is not None and made[0].start.shapes_only
         outputs = None if shapes_only else [run.output for run in made]
         self.last = made[0]
