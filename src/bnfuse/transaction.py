@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bnfuse.changes import Changes, Edit, Handler, Replacement
 from bnfuse.errors import FusionError
-from bnfuse.model import tree
+from bnfuse.model import own_steps, tree
 from bnfuse.model.copying import copy_model, held_tensors, shared_memory
 from bnfuse.model.describe import one_line
 from bnfuse.model.marks import mark_created, mark_norm, mark_out_of_place
@@ -69,6 +69,7 @@ def fused_copy(changes: Changes, model: nn.Module) -> nn.Module:
         ),
     )
     rewrite(rest, copied)
+    own_steps.hide(modules, _unknown_to_steps(changes))
     return copied
 
 
@@ -117,6 +118,7 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
             holders = _holders(modules) if keeping else {}
             for replacement in changes.replacements:
                 _replace(modules, replacement, holders, undo)
+            undo += own_steps.hide(modules, _unknown_to_steps(changes))
             if undoable:
                 scratch = _scratch()
                 for edit, tensor in weights:
@@ -413,6 +415,15 @@ def _replace(
 def _holders(modules: _Modules) -> Mapping[int, int]:
     distinct = tree.distinct(modules.items())
     return Counter(id(child) for module in distinct for child in module._modules.values())
+
+
+def _unknown_to_steps(changes: Changes) -> Iterator[str]:
+    """The names of what a step by which a model fuses itself would not find or not take into account."""
+    for replacement in changes.replacements:
+        yield from replacement.names
+    for edit in changes.edits:
+        if edit.created or edit.handler is not None:
+            yield from edit.names
 
 
 def _norm(modules: _Modules, replacement: Replacement) -> nn.Module:

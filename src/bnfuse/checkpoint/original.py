@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from bnfuse.checkpoint.structure import structure
 from bnfuse.errors import FusionError
-from bnfuse.model import tree
+from bnfuse.model import own_steps, tree
 from bnfuse.model.alone import one_at_a_time
 from bnfuse.model.copying import copy_model
 from bnfuse.model.marks import ATTRIBUTE as MARK
+from bnfuse.model.marks import mark_of
 from bnfuse.model.witness import fingerprint
 from bnfuse.model.wrappers import checked, unwrap
 
@@ -127,6 +128,10 @@ def _restore(model: nn.Module, kept: Original) -> None:
         module.__dict__.pop(MARK, None)
         if name in kept.marks:
             module.__dict__[MARK] = kept.marks[name]
+    own_steps.show(model)
+    modules = dict(tree.named_modules(model))
+    still = [name for name in kept.marks if mark_of(modules[name]).instead_of or mark_of(modules[name]).created]
+    own_steps.hide(modules, still)  # around what an earlier fusing has left
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
