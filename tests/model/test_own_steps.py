@@ -315,6 +315,56 @@ def test_other_methods_are_left_alone() -> None:
     assert same(model, fused, x)
 
 
+# A model inside an object -----------------------------------------------------------------------------------------------
+
+
+class Predictor(nn.Module):
+    """A module that cannot be called as one: it has no forward (YOLO)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, nn.CrossEntropyLoss(weight=torch.ones(5))
+        self.settings, self.last, self.lasts = {"size": 8}, model[-1], [model[-1]]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.model(image).amax((2, 3))
+
+    def train(self, epochs: int = 1) -> nn.Module:
+        raise AssertionError("nobody asked for training")
+
+    def __getattr__(self, name: str) -> Any:
+        return self._modules["model"] if name == "model" else getattr(self.model, name)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_model_inside_is_fused(inplace: bool) -> None:
+    model, x = net(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), inputs()
+    model[0].also, model[2].also = model[0].weight, model[0].weight  # shared
+    around, before = Predictor(copy.deepcopy(model)), snapshot(model)
+    inside = around.model
+    assert bnfuse.plan(around, x).model == "Sequential"
+    fused = bnfuse.fuse(around, x, inplace=inplace)
+    assert type(fused) is Predictor
+    assert (fused is around, fused.model is inside) == (inplace, inplace)
+    assert not norms(fused)
+    assert same(model, fused.model, x)
+    assert torch.allclose(fused(x), model(x).amax((2, 3)))
+    assert fused._modules["last"] is fused.lasts[0] is fused.model[-1]
+    assert fused.settings == around.settings
+    assert (fused.settings is around.settings) == inplace
+    if not inplace:
+        assert norms(around) == 1
+        assert same(model, around.model, x)
+        assert not norms(bnfuse.plan(around, x).apply(around))
+    assert_untouched(model, before)
+
+
+def test_a_choice_of_models_is_not_made() -> None:
+    model, x = nn.ModuleDict({"student": net(ConvNorm()), "teacher": net(ConvNorm())}), inputs()
+    with pytest.raises(bnfuse.InputError, match="forward"):
+        bnfuse.fuse(model, x)
+
+
 # timm -------------------------------------------------------------------------------------------------------------------
 
 

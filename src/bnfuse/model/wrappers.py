@@ -1,9 +1,9 @@
-"""What a caller passes as a model: checked, and taken out of its wrappers (data parallel, compiled)."""
+"""What a caller passes as a model: checked, and taken out of its wrappers (data parallel, compiled, one of its own)."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from bnfuse.errors import InputError
 from bnfuse.model import tree
-from bnfuse.model.copying import held_tensors
+from bnfuse.model.copying import copy_model, held_tensors
 from bnfuse.model.sharded import sharding
 
 
@@ -69,7 +69,8 @@ def _offloads(hook: Any) -> bool:
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-    """Take a model out of its ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers.
+    """Take a model out of its ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile`` wrappers, and of an
+    object around it that is a module without a forward (``ultralytics.YOLO``).
 
     Returns:
         The innermost model, and a function that puts another model into wrappers of the same kind.
@@ -91,7 +92,39 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module
         return inner, lambda new: type(model)(wrap(new), context)
     if model._compiled_call_impl is not None:
         return model, _compiled
+    child = _only_model(model)
+    if child is not None:
+        inner, wrap = unwrap(child)
+        return inner, lambda new: _around(model, child, wrap(new))
     return model, lambda new: new
+
+
+def _only_model(model: nn.Module) -> nn.Module | None:
+    """The child that holds all parameters of a module without a forward, which nobody can call as a module."""
+    if type(model).forward is not nn.Module.forward or "forward" in model.__dict__:
+        return None
+    parameters = {id(parameter) for parameter in model.parameters()}
+    for child in model._modules.values():
+        if child is not None and parameters and parameters == {id(parameter) for parameter in child.parameters()}:
+            return child
+    return None
+
+
+def _around(model: nn.Module, child: nn.Module, new: nn.Module) -> nn.Module:
+    """A copy of a module that holds another model in the place of its child, and its parts in the place of the parts
+    of the child."""
+    by_name = dict(_parts(new))
+    stand_ins = {id(old): by_name[name] for name, old in _parts(child) if name in by_name}
+    inside = held_tensors(child)
+    held = {key: tensor for key, tensor in held_tensors(model).items() if key not in inside}
+    return copy_model(model, stand_ins, held)
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module, parameter and buffer under each of its names."""
+    yield from tree.named_modules(model)
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _settings(wrapper: nn.Module, *names: str) -> dict[str, Any]:
