@@ -178,7 +178,7 @@ class CallRecorder:
         if not given and any(run.hooks for run in made):
             # It looks at every layer from outside (a profile), which would keep every norm for nobody's sake.
             self.recording.forget(made[0])
-            self._say(f"{what} puts hooks on layers: what they do is not known")
+            self.say(f"{what} puts hooks on layers: what they do is not known")
             raise _HooksError(what)
         shapes_only = made[0].start is not None and made[0].start.shapes_only
         outputs = None if shapes_only else [run.output for run in made]
