@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,12 +19,9 @@ from bnfuse.checkpoint.architecture import architecture
 from bnfuse.errors import CheckpointError, FusionError
 from bnfuse.model import tree
 from bnfuse.model.describe import dtype_name, one_line
-from bnfuse.model.marks import mark_of
+from bnfuse.model.marks import FORMAT, marked
 from bnfuse.model.wrappers import unwrap
 from bnfuse.transaction import rewrite
-
-FORMAT = 1
-"""Raised when a structure of an earlier release would be misread."""
 
 _LISTED = 3
 
@@ -153,30 +149,9 @@ def structure(model: nn.Module) -> Structure:
         The structure; ``structure(model).to_dict()`` can be written as JSON. Of a model that was not fused it is empty.
     """
     inner, _ = unwrap(model)
-    names: dict[int, list[str]] = {}
-    known: dict[int, nn.Module] = {}
-    for name, module in tree.named_modules(inner):
-        names.setdefault(id(module), []).append(name)
-        known[id(module)] = module
-    removed, created, out_of_place = [], [], []
-    empty: dict[str, tuple[str, ...]] = {}
-    for key, module in known.items():
-        mark, places = mark_of(module), tuple(names[key])
-        if mark.instead_of:
-            removed.append(RemovedNorm(places, mark.instead_of, mark.kept))
-        made = {place: module._parameters.get(place) for place in mark.created}
-        for place, parameter in made.items():
-            if parameter is not None:
-                full = tuple(f"{name}.{place}" if name else place for name in places)
-                created.append(CreatedParameter(full, tuple(parameter.shape), dtype_name(parameter.dtype)))
-        empty |= dict.fromkeys(places, mark.created)
-        if mark.out_of_place:
-            out_of_place.append(places[0])
-    # A norm inside the place of another one went with it.
-    gone = [f"{name}." for norm in removed for name in norm.names]
-    removed = [norm for norm in removed if not norm.names[0].startswith(tuple(gone))]
-    modules = architecture(inner, {name for norm in removed for name in norm.names}, empty)
-    return Structure(type(inner).__name__, tuple(removed), tuple(created), tuple(out_of_place), modules, _version())
+    read = Structure.from_dict(marked(inner))
+    norms = {name for norm in read.removed for name in norm.names}
+    return replace(read, modules=architecture(inner, norms, _created_places(read)))
 
 
 def restructure(model: nn.Module, structure: Structure | Mapping[str, Any]) -> nn.Module:
@@ -228,12 +203,8 @@ def _check_architecture(model: nn.Module, wanted: Structure) -> None:
     """Raise CheckpointError if the model is built in another way."""
     if not wanted.modules:
         return
-    created: dict[str, list[str]] = {}
-    for made in wanted.created:
-        for name in made.names:
-            path, _, place = name.rpartition(".")
-            created.setdefault(path, []).append(place)
-    found = architecture(model, {name for norm in wanted.removed for name in norm.names}, created)
+    norms = {name for norm in wanted.removed for name in norm.names}
+    found = architecture(model, norms, _created_places(wanted))
     if found == wanted.modules:
         return
     kinds = [{name: kind.partition(" ")[0] for name, kind in each.items()} for each in (found, wanted.modules)]
@@ -261,6 +232,16 @@ def _check_architecture(model: nn.Module, wanted: Structure) -> None:
             ]
         )
     )
+
+
+def _created_places(structure: Structure) -> dict[str, list[str]]:
+    """The parameters that fusing creates, by the name of their module."""
+    created: dict[str, list[str]] = {}
+    for made in structure.created:
+        for name in made.names:
+            path, _, place = name.rpartition(".")
+            created.setdefault(path, []).append(place)
+    return created
 
 
 def first_few(names: list[str]) -> str:
@@ -293,13 +274,6 @@ def _changes(model: nn.Module, wanted: Structure) -> Changes:
         replacements=tuple(Replacement(norm.names, norm.keep) for norm in wanted.removed),
         out_of_place=wanted.out_of_place,
     )
-
-
-def _version() -> str:
-    try:
-        return version("bnfuse")
-    except PackageNotFoundError:
-        return ""
 
 
 # Reading data that may be damaged or hostile --------------------------------------------------------------------------

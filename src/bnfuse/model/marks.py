@@ -13,9 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
+
+from bnfuse.model import tree
+from bnfuse.model.describe import dtype_name
 
 ATTRIBUTE = "_bnfuse"
 
@@ -83,3 +87,56 @@ def _write(module: nn.Module, mark: Mark) -> Callable[[], None]:
             module.__dict__[ATTRIBUTE] = before
 
     return take_back
+
+
+# The marks of a whole model -------------------------------------------------------------------------------------------
+
+FORMAT = 1
+"""Raised when a structure of an earlier release would be misread."""
+
+
+def marked(model: nn.Module) -> dict[str, Any]:
+    """What the marks of a model say, in the form of :meth:`bnfuse.Structure.to_dict`, without a word on other modules.
+
+    >>> net = nn.Sequential(nn.Identity())
+    >>> undo = mark_norm(net[0], "BatchNorm2d", ())
+    >>> marked(net)["removed"]
+    [{'names': ['0'], 'kind': 'BatchNorm2d', 'keep': []}]
+    """
+    names: dict[int, list[str]] = {}
+    known: dict[int, nn.Module] = {}
+    for name, module in tree.named_modules(model):
+        names.setdefault(id(module), []).append(name)
+        known[id(module)] = module
+    removed: list[dict[str, Any]] = []
+    created: list[dict[str, Any]] = []
+    out_of_place = []
+    for key, module in known.items():
+        mark, places = mark_of(module), names[key]
+        if mark.instead_of:
+            removed.append({"names": places, "kind": mark.instead_of, "keep": list(mark.kept)})
+        for place in mark.created:
+            parameter = module._parameters.get(place)
+            if parameter is not None:
+                full = [f"{name}.{place}" if name else place for name in places]
+                created.append({"names": full, "shape": list(parameter.shape), "dtype": dtype_name(parameter.dtype)})
+        if mark.out_of_place:
+            out_of_place.append(places[0])
+    # A norm inside the place of another one went with it.
+    gone = tuple(f"{name}." for norm in removed for name in norm["names"])
+    return {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "removed": [norm for norm in removed if not norm["names"][0].startswith(gone)],
+        "created": created,
+        "out_of_place": out_of_place,
+        "modules": {},
+        "bnfuse": _version(),
+    }
+
+
+def _version() -> str:
+    try:
+        return version("bnfuse")
+    except PackageNotFoundError:
+        return ""
