@@ -23,6 +23,7 @@ from bnfuse.model import own_steps, tree
 from bnfuse.model.copying import copy_model, held_tensors, shared_memory
 from bnfuse.model.describe import one_line
 from bnfuse.model.marks import mark_created, mark_norm, mark_out_of_place
+from bnfuse.model.pretrained import add_guard, describe, is_guarded, lenient_places
 from bnfuse.units import PIECE, Entries, Unit, add, multiply, row_ranges, scaled
 
 _SMALL_SCALE = 2.0**-10
@@ -52,10 +53,13 @@ def fused_copy(changes: Changes, model: nn.Module) -> nn.Module:
                 for write in _writes(old, new, edit):
                     write.make(write.target, scratch)
                 new_weights[edit] = stand_ins[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
+        places = lenient_places(modules)
         for replacement in changes.replacements:
             if not replacement.keep:
                 norm = _norm(modules, replacement)
-                stand_ins[id(norm)] = _identity(norm)
+                stand_ins[id(norm)] = identity = _identity(norm)
+                if is_guarded(replacement.names, places):
+                    add_guard(identity, norm)
     copied = copy_model(model, stand_ins, held)
     # A class with a __deepcopy__ of its own may not use the stand-ins: what they do not cover is written afterwards.
     modules = dict(tree.named_modules(copied))
@@ -116,9 +120,12 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
                 _work_out_of_place(modules[name], undo)
             keeping = any(replacement.keep for replacement in changes.replacements)
             holders = _holders(modules) if keeping else {}
+            places = lenient_places(modules)
             for replacement in changes.replacements:
-                _replace(modules, replacement, holders, undo)
+                _replace(modules, replacement, holders, places, undo)
             undo += own_steps.hide(modules, _unknown_to_steps(changes))
+            if places:
+                undo.append(describe(model))
             if undoable:
                 scratch = _scratch()
                 for edit, tensor in weights:
@@ -394,18 +401,25 @@ def _create(modules: _Modules, edit: Edit, undo: list[Callable[[], None]]) -> No
 
 
 def _replace(
-    modules: _Modules, replacement: Replacement, holders: Mapping[int, int], undo: list[Callable[[], None]]
+    modules: _Modules,
+    replacement: Replacement,
+    holders: Mapping[int, int],
+    places: tuple[str, ...],
+    undo: list[Callable[[], None]],
 ) -> None:
     """Put the children that stay, or an identity, in the place of a norm.
 
     Args:
         holders: how many modules have a module as their child, by its ``id``.
+        places: what the names of norms begin with that take a guard.
     """
     norm = _norm(modules, replacement)
     kept = [norm.get_submodule(name) for name in replacement.keep]
     alone = len(kept) == 1 and holders[id(kept[0])] == 1  # a mark on a module held twice would be about two places
     new = _identity(norm) if not kept else kept[0] if alone else nn.Sequential(*kept)
     undo.append(mark_norm(new, type(norm).__name__, replacement.keep))
+    if is_guarded(replacement.names, places):
+        undo.append(add_guard(new, norm))
     for name in replacement.names:
         parent, place = _owner(modules, name)
         undo.append(lambda parent=parent, place=place: parent._modules.__setitem__(place, norm))  # type: ignore[misc]

@@ -18,6 +18,7 @@ from bnfuse.model.alone import one_at_a_time
 from bnfuse.model.copying import copy_model
 from bnfuse.model.marks import ATTRIBUTE as MARK
 from bnfuse.model.marks import mark_of
+from bnfuse.model.pretrained import describe
 from bnfuse.model.witness import fingerprint
 from bnfuse.model.wrappers import checked, unwrap
 
@@ -132,6 +133,7 @@ def _restore(model: nn.Module, kept: Original) -> None:
     modules = dict(tree.named_modules(model))
     still = [name for name in kept.marks if mark_of(modules[name]).instead_of or mark_of(modules[name]).created]
     own_steps.hide(modules, still)  # around what an earlier fusing has left
+    describe(model)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
