@@ -3,6 +3,7 @@
 from bnfuse.api import fuse, plan
 from bnfuse.changes import Decision
 from bnfuse.checkpoint.files import load, save
+from bnfuse.checkpoint.hub import from_pretrained, register_with_transformers
 from bnfuse.checkpoint.original import unfuse
 from bnfuse.checkpoint.structure import Structure, restructure, structure
 from bnfuse.errors import (
@@ -38,10 +39,12 @@ __all__ = [
     "Structure",
     "VerificationError",
     "compare",
+    "from_pretrained",
     "fuse",
     "fuse_pair",
     "load",
     "plan",
+    "register_with_transformers",
     "restructure",
     "save",
     "structure",
