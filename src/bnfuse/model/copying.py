@@ -60,6 +60,9 @@ def copy_model(
     return copied
 
 
+_NOT_COPIED = frozenset({"_graph", "train", "eval"})
+"""Attributes of a graph module that its copy gets otherwise, or not at all."""
+
 _DICTIONARIES = frozenset({dict, OrderedDict})
 _SEQUENCES = frozenset({list, tuple, set})
 _TENSORS = frozenset({Tensor, nn.Parameter, nn.Buffer})
@@ -99,6 +102,8 @@ class _Copier:
                 return value
             memo[id(value)] = copied = value.copy()
             return copied
+        if isinstance(value, torch.fx.GraphModule) and kind not in weakref.ProxyTypes:
+            return self._graph_module(value)
         if isinstance(value, nn.Module) and kind not in weakref.ProxyTypes and _is_copied_by_state(kind):
             state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
             if type(state) is dict:
@@ -126,6 +131,19 @@ class _Copier:
         self.memo[id(value)] = module = object.__new__(kind)
         module.__setstate__({name: item if type(item) in SIMPLE else self.copy(item) for name, item in state.items()})
         return module
+
+    def _graph_module(self, value: torch.fx.GraphModule) -> nn.Module:
+        """A graph and what it runs on. ``copy.deepcopy`` loses hooks and attributes, and makes buffers of constants.
+
+        A graph that ``torch.export`` has made hides the methods that set its training flag; a copy does not.
+        """
+        kind: Any = type(value)
+        self.memo[id(value)] = made = kind.__new__(kind)  # of a class of its own, which is given the forward
+        state = {name: item for name, item in vars(value).items() if name not in _NOT_COPIED}
+        made.__dict__.update({name: self.copy(item) for name, item in state.items()})
+        made.graph = copy.deepcopy(value.graph)
+        type(made).__name__ = kind.__name__
+        return made  # type: ignore[no-any-return]
 
     def _cloned(self, value: Tensor) -> Tensor:
         """A sparse, nested or quantised tensor, or one of a subclass, some of which ``copy.deepcopy`` does not take."""
@@ -250,6 +268,25 @@ def _is_copied_by_state(kind: type[nn.Module]) -> bool:
         return False
     own = {name for base in kind.__mro__ if base is not object for name in base.__dict__}
     return not own & _COPYING
+
+
+def twin(model: nn.Module, shared: Collection[nn.Module]) -> nn.Module:
+    """A copy of the modules of a model that holds the very same tensors.
+
+    Args:
+        shared: modules that it also has in common with the model.
+
+    Raises:
+        InputError: it cannot be copied.
+    """
+    held = held_tensors(model)
+    constants = [tensor for _, value in tree.plain_attributes(model) for _, tensor in pytree.tensors(value)]
+    memo: dict[int, Any] = {id(item): item for item in (*held.values(), *constants, *shared)}
+    try:
+        made: nn.Module = _Copier(memo, {*map(id, tree.modules(model)), *held}).copy(model)
+    except Exception as error:
+        raise InputError(f"{type(model).__name__} cannot be copied: {one_line(error)}.") from error
+    return made
 
 
 def held_tensors(model: nn.Module) -> dict[int, Tensor]:
