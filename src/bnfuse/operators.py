@@ -43,14 +43,31 @@ class Operator:
     needs_contents: bool
 
 
+_SAME_WORK = {
+    "_native_batch_norm_legit_no_training": "batch_norm",
+    "_native_batch_norm_legit": "batch_norm",
+    "native_batch_norm": "batch_norm",
+    "native_layer_norm": "layer_norm",
+    "native_group_norm": "group_norm",
+    "_softmax": "softmax",
+    "_adaptive_avg_pool2d": "adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d": "adaptive_avg_pool3d",
+}
+"""The operators that PyTorch takes others apart into, with those others. Results beyond the first are statistics."""
+
+
 def known_as(operator: Operator, bound: Mapping[str, Any]) -> str:
     """The name of an operator with these arguments: one that does the work of another has the other's name.
 
-    An instance norm that does not take its statistics from the input is a batch norm, with the same names of arguments.
+    The names of the arguments that matter are the same. An instance norm that does not take its statistics from the
+    input is a batch norm, and ``convolution`` is a convolution over as many axes as its weight has beyond two.
     """
     if operator.name == "instance_norm" and bound.get("use_input_stats") is False:
         return "batch_norm"
-    return operator.name
+    if operator.name == "convolution":
+        kind = "conv_transpose" if bound["transposed"] else "conv"
+        return f"{kind}{len(bound['weight'].shape) - 2}d"
+    return _SAME_WORK.get(operator.name, operator.name)
 
 
 def _sparse_product(term: Tensor, mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any) -> Tensor:
