@@ -64,6 +64,8 @@ def is_norm(module: nn.Module) -> bool:
     """
     if isinstance(module, _BatchNorm):
         return True
+    if tree.never_runs(module):
+        return False
     buffers, parameters = module._buffers, module._parameters
     if isinstance(module, _InstanceNorm):
         return buffers.get("running_mean") is not None
@@ -130,7 +132,7 @@ def _other_reader(calls: list[ModuleCall]) -> Node | None:
     """An operator outside of the norm's own calls that reads its parameters or statistics, None if there is none."""
     own = [node for call in calls for node in call.all_nodes]
     inside = set(own)
-    leaves = {value for node in own for value in node.inputs if value.names}
+    leaves = dict.fromkeys(value for node in own for value in node.inputs if value.names)
     return next((node for value in leaves for node in value.consumers if node not in inside), None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import fx, nn
 
 from bnfuse.graph.graph import Graph, ModuleCall, Value
 from bnfuse.model import tree
@@ -13,7 +13,7 @@ from bnfuse.reasons import IDLE_NORM_MAY_READ, LAYER_NOT_NAMED, MODULE_DID_NOT_R
 
 def pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
     """A parameter that also belongs to a module that did not run may be read there another time."""
-    ran = {id(call.module) for call in graph.calls}
+    ran = _ran(graph)
     for value in dict.fromkeys(graph.leaves.values()):
         if len(value.names) == 1:
             continue
@@ -22,6 +22,17 @@ def pin_shared_with_idle(model: nn.Module, graph: Graph) -> None:
             idle = [name for name, owner in owners.items() if id(owner) not in ran]
             if idle:
                 value.pin(MODULE_DID_NOT_RUN, name=idle[0])
+
+
+def _ran(graph: Graph) -> set[int]:
+    """The modules that ran, by their ``id``.
+
+    The code of a graph module is a list of operators, which has run to its end. What it holds beside modules that it
+    calls are parameters in modules without a forward, and nothing else reads them.
+    """
+    modules = tree.distinct(("", call.module) for call in graph.calls)
+    holders = (part for module in modules if isinstance(module, fx.GraphModule) for part in tree.modules(module))
+    return {*map(id, modules), *map(id, filter(tree.never_runs, holders))}
 
 
 def pin_what_idle_norms_may_read(model: nn.Module, graph: Graph) -> list[str]:
@@ -33,7 +44,7 @@ def pin_what_idle_norms_may_read(model: nn.Module, graph: Graph) -> list[str]:
     Returns:
         The names of the outermost modules of which nothing took part.
     """
-    ran = {id(call.module) for call in graph.calls}
+    ran = _ran(graph)
     read = {name for name, value in graph.leaves.items() if value.consumers}
     named = dict(tree.named_modules(model))
     idle = list(_idle(model, ran, read))

@@ -137,7 +137,8 @@ class ModuleCalls:
 def has_hooks(module: nn.Module) -> bool:
     """True if a hook of the caller's runs before or after the module's forward.
 
-    PyTorch's own hooks that recompute a weight (weight_norm, spectral_norm, pruning) read no activations.
+    PyTorch's own hooks that recompute a weight (weight_norm, spectral_norm, pruning), or that check the sizes of what
+    an exported graph is given, read no activations.
     """
     return _has_global_hooks() or has_own_hooks(module)
 
@@ -147,7 +148,13 @@ def has_own_hooks(module: nn.Module) -> bool:
     if not module._forward_pre_hooks and not module._forward_hooks:
         return False
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return any(not type(getattr(hook, "__self__", hook)).__module__.startswith("torch.nn.utils.") for hook in hooks)
+    return not all(map(_is_harmless, hooks))
+
+
+def _is_harmless(hook: Any) -> bool:
+    if (getattr(hook, "__module__", None) or "").startswith("torch.export."):
+        return True
+    return type(getattr(hook, "__self__", hook)).__module__.startswith("torch.nn.utils.")
 
 
 def _has_global_hooks() -> bool:

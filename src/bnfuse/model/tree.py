@@ -89,6 +89,16 @@ def distinct(named: Iterable[tuple[str, nn.Module]]) -> list[nn.Module]:
     return list({id(module): module for _, module in named}.values())
 
 
+def never_runs(module: nn.Module) -> bool:
+    """True for a module that has no forward, and only holds what others read.
+
+    >>> never_runs(nn.Module()), never_runs(nn.ReLU())
+    (True, False)
+    """
+    own = "forward" in module.__dict__
+    return not own and getattr(type(module), "forward", None) is nn.Module.forward
+
+
 def plain_attributes(model: nn.Module) -> list[tuple[str, Any]]:
     """What the modules hold outside their registries of modules, parameters and buffers.
 
