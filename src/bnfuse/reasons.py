@@ -102,6 +102,13 @@ USES_BATCH_STATISTICS = _cause(
     "`F.batch_norm(..., training=True)`: the output depends on the whole batch and is no fixed map.",
     "Pass `training=self.training` and running statistics.",
 )
+IS_PREPARED = _cause(
+    "prepared-for-quantisation",
+    "{place} is prepared for quantisation: what it measures and rounds is made with the norm",
+    "`prepare` and `prepare_qat`: observers have measured the ranges that they saw with the norm. A `ConvBn2d` of "
+    "quantisation-aware training folds the norm into the weight itself, in each step, before it rounds the weight.",
+    "Fuse before `prepare` or `prepare_qat`; or, after training, let `convert` fold what `ConvBn2d` holds.",
+)
 HAS_HOOK = _cause(
     "has-hook",
     "it has a forward hook, which would be lost",
@@ -171,8 +178,10 @@ FORWARD_DOES_MORE = _cause(
 IS_FUNCTION_CALL = _cause(
     "is-function-call",
     "the norm is a function call in the code, not a module that can be replaced",
-    "`F.batch_norm` in a forward: no attribute can make it go away.",
-    "Make it a `nn.BatchNorm2d` that is called.",
+    "`F.batch_norm` in a forward: no attribute can make it go away. In an exported graph: its parameters are "
+    "computed, or it stands in a graph inside of the graph (`torch.no_grad()`, `cond`).",
+    "Make it a `nn.BatchNorm2d` that is called; or export the model and fuse the program. Of a program, fuse "
+    "`program.run_decompositions({})`, which takes inner graphs apart.",
 )
 CALLER_KEEPS = _cause(
     "caller-keeps",

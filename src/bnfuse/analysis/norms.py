@@ -15,6 +15,7 @@ from bnfuse.capture.module_calls import has_hooks
 from bnfuse.graph.graph import Graph, ModuleCall, Node, is_as_in_its_class
 from bnfuse.graph.norms import Norm, Site
 from bnfuse.model import tree
+from bnfuse.model.quantisation import is_watched, rounds_its_weight
 from bnfuse.model.wrappers import HOOK_OF_ACCELERATE
 from bnfuse.reasons import Reason
 from bnfuse.rules.norm_statistics import is_step
@@ -103,6 +104,9 @@ def _obstacle(module: nn.Module, names: list[str], calls: list[ModuleCall], refe
         return reasons.TRACKS_NO_STATISTICS.reason()
     if isinstance(module, torch.jit.ScriptModule):
         return reasons.IS_SCRIPTED.reason()
+    prepared = next((call.label for call in _around(calls) if rounds_its_weight(call.module)), None)
+    if prepared is not None or is_watched(module):
+        return reasons.IS_PREPARED.reason(place=prepared or calls[0].label)
     if has_hooks(module) or HOOK_OF_ACCELERATE in module.__dict__:
         return reasons.HAS_HOOK.reason()
     if referenced is not None:
@@ -113,6 +117,10 @@ def _obstacle(module: nn.Module, names: list[str], calls: list[ModuleCall], refe
     if "" in names:
         return reasons.IS_THE_MODEL.reason()
     return None
+
+
+def _around(calls: list[ModuleCall]) -> list[ModuleCall]:
+    return [call.parent for call in calls if call.parent is not None]
 
 
 def _uses_batch_statistics(node: Node) -> bool:

@@ -6,17 +6,19 @@ from collections import Counter
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator, OpOverload
 
 from bnfuse.fusion_plan import Plan
+from bnfuse.model.quantisation import is_prepared
 from bnfuse.model.wrappers import HOOK_OF_ACCELERATE
 from bnfuse.reasons import CALLER_KEEPS, CAUSES, DID_NOT_RUN, IS_FUNCTION_CALL
 
 
-def nothing_fused(plan: Plan, model: nn.Module) -> str:
+def nothing_fused(plan: Plan, model: object) -> str:
     """A warning where a plan removes nothing; "" if it removes something, or the caller keeps every norm.
 
     Args:
-        model: the model that the plan was made for.
+        model: the model that the plan was made for, or an exported program.
     """
     kept = [decision for decision in plan.kept if decision.reasons[0].code != CALLER_KEEPS.code]
     name = type(model).__name__
@@ -27,10 +29,13 @@ def nothing_fused(plan: Plan, model: nn.Module) -> str:
     found = [{reason.code: reason for reason in decision.reasons} for decision in kept]
     [(code, count)] = Counter(code for reasons in found for code in reasons).most_common(1)
     example = next(reasons[code] for reasons in found if code in reasons)
-    if _is_exported(model):
-        why = "The model is a graph that torch.export has made, in which norms are function calls."
-        advice = "Fuse the model first, and export the fused one."
-    elif any(HOOK_OF_ACCELERATE in module.__dict__ for module in model.modules()):
+    if isinstance(model, nn.Module) and is_prepared(model):
+        why = "The model is prepared for quantisation: what was measured with the norms does not fit without them."
+        advice = "Fuse first, then prepare the fused model; or let convert fold the norms after training."
+    elif _is_exported(model) and code == IS_FUNCTION_CALL.code:
+        why = "The norms that are left in the graph stand in an inner graph, or are given computed parameters."
+        advice = "Fuse program.run_decompositions({}); or fuse the model first, and export the fused one."
+    elif isinstance(model, nn.Module) and any(HOOK_OF_ACCELERATE in module.__dict__ for module in model.modules()):
         why = "Its layers run inside hooks of accelerate (device_map), which would be lost with the norms."
         advice = (
             "Remove them with accelerate.hooks.remove_hook_from_module(model, recurse=True), fuse the model on one "
@@ -58,7 +63,7 @@ def _common_child(names: list[str]) -> str:
     return first.pop() if len(first) == 1 and all("." in name for name in names) else ""
 
 
-def _is_exported(model: nn.Module) -> bool:
-    return isinstance(model, torch.fx.GraphModule) and any(
-        isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes
-    )
+def _is_exported(model: object) -> bool:
+    if not isinstance(model, torch.fx.GraphModule):
+        return isinstance(model, torch.export.ExportedProgram)
+    return any(isinstance(node.target, (OpOverload, HigherOrderOperator)) for node in model.graph.nodes)
