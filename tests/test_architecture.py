@@ -15,6 +15,7 @@ LEVELS = [
     {"api", "pair", "__init__"},
     {"planner", "checkpoint"},
     {"fusion_plan"},
+    {"exported"},
     {"analysis", "solve", "verify", "transaction"},
     {"capture", "rules"},
     {"model", "graph", "report"},

@@ -8,12 +8,14 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from bnfuse.checkpoint.original import keep_original
-from bnfuse.errors import NothingFusedWarning, VerificationError
+from bnfuse.errors import InputError, NothingFusedWarning, VerificationError
+from bnfuse.exported.forms import graph_form
 from bnfuse.fusion_plan import Plan
 from bnfuse.model import tree
 from bnfuse.model.alone import one_at_a_time
@@ -32,9 +34,11 @@ from bnfuse.verify.reference import Reference
 
 log = logging.getLogger("bnfuse")
 
+AnyModel = TypeVar("AnyModel", bound=nn.Module | ExportedProgram)
+
 
 def fuse(
-    model: nn.Module,
+    model: AnyModel,
     example_inputs: Any = None,
     *,
     inplace: bool = False,
@@ -42,13 +46,14 @@ def fuse(
     calls: Sequence[Call] = (),
     verify: bool = True,
     options: Options | None = None,
-) -> nn.Module:
+) -> AnyModel:
     """Remove every batch norm whose work other parameters can take up, without changing the outputs.
 
     Args:
-        model: any module. What counts is its behaviour in evaluation mode, whatever its training flag.
+        model: any module, or a ``torch.export.ExportedProgram``. What counts is its behaviour in evaluation mode,
+            whatever its training flag.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, of any batch size.
-            Inferred from the model if None.
+            Inferred from the model if None; a program knows those that it was exported with.
         inplace: change ``model`` itself instead of a copy; its parameters keep their identity.
         keep: module names or glob patterns (``"backbone.*"``) of norms to leave alone.
         calls: further calls that the fused model is to take: with other arguments, or of other methods
@@ -61,12 +66,14 @@ def fuse(
 
     Returns:
         A module of the same class with the same submodule names, in evaluation mode. Every removed norm is
-        ``nn.Identity``, or its activation if it has one built in.
+        ``nn.Identity``, or its activation if it has one built in. A program becomes a new program; from a graph, norms
+        that are function calls are taken out.
 
     Raises:
         InputError: no inputs could be inferred, or the model does not run on them, or ``keep`` or
             ``options.also`` matches nothing, or no copy can be made that runs on parameters of its own; or the model
-            is scripted, sharded, offloaded or without contents.
+            is scripted, sharded, offloaded, without contents, a graph that was made in training mode, or one that is
+            prepared for quantisation.
         FusionError: a handler failed.
         VerificationError: the outputs differ; the model is as it was.
 
@@ -85,7 +92,7 @@ def fuse(
     fused, made = fuse_with_plan(
         model, example_inputs, inplace=inplace, keep=keep, calls=calls, verify=verify, options=options
     )
-    warning = nothing_fused(made, unwrap(model)[0])
+    warning = nothing_fused(made, unwrap(model)[0] if isinstance(model, nn.Module) else model)
     if warning:
         warnings.warn(warning, NothingFusedWarning, stacklevel=2)
     return fused
@@ -93,7 +100,7 @@ def fuse(
 
 @one_at_a_time
 def fuse_with_plan(
-    model: nn.Module,
+    model: AnyModel,
     example_inputs: Any = None,
     *,
     inplace: bool = False,
@@ -101,8 +108,31 @@ def fuse_with_plan(
     calls: Sequence[Call] = (),
     verify: bool = True,
     options: Options | None = None,
-) -> tuple[nn.Module, Plan]:
+) -> tuple[AnyModel, Plan]:
     """What :func:`fuse` does, with the plan that was carried out, which has no witness."""
+    form = graph_form(model, inplace)
+    if form is None:
+        return _fused(model, example_inputs, inplace, keep, calls, verify, options)
+    if checked_options(options).reversible:
+        raise InputError("A graph keeps nothing of what it was (reversible=): keep the graph that is given.")
+    example_inputs = form.inputs(example_inputs)
+    fused, made = _fused(form.module, example_inputs, False, keep, calls, verify, options)
+    result: Any = form.put_back(fused, made if verify and made.fused else None, example_inputs)
+    if inplace:
+        form.change(made)
+    return model if inplace else result, made
+
+
+def _fused(
+    model: Any,
+    example_inputs: Any,
+    inplace: bool,
+    keep: str | Sequence[str],
+    calls: Sequence[Call],
+    verify: bool,
+    options: Options | None,
+) -> tuple[Any, Plan]:
+    """The same for a model whose norms are modules, as far as it has any."""
     options, keep = checked_options(options), patterns("keep", keep)
     inner, wrap = unwrap(checked(model))
     if inner.training:
@@ -181,7 +211,7 @@ def carry_out(
 
 @one_at_a_time
 def plan(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
     *,
     keep: str | Sequence[str] = (),
@@ -199,6 +229,9 @@ def plan(
     Raises:
         InputError, FusionError: as for :func:`fuse`.
     """
+    form = graph_form(model)
+    if form is not None:
+        model, example_inputs = form.module, form.inputs(example_inputs)
     options, keep = checked_options(options), patterns("keep", keep)
     inner, _ = unwrap(checked(model))
     source = _in_evaluation(inner)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from bnfuse.changes import Changes, Decision
 from bnfuse.errors import FusionError
+from bnfuse.exported.forms import graph_form
 from bnfuse.model.alone import one_at_a_time
 from bnfuse.model.witness import Witness
 from bnfuse.model.wrappers import checked, unwrap
 from bnfuse.report.text import decisions_text
 from bnfuse.transaction import fused_copy, rewrite
+
+AnyModel = TypeVar("AnyModel", bound=nn.Module | ExportedProgram)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class Plan(Changes):
         }
 
     @one_at_a_time
-    def apply(self, model: nn.Module, inplace: bool = False) -> nn.Module:
+    def apply(self, model: AnyModel, inplace: bool = False) -> AnyModel:
         """Carry the plan out on the model that it was made for, or on a copy of it.
 
         Args:
@@ -73,6 +77,18 @@ class Plan(Changes):
             FusionError: the model is not the one that the plan was made for, or its layers, or the contents of a
                 parameter, buffer or constant that took part in the run, have changed since.
         """
+        form = graph_form(model, inplace)
+        result: Any = model
+        if form is None:
+            result = self._applied(model, inplace)
+        elif inplace:
+            self._check(form.module)
+            form.change(self)
+        else:
+            result = form.put_back(self._applied(form.module, False))
+        return result  # type: ignore[no-any-return]
+
+    def _applied(self, model: Any, inplace: bool) -> Any:
         inner, wrap = unwrap(checked(model))
         self._check(inner)
         if inplace:
