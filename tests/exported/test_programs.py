@@ -356,6 +356,12 @@ def test_it_is_saved_loaded_lowered_and_taken_apart(model: nn.Module, fused: Exp
         fused.module()(torch.cat([X5, X5], 2))
 
 
+def test_programs_are_compared(program: ExportedProgram, fused: ExportedProgram) -> None:
+    assert bnfuse.compare(program, fused, X5).within_tolerance()
+    other = export(prepared(Model(), seed=5), (batch(IMAGES),), dynamic_shapes=({0: Dim("batch", min=2, max=64)},))
+    assert not bnfuse.compare(program, other, X5).within_tolerance()
+
+
 def test_modules_whose_calls_are_noted(model: nn.Module) -> None:
     kept = ("body", "body.0", "body.1", "end")
     program = export(model, (batch(IMAGES),), preserve_module_call_signature=kept)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils.data import DistributedSampler
 
 from bnfuse.errors import InputError
@@ -27,15 +28,21 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def compare(before: nn.Module, after: nn.Module, inputs: object, *, group: ProcessGroup | None = None) -> Comparison:
+def compare(
+    before: nn.Module | ExportedProgram,
+    after: nn.Module | ExportedProgram,
+    inputs: object,
+    *,
+    group: ProcessGroup | None = None,
+) -> Comparison:
     """Run two models on the same inputs in evaluation mode and measure how far their outputs lie apart.
 
     Both models get the same random state, and each gets its own copy of the inputs on its device. Both are left as they
     were. Outputs are not kept from one batch to the next.
 
     Args:
-        before: the model to compare with.
-        after: the model to compare.
+        before: the model to compare with, or an exported program.
+        after: the model to compare, or an exported program.
         inputs: ONE call or BATCHES of calls.
             One call is a tensor (the only argument), a tuple (positional arguments), a dict (keyword arguments) or a
             ``bnfuse.Call``, which may name another method than forward.
@@ -60,6 +67,7 @@ def compare(before: nn.Module, after: nn.Module, inputs: object, *, group: Proce
     >>> compare(model, model, torch.ones(4, 2)).within_tolerance()
     True
     """
+    before, after = (model.module() if isinstance(model, ExportedProgram) else model for model in (before, after))
     if group is None:
         measured = _measured(before, after, inputs)
     else:
