@@ -129,10 +129,26 @@ def _traced_by_fx(case: Case) -> Runnable:
     return bnfuse.fuse(torch.fx.symbolic_trace(case.original), case.x, options=_AS_RECORDED)
 
 
+def _program(case: Case) -> Runnable:
+    """A program of torch.export, whose norms are calls in a graph."""
+    return _module(torch.export.export(case.original, (case.x,)))
+
+
+def _decomposed(case: Case) -> Runnable:
+    return _module(torch.export.export(case.original, (case.x,)).run_decompositions())
+
+
+def _module(program: torch.export.ExportedProgram) -> nn.Module:
+    made: nn.Module = bnfuse.fuse(program, options=_AS_RECORDED).module()
+    return made
+
+
 WAYS: Mapping[str, Callable[[Case], Runnable]] = {
     "in: a module": lambda case: case.fused,
     "in: a module, in place": _in_place,
     "in: a graph of torch.fx": _traced_by_fx,
+    "in: a program of torch.export": _program,
+    "in: a decomposed program of torch.export": _decomposed,
     "out: bnfuse.save, bnfuse.load": _saved,
     "out: bnfuse.save, bnfuse.load on the meta device": _saved_for_meta,
     "out: state dict, bnfuse.structure as JSON": _state_dict,
