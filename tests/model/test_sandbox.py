@@ -99,6 +99,20 @@ def test_what_a_run_stores_is_told_and_put_back(watch_writes: bool) -> None:
     assert (model.cache, hasattr(model, "late"), model.training) == ({}, False, True)
 
 
+def test_what_a_call_stores_before_it_fails_is_put_back() -> None:
+    model = Messy()
+
+    def fail() -> None:
+        with leave_no_trace(list(model.modules())) as state:
+            assert not list(state.stored())  # of an earlier call
+            model.cache["x"] = model.late = torch.ones(3)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (model.cache, hasattr(model, "late")) == ({}, False)
+
+
 def test_memory_that_is_replaced_and_contents_that_are_written_to_come_back() -> None:
     model = nn.Linear(2, 2)
     weight, bias, address = model.weight.detach().clone(), model.bias.detach().clone(), model.weight.data_ptr()

@@ -147,6 +147,9 @@ def leave_no_trace(
         try:
             with _SaveBeforeWrites(modules, state) if watch_writes else nullcontext():
                 yield state
+        except BaseException:
+            state.look_again()  # what was found is what earlier calls have stored, and not the one that failed
+            raise
         finally:
             state.restore()
 
