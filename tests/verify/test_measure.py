@@ -118,6 +118,15 @@ def test_complex_numbers(dtype: torch.dtype) -> None:
     assert not compare_outputs(before, before.conj()).within_tolerance()
 
 
+def test_an_output_of_inference_mode_that_was_given_ordinary_memory() -> None:
+    with torch.inference_mode():
+        output = torch.ones(2, 3)
+    output.data = 2 * torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="version counter"):
+        output.reshape(-1)
+    assert compare_outputs(output, 2 * torch.ones(2, 3)).within_tolerance()
+
+
 def test_sparse_tensors() -> None:
     before = torch.eye(3).to_sparse()
     assert compare_outputs(before, torch.eye(3).to_sparse()).within_tolerance()

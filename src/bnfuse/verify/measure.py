@@ -252,7 +252,7 @@ def _strided(tensor: Tensor) -> Tensor:
             tensor = tensor.dequantize()
         if tensor.layout != torch.strided:
             tensor = tensor.to_dense()
-        return tensor.detach().cpu()
+        return tensor.data.cpu()  # else one of inference mode that was given ordinary memory (``.data``) takes no views
 
 
 def _padded(tensor: Tensor) -> Tensor:
