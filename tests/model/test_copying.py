@@ -45,6 +45,11 @@ def no_gradients(model: Any) -> None:
     model.forward = torch.no_grad()(model.forward)
 
 
+def no_gradients_through_a_parametrised_layer(model: Any) -> None:
+    nn.utils.parametrizations.weight_norm(model.d)
+    model.d.forward = torch.no_grad()(model.d.forward)
+
+
 def wrapped_twice(model: Any) -> None:
     model.forward = passed_on(passed_on(model.forward))
 
@@ -116,8 +121,8 @@ def hooks(model: Any) -> None:
 
 
 REBOUND = [
-    no_gradients, wrapped_twice, closure, closure_over_layers, closure_over_parameters, default_argument,
-    partial_of_the_class, partial_of_a_closure, as_accelerate_does, another_method, compiled, compiled_layer,
+    no_gradients, no_gradients_through_a_parametrised_layer, wrapped_twice, closure, closure_over_layers,
+    closure_over_parameters, default_argument, partial_of_the_class, partial_of_a_closure, as_accelerate_does, another_method, compiled, compiled_layer,
     calls_itself, function_in_an_attribute, functions_in_containers, hooks,
 ]  # fmt: skip
 

@@ -105,7 +105,8 @@ class _Copier:
         if isinstance(value, torch.fx.GraphModule) and kind not in weakref.ProxyTypes:
             return self._graph_module(value)
         if isinstance(value, nn.Module) and kind not in weakref.ProxyTypes and _is_copied_by_state(kind):
-            state = value.__getstate__() if hasattr(value, "__getstate__") else value.__dict__
+            pickled = hasattr(value, "__getstate__") and not _is_of_parametrize(kind, "__getstate__")
+            state = value.__getstate__() if pickled else value.__dict__
             if type(state) is dict:
                 return self._module(value, kind, state)
         by_kind = _BY_KIND.get(kind)
@@ -267,7 +268,17 @@ def _is_copied_by_state(kind: type[nn.Module]) -> bool:
     if any(base.__dict__.get("__slots__") for base in kind.__mro__):
         return False
     own = {name for base in kind.__mro__ if base is not object for name in base.__dict__}
+    if _is_of_parametrize(kind, "__deepcopy__"):
+        own.remove("__deepcopy__")
     return not own & _COPYING
+
+
+def _is_of_parametrize(kind: type[nn.Module], name: str) -> bool:
+    """Whether a method is one that PyTorch adds to the classes of parametrised layers.
+
+    Its ``__deepcopy__`` does what Python's default does, and its ``__getstate__`` refuses to be pickled.
+    """
+    return getattr(getattr(kind, name, None), "__module__", None) == "torch.nn.utils.parametrize"
 
 
 def twin(model: nn.Module, shared: Collection[nn.Module]) -> nn.Module:
