@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from support import assert_untouched, prepared, reason, snapshot
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import bnfuse
 from bnfuse import Call, InputError, Options
@@ -234,6 +235,29 @@ class Intermediates(Net):
         return [y if raw else self.n(y)]
 
 
+class FlagForANumber(Net):
+    """What it does to the axes cannot be told apart from something else at another size, whatever the flag is."""
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        y = self.c(x)
+        z = self.n(F.silu(y.flatten(0, 1).unflatten(0, (-1, y.shape[1]))))
+        return self.d(z + 1 if more else z + 0.5)
+
+
+class Stages(Net):
+    def forward(self, x: Tensor, stages: int = 2) -> Tensor:
+        y = self.c(x)
+        return self.n(sum(layer(y) for layer in self.layers[:stages]))
+
+
+def conv1d(inputs: int = 3, outputs: int = 4, padding: int = 1, stride: int = 1) -> nn.Conv1d:
+    return nn.Conv1d(inputs, outputs, 3, stride, padding)
+
+
+def norm1d(channels: int = 4) -> nn.BatchNorm1d:
+    return nn.BatchNorm1d(channels)
+
+
 ONES = torch.ones(1, 1, 8, 8, dtype=torch.float64)
 SOME = (x(1, 1, 8, 8, seed=3) > 0).double()
 
@@ -275,6 +299,8 @@ CASES = {
     "a method that a layer of PyTorch's calls": Case(lambda: Net(lambda s, x: s.n(s.c(x)), c=OwnConv(3, 4, 3, padding=1), n=norm()), (x(*IMAGE),), [Call(x(4, 3, 8, 8))]),
     "torch.numel": Case(lambda: Net(lambda s, x: s.n(s.c(x).relu() if torch.numel(x) > 400 else s.c(x)), c=conv(), n=norm()), (x(*IMAGE),), [Call(x(4, 3, 8, 8))]),
     "sizes and flags of another method": Case(lambda: Intermediates(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(2, 3, 9, 9), method="forward_intermediates"), Call(x(*IMAGE), raw=True, method="forward_intermediates")]),
+    "a flag that changes a number": Case(lambda: FlagForANumber(with_flag, c=conv1d(), n=norm1d(), d=conv1d(4, 2, 0)), (x(2, 3, 5),), [Call(x(2, 3, 5), more=True), Call(x(4, 3, 5), more=True)]),
+    "a norm of a number": Case(lambda: Stages(with_flag, c=conv(), layers=nn.ModuleList([conv(4, 4), conv(4, 4)]), n=FrozenBatchNorm2d(4)), (x(*IMAGE),), [Call(x(*IMAGE), stages=0), Call(x(*IMAGE), stages=1)]),
 }  # fmt: skip
 
 

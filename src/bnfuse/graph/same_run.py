@@ -65,12 +65,13 @@ class Counterparts:
     Attributes:
         same: the values of the first run by those of the other.
         certain: False if sizes or numbers differ in a way that a rule might tell.
+        numbers: False if a number differs that is no size of what the operator reads or makes.
         whole: False if the other run ends before the first.
     """
 
     def __init__(self, same: dict[Value, Value]) -> None:
         self.same = same
-        self.certain = self.whole = True
+        self.certain = self.numbers = self.whole = True
 
     def gives(self, values: Sequence[Value], others: Sequence[Value]) -> bool:
         """True if these values are the counterparts of the others."""
@@ -107,7 +108,10 @@ class Counterparts:
         elif node.operator == "sum":
             self.certain &= _same_count(node, other)
         else:
-            self.certain &= all(_same_argument(value, other.bound[name]) for name, value in node.bound.items())
+            for name, value in node.bound.items():
+                if not _same_argument(value, other.bound[name]):
+                    self.certain = False
+                    self.numbers &= _are_sizes(value, other.bound[name], node, other)
         self.certain &= not _may_read_a_missing_parameter(node, other)
         return True
 
@@ -141,6 +145,19 @@ def _same_argument(argument: Any, other: Any) -> bool:
             and all(map(_same_argument, argument, other))
         )
     return type(argument) is type(other) and (isinstance(argument, torch.Generator) or bool(argument == other))
+
+
+def _are_sizes(argument: Any, there: Any, node: Node, other: Node) -> bool:
+    """True if arguments that differ are sizes of what the operators read or make, of the same axes."""
+    if isinstance(argument, (list, tuple)) and isinstance(there, (list, tuple)) and len(argument) == len(there):
+        pairs = list(zip(argument, there, strict=True))
+    else:
+        pairs = [(argument, there)]
+    if not all(type(a) is type(b) is int for a, b in pairs):
+        return False
+    tensors = zip((*node.inputs, *node.outputs), (*other.inputs, *other.outputs), strict=True)
+    sizes = {pair for value, counterpart in tensors for pair in zip(value.shape, counterpart.shape, strict=True)}
+    return all(a == b or (a, b) in sizes for a, b in pairs)
 
 
 def _alike(value: Value, other: Value) -> bool:

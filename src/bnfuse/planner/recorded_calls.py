@@ -31,7 +31,8 @@ _RUNS_FOR_REAL = (48, 2)
 """So many further runs are made with arithmetic, where the code looks at contents: of a small model, of a large one."""
 
 _SAME_OPERATORS = 2
-"""So many further runs of the same operators are solved together: what depends on the size shows in them."""
+"""So many further runs are solved together of the same operators with the same numbers: what depends on the size shows
+in them."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class CallRecorder:
             return False
         rest = main.nodes[returned.place :]
         same = None if _asked_for(run) else counterparts(rest, [returned.value], run.nodes, run.inputs)
-        if same is not None and same.certain:
+        if same is not None and same.certain and _module_calls(run) <= _module_calls(main):
             self._forget(run, same)
             return True
         self.recording.forget(run)
@@ -254,6 +255,7 @@ class CallRecorder:
             return None
         (run,) = made
         found: list[Counterparts] = []
+        sizes: list[Counterparts] = []  # of those, where nothing but sizes may tell the two apart
         for earlier in self.recording.runs:
             if earlier is run or earlier.start is None or not earlier.start.begins:
                 continue
@@ -263,8 +265,11 @@ class CallRecorder:
             if same.certain:
                 return same
             found.append(same)
-        if len(found) > _SAME_OPERATORS:
-            found[-1].certain = True
+            if same.numbers and _asks_for(earlier.call) == _asks_for(run.call):
+                sizes.append(same)
+        if len(sizes) > _SAME_OPERATORS:
+            sizes[-1].certain = True
+            return sizes[-1]
         return found[-1] if found else None
 
 
@@ -284,4 +289,10 @@ def _plain(value: Any) -> str:
 
 def _counterparts(run: Run, other: Run, before: dict[Value, Value]) -> Counterparts | None:
     inputs, other_inputs = ([value for value in one.inputs if not value.unseen] for one in (run, other))
-    return counterparts(run.nodes, inputs, other.nodes, other_inputs, before)
+    same = counterparts(run.nodes, inputs, other.nodes, other_inputs, before)
+    return same if same is not None and _module_calls(other) <= _module_calls(run) else None
+
+
+def _module_calls(run: Run) -> set[tuple[int, int]]:
+    """The modules that ran inside of the model, and of how many tensors: one that is given a number reads none."""
+    return {(id(call.module), sum(not value.unseen for value in call.inputs)) for call in run.calls}
