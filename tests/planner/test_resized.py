@@ -110,7 +110,7 @@ def test_what_the_first_of_two_methods_does_is_recorded_again_only_if_the_second
     assert problem.norms[0].sites[-1].y.pinned is not None
 
 
-def test_a_table_of_one_size_fits_no_other_size() -> None:
+def test_a_table_of_one_size_fits_hardly_another_size() -> None:
     class Positions(Counting):
         def run(self, x: Tensor) -> Tensor:
             return super().run(x) + self.table
@@ -122,6 +122,7 @@ def test_a_table_of_one_size_fits_no_other_size() -> None:
         (1, 3, 16, 16),
         (3, 3, 16, 16),
         (8, 3, 16, 16),
+        (2, 3, 15, 15),  # which the stride makes the same
         (2, 3, 17, 16),
         (2, 3, 16, 17),
         (2, 4, 16, 16),

@@ -250,6 +250,11 @@ class Stages(Net):
         return self.n(sum(layer(y) for layer in self.layers[:stages]))
 
 
+def of_one_length(s: Any, x: Tensor) -> Tensor:
+    y = s.c(x)
+    return s.n(y.relu() if x.shape[2] != 4 else y) * torch.linspace(0.5, 1.5, 2, dtype=x.dtype)
+
+
 def conv1d(inputs: int = 3, outputs: int = 4, padding: int = 1, stride: int = 1) -> nn.Conv1d:
     return nn.Conv1d(inputs, outputs, 3, stride, padding)
 
@@ -301,6 +306,11 @@ CASES = {
     "sizes and flags of another method": Case(lambda: Intermediates(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(2, 3, 9, 9), method="forward_intermediates"), Call(x(*IMAGE), raw=True, method="forward_intermediates")]),
     "a flag that changes a number": Case(lambda: FlagForANumber(with_flag, c=conv1d(), n=norm1d(), d=conv1d(4, 2, 0)), (x(2, 3, 5),), [Call(x(2, 3, 5), more=True), Call(x(4, 3, 5), more=True)]),
     "a norm of a number": Case(lambda: Stages(with_flag, c=conv(), layers=nn.ModuleList([conv(4, 4), conv(4, 4)]), n=FrozenBatchNorm2d(4)), (x(*IMAGE),), [Call(x(*IMAGE), stages=0), Call(x(*IMAGE), stages=1)]),
+    "a literal shape": Case(lambda: Net(lambda s, x: s.n(s.c(x).reshape(-1, 4, 3)), c=conv1d(padding=2), n=norm1d()), (x(4, 3, 1),), [Call(x(4, 3, 4))]),
+    "a literal number of samples": Case(lambda: Net(lambda s, x: s.n(s.c(x).reshape(2, -1)), c=conv1d(), n=norm1d()), (x(2, 3, 1),), [Call(x(1, 3, 2))]),
+    "a literal end": Case(lambda: Net(lambda s, x: s.n(s.c(x).flatten(1)[:, :4]), c=conv1d(), n=norm1d()), (x(2, 3, 1),), [Call(x(2, 3, 2))]),
+    "hardly smaller": Case(lambda: Net(lambda s, x: s.n(s.c(x).relu() if x[0].nbytes < 120 else s.c(x)), c=conv1d(padding=0), n=norm1d()), (x(2, 3, 5),), [Call(x(2, 3, 4))]),
+    "sizes that a stride makes alike": Case(lambda: Net(of_one_length, c=conv1d(stride=2), n=norm1d()), (x(2, 3, 4),), [Call(x(2, 3, 3))]),
 }  # fmt: skip
 
 

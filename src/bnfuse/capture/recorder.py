@@ -33,6 +33,15 @@ _UNSEEN = attrgetter("unseen")
 _INTO_PARTS = frozenset({"unbind", "split", "split_with_sizes", "chunk", "tensor_split"})
 """Operators that give one tensor or more, by the size of what they are given."""
 
+_TO_THE_END = 2**63 - 1
+"""The end of a slice that names none."""
+
+_REGROUPING = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten"})
+"""Operators that may put axes together."""
+
+_IMAGE = 4
+"""So many axes has a batch of images."""
+
 _TO_SHAPES = {"view": "size", "reshape": "shape", "expand": "size", "unflatten": "sizes", "_unsafe_view": "size"}
 """Operators that are told sizes, with the argument."""
 
@@ -47,15 +56,25 @@ def _meet(node: Node) -> None:
             value.pin(MEETS_UNSEEN_ARGUMENT)
 
 
-def _goes_by_sizes(node: Node) -> bool:
+def _goes_by_sizes(node: Node, regrouped: bool) -> bool:
     """True if an operator does something else at another size: it adds up an axis, takes a tensor apart, drops all
-    axes of size 1, or is told a size that stands in the code."""
+    axes of size 1, or is told a size or a last place that stands in the code.
+
+    Args:
+        regrouped: whether axes of an image may have been put together, else its channels have the same places at all
+            sizes.
+    """
     if node.operator == "squeeze" and not _drops_fixed(node):
         return True
     if node.operator in _INTO_PARTS or node.operator == "sum":
         return True
+    if node.call.is_standard:
+        return False
+    if node.operator in ("slice", "narrow", "alias"):  # an alias is a slice that leaves nothing out at this size
+        names_end = node.operator != "slice" or 0 < (node.argument("end") or 0) < _TO_THE_END
+        return names_end and (regrouped or len(node.inputs[0].shape) < _IMAGE)
     sizes = node.argument(_TO_SHAPES.get(node.operator, ""), ())
-    return any(size not in (-1, 0, 1) for size in sizes) and not node.call.is_standard
+    return any(size not in (-1, 0, 1) for size in sizes)
 
 
 def _drops_fixed(node: Node) -> bool:
@@ -107,7 +126,7 @@ class Recorder(Mode):
         self.looks = self.reads_elements = False
         self.tracks_gradients = False
         self._autograd: tuple[Any, Any] | None = None
-        self._paused = False
+        self._paused = self._regrouped = False
         self._values = values
         self._value_of = values.of  # bound once, since it is called for every tensor of every operator
         self._calls = calls
@@ -274,7 +293,8 @@ class Recorder(Mode):
             if not value.consumers or value.consumers[-1] is not node:
                 value.consumers.append(node)
         if not independent and not self.looks:
-            self.looks = _goes_by_sizes(node)
+            self._regrouped |= node.operator in _REGROUPING and any(len(v.shape) >= _IMAGE for v in node.outputs)
+            self.looks = _goes_by_sizes(node, self._regrouped)
         if not independent and any(map(_UNSEEN, node.inputs)):
             _meet(node)
         self.nodes.append(node)

@@ -175,7 +175,7 @@ class CallInference:
                 continue
             if resizing.group == "larger batch" and "larger" in done:
                 continue
-            if any(axes <= resizing.axes for axes in fixed) and resizing.axes != {1}:  # which may be taken apart
+            if any(axes <= resizing.axes for axes in fixed) and not resizing.anyway:
                 continue
             other = resizing.of(call, number)
             if other is None:

@@ -19,6 +19,9 @@ from bnfuse.operators import is_dense
 _SMALL = 64
 """Up to this size the double is tried too."""
 
+_MANY = 12
+"""A batch so many times as large is divided by most small numbers."""
+
 _ALIGNMENT = 32
 """Networks halve images up to five times, so a size that divides by 32 is changed by 32."""
 
@@ -33,6 +36,8 @@ class Resizing:
         size: the new size, from the axis and the old one.
         group: once one resizing of a group works, the others of the group need not be tried.
         only: the number of the one tensor whose sizes change, None for all.
+        anyway: whether it may work although something of a fixed size has met another size of these axes: a little
+            smaller, or along an axis that may be taken apart.
     """
 
     what: str
@@ -40,6 +45,7 @@ class Resizing:
     size: Callable[[int, int], int]
     group: str
     only: int | None = None
+    anyway: bool = False
 
     def of(self, call: Call, values: int) -> Call | None:
         """The call with other sizes, None if none changes.
@@ -85,14 +91,25 @@ def resizings(call: Call, thresholds: Sequence[int] = ()) -> list[Resizing]:
         ]
         if max((size for tensor in filter(is_dense, call.tensors) for size in tensor.shape[2:]), default=0) <= _SMALL:
             found.append(Resizing("twice as large", trailing, lambda axis, size: 2 * size, "twice"))
+            found += [  # numbers in the code where a size was meant may fit one of them
+                Resizing("larger", trailing, way, "larger") for way in (_more(2), _more(3), lambda axis, size: 3 * size)
+            ]
+            found.append(Resizing("larger", both, lambda axis, size: _MANY * size if axis == 0 else size + 1, "larger"))
     found.append(Resizing("a batch of one", batch, lambda axis, size: 1, "batch of one"))
     found.append(Resizing("a larger batch", batch, _more(1), "larger batch"))
     found.append(Resizing("a much larger batch", batch, lambda axis, size: 4 * size, "many"))
     if trailing:
         found += [
             Resizing("smaller", trailing, _round_down, "smaller"),
-            Resizing("smaller", trailing, _less, "smaller"),
+            Resizing("smaller", trailing, _less, "smaller", anyway=True),
         ]
+    samples = max((tensor.shape[0] for tensor in call.tensors if is_dense(tensor) and tensor.dim() == rank), default=1)
+    if trailing and samples > 1:  # as many elements as before, so that they may be taken apart in the same way
+        traded = frozenset({0, rank - 1})
+        what = "a batch of one, and so much longer"
+        found.append(
+            Resizing(what, traded, lambda axis, size: size * samples if axis else 1, "batch of one", anyway=True)
+        )
     for axis in sorted(trailing)[-2:] if len(trailing) > 1 else ():
         alone = frozenset({axis})
         found += [
@@ -114,9 +131,9 @@ def resizings(call: Call, thresholds: Sequence[int] = ()) -> list[Resizing]:
     for axis in range(1, rank):
         alone = frozenset({axis})
         found += [
-            Resizing(f"larger along axis {axis}", alone, _more(1), f"larger {axis}"),
-            Resizing(f"larger along axis {axis}", alone, _round_up, f"larger {axis}"),
-            Resizing(f"smaller along axis {axis}", alone, _less, f"smaller {axis}"),
+            Resizing(f"larger along axis {axis}", alone, _more(1), f"larger {axis}", anyway=axis == 1),
+            Resizing(f"larger along axis {axis}", alone, _round_up, f"larger {axis}", anyway=axis == 1),
+            Resizing(f"smaller along axis {axis}", alone, _less, f"smaller {axis}", anyway=True),
         ]
     return found
 
