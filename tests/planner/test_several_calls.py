@@ -235,6 +235,18 @@ class Intermediates(Net):
         return [y if raw else self.n(y)]
 
 
+class MaskIfTensor(Net):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.c(x).mean((2, 3))
+        return self.n(y * ~mask if isinstance(mask, Tensor) else y)
+
+
+class FlagOrNumber(Net):
+    def forward(self, x: Tensor, scale: Any = True) -> Tensor:
+        y = self.c(x)
+        return self.n(y if scale is True else y + scale)
+
+
 class FlagForANumber(Net):
     """What it does to the axes cannot be told apart from something else at another size, whatever the flag is."""
 
@@ -304,6 +316,9 @@ CASES = {
     "a method that a layer of PyTorch's calls": Case(lambda: Net(lambda s, x: s.n(s.c(x)), c=OwnConv(3, 4, 3, padding=1), n=norm()), (x(*IMAGE),), [Call(x(4, 3, 8, 8))]),
     "torch.numel": Case(lambda: Net(lambda s, x: s.n(s.c(x).relu() if torch.numel(x) > 400 else s.c(x)), c=conv(), n=norm()), (x(*IMAGE),), [Call(x(4, 3, 8, 8))]),
     "sizes and flags of another method": Case(lambda: Intermediates(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(2, 3, 9, 9), method="forward_intermediates"), Call(x(*IMAGE), raw=True, method="forward_intermediates")]),
+    "fewer tensors": Case(lambda: Net(lambda s, *xs: s.n(s.c(xs[0] + xs[-1])) if xs[1:] else s.c(xs[0]), c=conv(), n=norm()), (same, same), [Call(x(*IMAGE))]),
+    "a mask of few axes, if it is a tensor": Case(lambda: MaskIfTensor(with_flag, c=conv(), n=norm1d()), (x(*IMAGE),), [Call(x(*IMAGE), x(1, 4, seed=5) > 0)]),
+    "a number or a tensor in place of a flag": Case(lambda: FlagOrNumber(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(*IMAGE), 0.5), Call(x(*IMAGE), scale=x(1))]),
     "a flag that changes a number": Case(lambda: FlagForANumber(with_flag, c=conv1d(), n=norm1d(), d=conv1d(4, 2, 0)), (x(2, 3, 5),), [Call(x(2, 3, 5), more=True), Call(x(4, 3, 5), more=True)]),
     "a norm of a number": Case(lambda: Stages(with_flag, c=conv(), layers=nn.ModuleList([conv(4, 4), conv(4, 4)]), n=FrozenBatchNorm2d(4)), (x(*IMAGE),), [Call(x(*IMAGE), stages=0), Call(x(*IMAGE), stages=1)]),
     "a literal shape": Case(lambda: Net(lambda s, x: s.n(s.c(x).reshape(-1, 4, 3)), c=conv1d(padding=2), n=norm1d()), (x(4, 3, 1),), [Call(x(4, 3, 4))]),
@@ -445,6 +460,16 @@ def test_what_was_not_seen_is_said() -> None:
     assert any("sizes" in text for text in plan.unseen)
     assert any("other did not run" in text for text in plan.unseen)
     assert plan.to_dict()["unseen"] == list(plan.unseen)
+
+
+def test_a_mask_that_no_guess_fits_is_unseen() -> None:
+    class OfOneSize(Net):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            y = self.c(x)
+            return self.n(y * mask.reshape(1, 4, 1, 1) if isinstance(mask, Tensor) else y)
+
+    plan = bnfuse.plan(prepared(OfOneSize(with_flag, c=conv(), n=norm())), x(*IMAGE))
+    assert "mask was never given another value: what that does is not known" in plan.unseen
 
 
 @pytest.mark.parametrize(

@@ -140,18 +140,22 @@ class CallInference:
 
     def _vary(self, variation: Variation) -> None:
         """Record the first of some values of an argument that leads somewhere else, or all of them."""
-        taken = False
+        taken = passed_over = False
         self._recorder.for_real = max(self._recorder.for_real, _SURELY_FOR_REAL)
         for place, call in enumerate(variation.calls):
             found = self._attempt(variation.what, call)
-            taken |= found is not None
+            if found is False and variations.is_no_tensor(call):
+                passed_over = True  # the code may have asked whether it is a tensor
+            else:
+                taken |= found is not None
             last = self._recorder.last
             if found and not variation.all_of_them and not (last is not None and last.contents):
                 if place == 0:
                     return
                 break
         for call in variation.otherwise:
-            taken |= self._attempt(variation.what, call) is not None
+            found = self._attempt(variation.what, call)
+            taken |= bool(found) or (found is False and not passed_over)
         if not taken and not variation.may_fail:
             self._say(f"{variation.what} was never given another value: what that does is not known")
         elif taken and variation.is_text:

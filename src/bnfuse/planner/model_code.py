@@ -6,6 +6,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Container, Iterator
 from typing import Any
@@ -81,6 +82,18 @@ class ModelCode:
                         numbers = [function.__globals__.get(step.argval)]
                     found.update(number for number in numbers if type(number) is int and 1 < number <= _LARGEST)
         return sorted(found)[:MOST]
+
+    @functools.cached_property
+    def compares_with_flags(self) -> bool:
+        """Whether the code of a model compares something with True or False."""
+        for function, _ in self._functions:
+            if True not in function.__code__.co_consts and False not in function.__code__.co_consts:
+                continue
+            for step, following in itertools.pairwise(dis.get_instructions(function)):
+                compared = following.opname in ("COMPARE_OP", "IS_OP")
+                if compared and step.opname == "LOAD_CONST" and isinstance(step.argval, bool):
+                    return True
+        return False
 
     @functools.cached_property
     def _functions(self) -> list[tuple[types.FunctionType, list[nn.Module]]]:

@@ -95,6 +95,9 @@ def variations(code: ModelCode, call: Call) -> Iterator[Variation]:
         if parameter.kind is parameter.VAR_POSITIONAL:
             changed = functools.partial(_at, call, len(call.args))
             yield Variation("one more argument", changed, known.guesses_or_true, may_fail=True)
+            if place < len(call.args) and isinstance(call.args[-1], Tensor):  # a list of tensors, as it were
+                yield _exactly("one tensor fewer", call.with_inputs(call.args[:-1], call.kwargs))
+                yield _exactly("one tensor more", changed(call.args[-1].clone()))
         elif parameter.kind is parameter.VAR_KEYWORD:
             taken = {parameter.name for parameter in parameters} | set(call.kwargs)
             for name in ["unknown", *code.words_but(taken)][:MOST]:
@@ -150,6 +153,7 @@ def _guesses(call: Call) -> list[Any]:
             guesses += [Guess(torch.ones_like(like))]
             torn = torch.arange(mask.numel(), device=mask.device).reshape(mask.shape) % 2 == 0
             guesses += [Guess(torn), Guess(torn.to(like.dtype)), Guess(torch.zeros_like(torn))]
+            guesses += [Guess(one.bool().reshape(())), Guess(one.reshape(()))]  # which adds no axes
     return guesses
 
 
@@ -159,6 +163,8 @@ def _of_value(
     code = known.code
     if isinstance(value, bool):
         yield Variation(f"{what}={not value}", changed, lambda: (not value,), is_flag=True)
+        if code.compares_with_flags:  # it asks ``scale is True`` and not ``if scale``
+            yield Variation(f"{what}=0.5", changed, lambda: (0.5,), may_fail=True)
     elif isinstance(value, int):
         yield Variation(what, changed, functools.partial(_numbers_near, value, code), all_of_them=True)
     elif value is None:
@@ -281,6 +287,11 @@ def _says_bool(annotation: Any) -> bool:
 def is_complete(call: Call) -> bool:
     """True if the call can be made: nothing in it is unseen."""
     return not any(map(_is_unseen, (*call.args, *call.kwargs.values())))
+
+
+def is_no_tensor(call: Call) -> bool:
+    """True if something of which nothing is known stands in the call, which is no tensor for code that asks."""
+    return any(isinstance(value, Unseen) for value in (*call.args, *call.kwargs.values()))
 
 
 def _is_unseen(value: Any, depth: int = 0) -> bool:
