@@ -200,7 +200,8 @@ def _with_other_values(tensor: Tensor, number: int) -> Tensor:
         return torch.full_like(tensor, not number) if number < 2 else torn
     if tensor.is_floating_point():
         moved = tensor.roll(1, min(1, tensor.dim() - 1))
-        ways = (0.75 * moved, -0.75 * moved, torch.zeros_like(tensor), 100 * moved, 5 + moved.abs(), -moved.abs())
+        large = 100 if tensor.itemsize < 4 else 1000
+        ways = (0.75 * moved, -0.75 * moved, torch.zeros_like(tensor), large * moved, 5 + moved.abs(), -moved.abs())
         return ways[number]
     return tensor.roll(1 + number, -1) if number % 2 else tensor
 
