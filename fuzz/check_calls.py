@@ -64,8 +64,9 @@ def _check(program: CalledProgram, outcome: CallsOutcome) -> None:
     if not program.in_place:
         before.compare("fuse")
         _ruin(model)
+    usual = Run(program, program.build()).call(program.recorded)
     for sequence in ((program.recorded,), *program.further):
-        _compare(program, sequence, _fresh(program, fused), outcome)
+        _compare(program, sequence, _fresh(program, fused), outcome, usual)
     if program.trained:
         _check_training(program)
 
@@ -181,7 +182,14 @@ def _finite(leaf: Any) -> bool:
 # Comparison ---------------------------------------------------------------------------------------------------------
 
 
-def _compare(program: CalledProgram, sequence: tuple[Call, ...], fused: nn.Module, outcome: CallsOutcome) -> None:
+def _compare(
+    program: CalledProgram, sequence: tuple[Call, ...], fused: nn.Module, outcome: CallsOutcome, usual: dict[str, Any]
+) -> None:
+    """Compare on calls that follow one another.
+
+    Args:
+        usual: what the original gives on the recorded call.
+    """
     expected = []
     original = Run(program, program.build())
     for call in sequence:
@@ -206,6 +214,8 @@ def _compare(program: CalledProgram, sequence: tuple[Call, ...], fused: nn.Modul
             raise Failed(f"wrong: other outputs at {what}", f"{shown}\ngot {list(got)}, expected {list(wanted)}")
         for path, leaf in wanted.items():
             difference = apart(got[path], leaf) if _finite(leaf) else 0.0
+            if difference == math.inf:
+                difference = _beside_zeros(got[path], leaf, usual.get(path))
             if difference <= tolerance:
                 continue
             if difference < ROUNDING:
@@ -214,6 +224,15 @@ def _compare(program: CalledProgram, sequence: tuple[Call, ...], fused: nn.Modul
                     outcome.skipped = True
                     return
             raise Failed(f"wrong: the outputs differ at {what}", f"{shown}\n{path} by {difference:.3g}")
+
+
+def _beside_zeros(a: Any, b: Any, usual: Any) -> float:
+    """How far a tensor is from zeros, relative to what is usual in their place; infinite if they are none."""
+    if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in (a, b, usual)):
+        return math.inf
+    if a.shape != b.shape or a.dtype != b.dtype or b.count_nonzero() or not usual.count_nonzero():
+        return math.inf
+    return float(a.abs().max() / usual.abs().max())
 
 
 def apart(a: Any, b: Any) -> float:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import bnfuse
 from fuzz import calls
 from fuzz.calls_command import NOT_PROMISED, shrunk, try_calls
-from fuzz.check_calls import apart, called, check
+from fuzz.check_calls import _beside_zeros, apart, called, check
 from fuzz.kinds import KINDS
 from fuzz.protocol import CalledProgram
 
@@ -238,6 +238,20 @@ def test_failures_shrink_to_programs_that_show_them(kind: str, capsys: pytest.Ca
     finally:
         torch.set_default_dtype(dtype)
     assert float(capsys.readouterr().out) > 1e-9, str(small)
+
+
+def test_zeros_are_judged_by_what_is_usual() -> None:
+    zeros, usual = torch.zeros(2, 3), torch.full((2, 3), 4.0)
+    assert apart(zeros + 1e-7, zeros) == float("inf")
+    assert _beside_zeros(zeros + 1e-7, zeros, usual) == pytest.approx(2.5e-8)
+    for spoilt in (
+        (zeros, zeros, None),
+        (zeros[0], zeros, usual),
+        (usual, usual, usual),
+        (zeros, zeros, zeros),
+        (0.0, 0.0, 1.0),
+    ):
+        assert _beside_zeros(*spoilt) == float("inf")
 
 
 @pytest.mark.usefixtures("blind")
