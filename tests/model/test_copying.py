@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -47,6 +48,18 @@ def no_gradients(model: Any) -> None:
 
 def no_gradients_through_a_parametrised_layer(model: Any) -> None:
     nn.utils.parametrizations.weight_norm(model.d)
+    model.d.forward = torch.no_grad()(model.d.forward)
+
+
+class CopiesItself(nn.Conv2d):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = made = object.__new__(type(self))
+        made.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return made
+
+
+def no_gradients_through_a_layer_that_copies_itself(model: Any) -> None:
+    model.d.__class__ = CopiesItself
     model.d.forward = torch.no_grad()(model.d.forward)
 
 
@@ -121,8 +134,8 @@ def hooks(model: Any) -> None:
 
 
 REBOUND = [
-    no_gradients, no_gradients_through_a_parametrised_layer, wrapped_twice, closure, closure_over_layers,
-    closure_over_parameters, default_argument, partial_of_the_class, partial_of_a_closure, as_accelerate_does, another_method, compiled, compiled_layer,
+    no_gradients, no_gradients_through_a_parametrised_layer, no_gradients_through_a_layer_that_copies_itself,
+    wrapped_twice, closure, closure_over_layers, closure_over_parameters, default_argument, partial_of_the_class, partial_of_a_closure, as_accelerate_does, another_method, compiled, compiled_layer,
     calls_itself, function_in_an_attribute, functions_in_containers, hooks,
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -45,7 +45,9 @@ def copy_model(
     own = {*map(id, tree.modules(model)), *held}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            copied: nn.Module = _Copier(memo, own).copy(model)
+            copier = _Copier(memo, own)
+            copied: nn.Module = copier.copy(model)
+            copier.rebind(tree.modules(model))
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} cannot be copied: {one_line(error)}. "
@@ -123,6 +125,17 @@ class _Copier:
                 raise
             memo.pop(id(value), None)
             return value  # a lock, an open file
+
+    def rebind(self, modules: Sequence[nn.Module]) -> None:
+        """Functions in attributes of modules whose class copies itself: ``copy.deepcopy`` shares all functions."""
+        kinds: list[Any] = list(map(type, modules))
+        if all(map(_is_copied_by_state, kinds)):
+            return
+        for module in modules:
+            made = self.memo.get(id(module), module)
+            for name, item in list(vars(module).items()) if made is not module else ():
+                if type(item) is types.FunctionType and vars(made).get(name) is item:
+                    vars(made)[name] = self.function(item)
 
     def _holds_parts_of_the_model(self, value: Any) -> bool:
         return bool(pytree.tensors(value)) or any(id(item) in self.own for item in tree.referred(value))
