@@ -463,6 +463,27 @@ def test_what_was_not_seen_is_said() -> None:
     assert plan.to_dict()["unseen"] == list(plan.unseen)
 
 
+@pytest.mark.parametrize(
+    ("asks", "says"),
+    [
+        (lambda x: torch.is_grad_enabled(), "gradients are tracked"),
+        (lambda x: torch.is_inference_mode_enabled(), "gradients are tracked"),
+        (lambda x: x.requires_grad, "gradients are tracked"),
+        (lambda x: x.untyped_storage().nbytes() > x.numel() * x.itemsize, "lie in memory"),
+        (lambda x: x.storage_offset() > 0, "lie in memory"),
+        (lambda x: x.shape[0] > 0, ""),
+    ],
+)
+def test_what_cannot_be_tried_is_said(asks: Callable[[Tensor], bool], says: str) -> None:
+    class Asking(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.n(self.c(x))
+            return y.relu() if self.function(x) else y
+
+    plan = bnfuse.plan(prepared(Asking(asks, c=conv(), n=norm())), x(*IMAGE))
+    assert any(says in text for text in plan.unseen) if says else not plan.unseen
+
+
 def test_a_mask_that_no_guess_fits_is_unseen() -> None:
     class OfOneSize(Net):
         def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -171,12 +171,13 @@ class EscapeWatch(TorchFunctionMode):
             self.looks = not by_pytorch and self._depends(args)
         elif func in READS_OF_ELEMENTS and not self.reads_elements:
             self.reads_elements = self._depends(args)
-        elif func in READS_OF_LAYOUT and not self._calls.current.is_standard:
-            self.looks = self.reads_layout = self.reads_layout or self._depends(args)
         elif func in READS_OF_MODES and not self._calls.current.is_standard:
             self.reads_modes |= self._depends(args)
             if func is torch.Tensor.is_inference:
                 return False  # as in a run of the caller's
+        if func in READS_OF_LAYOUT and not self._calls.current.is_standard:
+            self.reads_layout = self.reads_layout or self._depends(args)
+            self.looks |= self.reads_layout
         if func == _GET_DATA:
             with _disable_current_modes():  # an alias is no operator
                 data = func(*args)

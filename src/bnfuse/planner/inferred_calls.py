@@ -79,7 +79,7 @@ class CallInference:
         self._go_on(call, run, of_main=True)
         for what, other in resized.with_other_lists(call):
             self._attempt(what, other)
-        if run.modes:
+        if run.modes or self._code.asks_for_modes:
             self._say("the code asks whether gradients are tracked: it ran without")
         varied = list(itertools.islice(variations.variations(self._code, call), _ARGUMENTS + 1))
         if len(varied) > _ARGUMENTS:

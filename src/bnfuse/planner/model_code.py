@@ -21,6 +21,9 @@ MOST = 8
 _LARGEST = 2048
 """No larger size is tried for the sake of a number in the code."""
 
+_MODES = frozenset({"is_grad_enabled", "is_inference_mode_enabled"})
+"""Functions of PyTorch's that tell whether gradients are tracked."""
+
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 """The kinds of parameters that take any number of arguments."""
 
@@ -87,12 +90,23 @@ class ModelCode:
     def compares_with_flags(self) -> bool:
         """Whether the code of a model compares something with True or False."""
         for function, _ in self._functions:
-            if True not in function.__code__.co_consts and False not in function.__code__.co_consts:
+            if not any(isinstance(constant, bool) for constant in function.__code__.co_consts):
                 continue
             for step, following in itertools.pairwise(dis.get_instructions(function)):
                 compared = following.opname in ("COMPARE_OP", "IS_OP")
                 if compared and step.opname == "LOAD_CONST" and isinstance(step.argval, bool):
                     return True
+        return False
+
+    @functools.cached_property
+    def asks_for_modes(self) -> bool:
+        """Whether the code of a model asks PyTorch if gradients are tracked, which is no function of a tensor."""
+        codes = [function.__code__ for function, _ in self._functions]
+        while codes:
+            code = codes.pop()
+            if not _MODES.isdisjoint(code.co_names):
+                return True
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
         return False
 
     @functools.cached_property
