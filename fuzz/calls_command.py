@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import torch
 
 from fuzz.calls import draw
-from fuzz.check_calls import CallsOutcome, check, runs
+from fuzz.check_calls import CallsOutcome, check, runs, unseen
 from fuzz.kinds import KINDS
 from fuzz.protocol import CalledProgram
 from fuzz.shrink import shrink
 
-NOT_PROMISED = frozenset({"grad_mode", "layout"})
-"""Kinds of code of which a plan says that not everything was seen: whether gradients are tracked, places in memory."""
+NOT_PROMISED = {"grad_mode": "gradients are tracked", "layout": "lie in memory"}
+"""Kinds of code of which a plan says that not everything was seen, each with words of that."""
 
 
 @dataclass
@@ -57,6 +57,12 @@ class KindTally:
 HEADINGS = ("networks", "norms", "removed", "calls", "wrong", "crashed", "rounding")
 
 
+def promised(outcome: CallsOutcome, program: CalledProgram) -> bool:
+    """Whether a network of any kind has to be right: unless the plan says that it did not see what the kind is about."""
+    words = NOT_PROMISED.get(outcome.kind)
+    return words is None or (bool(outcome.failure) and words not in unseen(program))
+
+
 def shrunk(program: CalledProgram, failure: str, seconds: float) -> CalledProgram:
     """The failing network made small."""
     small = shrink(program, lambda candidate: runs(candidate) and check(candidate).failure == failure, seconds)
@@ -64,10 +70,13 @@ def shrunk(program: CalledProgram, failure: str, seconds: float) -> CalledProgra
     return small
 
 
-def _job(seed: int, kind: str | None = None) -> tuple[int, CallsOutcome | None]:
+def _job(seed: int, kind: str | None = None) -> tuple[int, CallsOutcome | None, bool]:
+    """Seed, outcome, and whether the network has to be right."""
     if kind and not re.search(kind, list(KINDS)[seed % len(KINDS)]):
-        return seed, None
-    return seed, check(draw(seed))
+        return seed, None, True
+    program = draw(seed)
+    outcome = check(program)
+    return seed, outcome, promised(outcome, program)
 
 
 def _start() -> None:
@@ -75,8 +84,8 @@ def _start() -> None:
     warnings.simplefilter("ignore")
 
 
-def outcomes(seeds: range, jobs: int, kind: str | None = None) -> Iterator[tuple[int, CallsOutcome | None]]:
-    """Seed and outcome of each network, None for one of another kind."""
+def outcomes(seeds: range, jobs: int, kind: str | None = None) -> Iterator[tuple[int, CallsOutcome | None, bool]]:
+    """Seed and outcome of each network, None for one of another kind, and whether it has to be right."""
     job = functools.partial(_job, kind=kind)
     if jobs < 2:
         yield from map(job, seeds)
@@ -96,7 +105,7 @@ def try_calls(
     """Try many networks and print failures and a table; returns the exit status."""
     kinds: dict[str, KindTally] = {name: KindTally() for name in KINDS}
     every, unpromised, begun, told = KindTally(), KindTally(), time.monotonic(), time.monotonic()
-    for seed, outcome in outcomes(seeds, jobs, kind):
+    for seed, outcome, counts in outcomes(seeds, jobs, kind):
         now = time.monotonic()
         if now - begun > seconds:
             break
@@ -104,7 +113,7 @@ def try_calls(
             continue
         tally = kinds[outcome.kind]
         tally.add(outcome)
-        (unpromised if outcome.kind in NOT_PROMISED else every).add(outcome)
+        (every if counts else unpromised).add(outcome)
         if outcome.failure and tally.failures[outcome.failure] <= failures and shrinking:
             _report(seed, outcome, shrinking)
         if now - told > 10:

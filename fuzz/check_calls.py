@@ -78,6 +78,14 @@ def fuse(program: CalledProgram, model: nn.Module) -> nn.Module:
     return fused
 
 
+def unseen(program: CalledProgram) -> str:
+    """What the plan of a network says that was not seen."""
+    model = program.build()
+    _reset(program, model)
+    plan: bnfuse.Plan = eval(program.planning, _names(model) | {"bnfuse": bnfuse})
+    return "\n".join(plan.unseen)
+
+
 def _norms(model: nn.Module) -> int:
     return sum(map(_is_norm, set(model.modules())))
 

@@ -168,6 +168,11 @@ class CalledProgram(Program):
         return ways.get(self.seed % 10, f"bnfuse.fuse({arguments})")
 
     @property
+    def planning(self) -> str:
+        """The plan that it is fused by."""
+        return f"bnfuse.plan(net, {self.example}{self.given_calls})"
+
+    @property
     def in_place(self) -> bool:
         return "inplace" in self.fusion
 
