@@ -326,6 +326,7 @@ CASES = {
     "a literal end": Case(lambda: Net(lambda s, x: s.n(s.c(x).flatten(1)[:, :4]), c=conv1d(), n=norm1d()), (x(2, 3, 1),), [Call(x(2, 3, 2))]),
     "hardly smaller": Case(lambda: Net(lambda s, x: s.n(s.c(x).relu() if x[0].nbytes < 120 else s.c(x)), c=conv1d(padding=0), n=norm1d()), (x(2, 3, 5),), [Call(x(2, 3, 4))]),
     "sizes that a stride makes alike": Case(lambda: Net(of_one_length, c=conv1d(stride=2), n=norm1d()), (x(2, 3, 4),), [Call(x(2, 3, 3))]),
+    "contents far below zero": Case(asking(lambda x, *_: x.min() < -5), (x(*IMAGE).abs(),), [Call(-9 * x(*IMAGE).abs())]),
     "large contents": Case(asking(lambda x, *_: x.norm() > 1e4), (x(*IMAGE),), [Call(1e3 * x(*IMAGE))]),
 }  # fmt: skip
 

@@ -201,7 +201,7 @@ def _with_other_values(tensor: Tensor, number: int) -> Tensor:
     if tensor.is_floating_point():
         moved = tensor.roll(1, min(1, tensor.dim() - 1))
         large = 100 if tensor.itemsize < 4 else 1000
-        ways = (0.75 * moved, -0.75 * moved, torch.zeros_like(tensor), large * moved, 5 + moved.abs(), -moved.abs())
+        ways = (0.75 * moved, -0.75 * moved, torch.zeros_like(tensor), large * moved, 5 + moved.abs(), -5 - moved.abs())
         return ways[number]
     return tensor.roll(1 + number, -1) if number % 2 else tensor
 
