@@ -11,7 +11,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/bnfuse demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
