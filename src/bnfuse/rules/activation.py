@@ -7,8 +7,8 @@ prelu, abs, a clamp from below at 0. None of them passes a shift. A scale of 0 m
 from __future__ import annotations
 
 from bnfuse import reasons
-from bnfuse.graph.graph import Node, Value
-from bnfuse.rules.registry import Family, Trial, link, rule
+from bnfuse.graph.graph import Kind, Node, Value
+from bnfuse.rules.registry import Family, Trial, lift, link, rule
 from bnfuse.units import Unit
 
 
@@ -32,16 +32,52 @@ def piecewise_linear(node: Node, trial: Trial) -> None:
     pass_positive_scale(node, trial, node.inputs[0], node.outputs[0])
 
 
-@rule("clamp", "clamp_min", "threshold", "rrelu")
+@rule("clamp", "clamp_min", "threshold", "rrelu", "relu6", "hardtanh")
 def one_sided(node: Node, trial: Trial) -> None:
-    """A scale that is not negative, where it bends at 0 and nowhere else; no shift."""
+    """A scale that is not negative, where it bends at 0 and nowhere else; no shift.
+
+    A bound from above does not count where a minimum with a parameter comes right before it and stays within it.
+    """
     bound = node.bound
+    upper = _upper(node)
     at_zero = {
-        "clamp": bound.get("min") == 0 and bound.get("max") is None,
+        "clamp": bound.get("min") == 0,
         "clamp_min": bound.get("min") == 0,
         "threshold": bound.get("threshold") == 0 and bound.get("value") == 0,
         "rrelu": not bound.get("training"),
+        "relu6": True,
+        "hardtanh": bound.get("min_val") == 0,
     }[node.operator]
-    if not at_zero or len(node.inputs) != 1:
+    if not at_zero or len(node.inputs) != 1 or (upper is not None and not _stays_below(node, trial, upper)):
         trial.refuse(node, reasons.BENDS_ELSEWHERE)
     pass_positive_scale(node, trial, node.inputs[0], node.outputs[0])
+
+
+def _upper(node: Node) -> float | None:
+    """The bound from above, None for none."""
+    return {
+        "clamp": node.bound.get("max"),
+        "relu6": 6.0,
+        "hardtanh": node.bound.get("max_val", 1.0),
+    }.get(node.operator)
+
+
+def _stays_below(node: Node, trial: Trial, upper: float) -> bool:
+    """True if the input is a minimum with a parameter that is nowhere above a bound, before or in the new units."""
+    x = node.inputs[0]
+    maker = x.producer
+    if maker is None or maker.operator not in ("minimum", "min") or len(x.consumers) != 1:
+        return False
+    unit = trial.unit(x) or trial.unit_or_identity(node.outputs[0])
+    ceilings = [value for value in maker.inputs if value.kind is Kind.PARAMETER and value.producer is None]
+    if not ceilings or unit.shift is not None:
+        return False
+    scale, _ = unit.direct()
+    present = lift(Unit(trial.content(ceilings[0])), ceilings[0], x).scale
+    assert present is not None
+    moved = present if scale is None else present * scale
+    return bool((present <= upper).all()) and bool((moved <= upper * (1 + _ROUNDING)).all())
+
+
+_ROUNDING = 1e-12
+"""A bound in new units may leave the old one by so much of it, in float64."""

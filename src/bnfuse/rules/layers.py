@@ -222,14 +222,14 @@ def absorb(node: Node, trial: Trial) -> None:
     channels_in, channels_out = layer.channels_in, layer.channels_out
     axis_in = None if p is None else channel_vector(p, layer.axis, channels_in, 1.0)
     axis_out = None if s is None else channel_vector(s, layer.axis, channels_out, 1.0)
-    scale = multiply(_along_out(layer, axis_out), _along_in(layer, axis_in))
+    scale = multiply(along_out(layer, axis_out), along_in(layer, axis_in))
     shift = None if t is None else channel_vector(t, layer.axis, channels_out, 0.0)
     if q is not None:
         carried = _carried(layer, trial, channel_vector(q, layer.axis, channels_in, 0.0))
         shift = add(shift, multiply(carried, axis_out))
     features_last = layer.axis == len(layer.x.shape) - 1
     if layer.b is None and shift is not None and features_last and is_softmax(layer.x):
-        trial.edit(node, layer.w, Unit(scale, _along_out(layer, shift)))  # rows that sum to one hand a shift of w on
+        trial.edit(node, layer.w, Unit(scale, along_out(layer, shift)))  # rows that sum to one hand a shift of w on
         return
     trial.edit(node, layer.w, Unit(scale))
     if layer.b is None:
@@ -246,7 +246,7 @@ def has_content(bias: Value, trial: Trial) -> bool:
     return bias.kind is not Kind.ABSENT or trial.is_edited(bias)
 
 
-def _along_out(layer: Layer, vector: Tensor | None) -> Tensor | None:
+def along_out(layer: Layer, vector: Tensor | None) -> Tensor | None:
     """A per-output-channel vector as a factor of the weight."""
     if vector is None:
         return None
@@ -256,7 +256,7 @@ def _along_out(layer: Layer, vector: Tensor | None) -> Tensor | None:
     return _by_group(layer, vector, layer.channels_in).reshape(-1, layer.w.shape[1], *[1] * rest)
 
 
-def _along_in(layer: Layer, vector: Tensor | None) -> Tensor | None:
+def along_in(layer: Layer, vector: Tensor | None) -> Tensor | None:
     """A per-input-channel vector as a factor of the weight."""
     if vector is None:
         return None
