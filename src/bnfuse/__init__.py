@@ -6,6 +6,7 @@ from bnfuse.checkpoint.files import load, save
 from bnfuse.checkpoint.hub import from_pretrained, register_with_transformers
 from bnfuse.checkpoint.original import unfuse
 from bnfuse.checkpoint.structure import Structure, restructure, structure
+from bnfuse.equalisation.equalising import equalise
 from bnfuse.errors import (
     BnFuseError,
     CheckpointError,
@@ -39,6 +40,7 @@ __all__ = [
     "Structure",
     "VerificationError",
     "compare",
+    "equalise",
     "from_pretrained",
     "fuse",
     "fuse_pair",

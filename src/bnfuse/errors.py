@@ -1,6 +1,6 @@
 """The errors that bnfuse raises: one base class, one subclass for each thing that a caller can do about it.
 
-And the one warning.
+And the warnings.
 """
 
 
@@ -36,3 +36,7 @@ class CheckpointError(BnFuseError):
 
 class NothingFusedWarning(UserWarning):
     """The model that comes back has all the batch norms that it had, or had none."""
+
+
+class NothingEqualisedWarning(UserWarning):
+    """The model that comes back has the weights that it had."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from bnfuse.changes import Changes
 from bnfuse.fusion_plan import Plan
 from bnfuse.model.calls import Call
 from bnfuse.planner.recorded_calls import FurtherCall
@@ -57,7 +58,7 @@ class Trials:
         return reference
 
     def failure(
-        self, plan: Plan, fused: nn.Module, change: InPlace | None = None
+        self, plan: Changes, fused: nn.Module, change: InPlace | None = None
     ) -> tuple[FurtherCall, Verdict] | None:
         """The first call on which a fused model gives something else, with what was found; None if there is none.
 
