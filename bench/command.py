@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compiling, fusing, growth, latency, memory
+from bench import compiling, fusing, growth, int8, latency, memory
 from bench.machine import load, machine
 from bench.section import Section, Settings, progress
 from bnfuse.report.text import table_text
@@ -20,6 +20,7 @@ SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "fusing": fusing.run,
     "memory": memory.run,
     "growth": growth.run,
+    "int8": int8.run,
 }
 
 
