@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rule_cases import Net
+from rule_cases import Net, parameter
 from support import assert_untouched, snapshot
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import bnfuse
 from bnfuse.equalisation.ceilings import Ceiling
@@ -98,6 +99,12 @@ CASES = [
         "0 2 3",
     ),
     Case("shared weight", lambda: Net(_shared, a=conv(3), b=conv(), c=conv()), "a b c"),
+    Case("weight norm", lambda: nn.Sequential(weight_norm(conv(3)), nn.ReLU(), conv(8, 5)), "0 2"),
+    Case(
+        "matrix",
+        lambda: Net(lambda m, x: F.relu(m.a(x).mean((2, 3))) @ m.b.p, a=conv(3), b=parameter([[1.0, 2.0]] * 8)),
+        "a b",
+    ),
     Case("gate", lambda: Net(_gated, a=conv(3), b=conv(), c=conv()), "a b c"),
     Case(
         "norms that stay", lambda: nn.Sequential(conv(3), nn.ReLU(), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 5)), "0 2 4"
@@ -271,6 +278,8 @@ def test_wrong_arguments() -> None:
             x = self.a(x)
             return self.b(F.relu(x)) if more else self.b(x)
 
+    with pytest.raises(bnfuse.InputError, match="no output has a gradient"):
+        bnfuse.equalise(Net(lambda m, x: m.b(F.relu(m.a(x))).argmax(1), a=conv(3), b=conv()).double(), X)
     with pytest.raises(bnfuse.InputError, match="other operators"):
         bnfuse.equalise(Branches().double(), X, data=(X, True))
 

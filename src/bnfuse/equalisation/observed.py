@@ -69,8 +69,8 @@ def observe(run: Run, layers: Iterable[Layer], recorded: Run) -> Observed:
         return _observe(run, layers, twin)
     except (RuntimeError, KeyError, TypeError, NotImplementedError) as error:
         raise InputError(
-            f"The operators that ran on data= cannot be run again with gradients ({type(error).__name__}: {error}). "
-            f"Leave data= out: then the weights alone are looked at."
+            f"The operators that ran cannot be run again with gradients ({type(error).__name__}: {error}), so what the "
+            f"outputs mind is not known, and the model cannot be equalised."
         ) from error
 
 
@@ -164,7 +164,10 @@ class _Replay:
                 if last[value] is node and value not in kept and not value.independent:
                     self._all.pop(value, None)
         outputs = [self._all[value] for value in self._run.outputs if value in self._all]
-        return [output for output in outputs if output.requires_grad]
+        found = [output for output in outputs if output.requires_grad]
+        if not found:
+            raise RuntimeError("no output has a gradient")
+        return found
 
     def _run_one(self, node: Node) -> None:
         arguments = {name: self._put_in(argument) for name, argument in node.bound.items()}
@@ -201,6 +204,8 @@ class _Replay:
         tensor = self._all[value]
         if value in self._read:
             self.tensors[value] = tensor.detach().clone()
+        if value in self._weights and not tensor.requires_grad:
+            tensor.requires_grad_()  # one that is made of parameters, such as a normalised weight
         if (value in self._read or value in self._weights) and tensor.requires_grad:
 
             def note(gradient: Tensor) -> None:
