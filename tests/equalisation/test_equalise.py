@@ -205,7 +205,7 @@ def test_a_second_time_changes_little() -> None:
     once = bnfuse.equalise(model, X)
     twice = bnfuse.equalise(once, X)
     first, second = noise(once, X), noise(twice, X)
-    assert abs(math.log10(first / second)) < 0.1 < math.log10(noise(model, X) / first)
+    assert abs(math.log10(first / second)) < 0.2 < 1.0 < math.log10(noise(model, X) / first)
 
 
 @pytest.mark.parametrize(
