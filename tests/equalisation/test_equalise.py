@@ -79,6 +79,7 @@ def _gated(m: Any, x: Tensor) -> Tensor:
 
 CASES = [
     Case("chain", lambda: nn.Sequential(conv(3), nn.ReLU(), conv(8, 5)), "0 2"),
+    Case("without biases", lambda: nn.Sequential(conv(3, bias=False), nn.ReLU(), conv(bias=False)), "0 2"),
     Case("linear between", lambda: nn.Sequential(conv(3), conv(8, 5, 1)), "0 1"),
     Case(
         "pooling and linear",

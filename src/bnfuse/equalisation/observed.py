@@ -187,7 +187,7 @@ class _Replay:
 
     def _put_in(self, argument: Any) -> Any:
         if isinstance(argument, Value):
-            return self._of(argument)
+            return None if argument.kind is Kind.ABSENT else self._of(argument)
         return type(argument)(map(self._put_in, argument)) if isinstance(argument, (tuple, list)) else argument
 
     def _of(self, value: Value) -> Tensor:
