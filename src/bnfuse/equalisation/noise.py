@@ -33,7 +33,7 @@ _SETTLED = 1e-4
 _WEIGHT_STEPS, _ACTIVATION_STEPS = 127.5, 255.0
 _LEAST = 1e-9
 """So much of the mean sensitivity every element has: a channel that does nothing on the data may do something later."""
-_CENTRED = 1e-3
+_CENTRED = 1e-4
 """So much of the squares of the logarithms is added to the logarithm of the noise. Channels that hardly matter on the
 data stay as they are: a few samples do not tell which channels others need, and training has left them all in use."""
 _FARTHEST = 9.0
