@@ -121,6 +121,9 @@ CASES = [
 ]
 
 
+BY_NAME = {case.name: case for case in CASES}
+
+
 def changed(before: nn.Module, after: nn.Module) -> set[str]:
     """The modules whose weights or buffers differ."""
     old = {**dict(before.named_parameters()), **dict(before.named_buffers())}
@@ -179,7 +182,7 @@ def noise(model: nn.Module, x: Tensor, per_channel: bool = False) -> float:
 
 @pytest.mark.parametrize("name", ["chain", "residual", "concatenation", "depthwise", "grouped", "ceilings"])
 def test_rounding_costs_less(name: str) -> None:
-    [case] = [case for case in CASES if case.name == name]
+    case = BY_NAME[name]
     before = after = 0.0
     for seed in range(3):
         model = uneven(case.make(), seed)
@@ -194,7 +197,7 @@ def test_rows_may_have_steps_of_their_own() -> None:
     """Where each row has its own step, only what reads a channel, and the activations, gain from its scale."""
     before = by_tensor = by_channel = 0.0
     for seed in range(3):
-        model = uneven(CASES[5].make(), seed)
+        model = uneven(BY_NAME["depthwise"].make(), seed)
         before += math.log10(noise(model, X, True))
         by_tensor += math.log10(noise(bnfuse.equalise(model, X), X, True))
         by_channel += math.log10(noise(bnfuse.equalise(model, X, weights="channel"), X, True))
@@ -202,16 +205,14 @@ def test_rows_may_have_steps_of_their_own() -> None:
 
 
 def test_a_second_time_changes_little() -> None:
-    model = uneven(CASES[5].make())
+    model = uneven(BY_NAME["depthwise"].make())
     once = bnfuse.equalise(model, X)
     twice = bnfuse.equalise(once, X)
     first, second = noise(once, X), noise(twice, X)
     assert abs(math.log10(first / second)) < 0.2 < 1.0 < math.log10(noise(model, X) / first)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in {"residual", "depthwise", "ceilings"}], ids=str
-)
+@pytest.mark.parametrize("case", [BY_NAME["residual"], BY_NAME["depthwise"], BY_NAME["ceilings"]], ids=str)
 def test_powers_of_two_leave_every_bit(case: Case) -> None:
     model = uneven(case.make()).float()
     x = 5 * torch.randn(2, 3, 9, 9)
@@ -264,7 +265,7 @@ def test_refusals_say_why(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_wrong_arguments() -> None:
-    model = uneven(CASES[0].make())
+    model = uneven(BY_NAME["chain"].make())
     with pytest.raises(bnfuse.InputError, match="weights= takes one of a few words"):
         bnfuse.equalise(model, X, weights="row")  # type: ignore[arg-type]
     with pytest.raises(bnfuse.InputError, match="relu6= takes one of a few words"):
@@ -296,4 +297,4 @@ def test_a_wrong_edit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(equalising, "_changes", wrong)
     with pytest.raises(bnfuse.VerificationError):
-        bnfuse.equalise(uneven(CASES[0].make()), X)
+        bnfuse.equalise(uneven(BY_NAME["chain"].make()), X)
