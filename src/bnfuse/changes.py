@@ -73,10 +73,17 @@ class Edit:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A norm module that goes, under all of its names; ``keep`` names its children that stay in its place."""
+    """A norm module that goes, under all of its names.
+
+    Attributes:
+        names: its names.
+        keep: the names, within it, of the children that stay in its place; "" is the module itself.
+        ceiling: the shape of bounds that stand there, before what stays; empty for none.
+    """
 
     names: tuple[str, ...]
     keep: tuple[str, ...] = ()
+    ceiling: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

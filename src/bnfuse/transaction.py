@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bnfuse.changes import Changes, Edit, Handler, Replacement
 from bnfuse.errors import FusionError
 from bnfuse.model import own_steps, tree
+from bnfuse.model.ceiling import Ceiling
 from bnfuse.model.copying import copy_model, held_tensors, shared_memory
 from bnfuse.model.describe import one_line
 from bnfuse.model.marks import mark_created, mark_norm, mark_out_of_place
@@ -416,14 +417,25 @@ def _replace(
     norm = _norm(modules, replacement)
     kept = [norm.get_submodule(name) for name in replacement.keep]
     alone = len(kept) == 1 and holders[id(kept[0])] == 1  # a mark on a module held twice would be about two places
-    new = _identity(norm) if not kept else kept[0] if alone else nn.Sequential(*kept)
-    undo.append(mark_norm(new, type(norm).__name__, replacement.keep))
+    new: nn.Module
+    if replacement.ceiling:
+        ceiling = _ceiling(modules, replacement.ceiling)
+        new = nn.Sequential(ceiling, *kept) if kept else ceiling
+    else:
+        new = _identity(norm) if not kept else kept[0] if alone else nn.Sequential(*kept)
+    undo.append(mark_norm(new, type(norm).__name__, replacement.keep, replacement.ceiling))
     if is_guarded(replacement.names, places):
         undo.append(add_guard(new, norm))
     for name in replacement.names:
         parent, place = _owner(modules, name)
         undo.append(lambda parent=parent, place=place: parent._modules.__setitem__(place, norm))  # type: ignore[misc]
         parent._modules[place] = new
+
+
+def _ceiling(modules: _Modules, shape: tuple[int, ...]) -> Ceiling:
+    """Bounds that bound nothing yet."""
+    like = next(parameter for parameter in modules[""].parameters() if parameter.is_floating_point())
+    return Ceiling(torch.full(shape, math.inf, dtype=like.dtype, device=like.device))
 
 
 def _holders(modules: _Modules) -> Mapping[int, int]:

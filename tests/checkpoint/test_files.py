@@ -281,3 +281,39 @@ def test_a_model_that_changes_what_it_loads(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="changes its state dict while loading"):
         bnfuse.load(model, tmp_path / "fused.safetensors")
     assert_untouched(model, before)
+
+
+class Clipped(nn.Module):
+    """A norm before one ReLU6, and none before the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.act = nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True)
+        self.second, self.clip, self.last = nn.Conv2d(8, 8, 3), nn.Hardtanh(0.0, 3.0), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.clip(self.second(self.act(self.norm(self.first(x))))))
+        return y
+
+
+def test_bounds_of_an_equalised_model(tmp_path: Path) -> None:
+    fused = bnfuse.fuse(built(Clipped, 0), X)
+    with torch.no_grad():
+        fused.first.weight.mul_(torch.logspace(-1, 1, 8).reshape(8, 1, 1, 1))
+    equalised = bnfuse.equalise(fused, X, relu6="ceilings")
+    names = [name for name in equalised.state_dict() if name.endswith("upper")]
+    assert names == ["norm.upper", "clip.0.upper"]
+    bnfuse.save(equalised, tmp_path / "equalised.safetensors")
+    with torch.device("meta"):
+        empty = Clipped()
+    for fresh in (built(Clipped, 1), empty):
+        bnfuse.load(fresh, tmp_path / "equalised.safetensors")
+        assert_same_state(equalised, fresh)
+        assert_same_outputs(equalised, fresh)
+        assert bnfuse.structure(fresh) == bnfuse.structure(equalised)
+    with pytest.raises(CheckpointError, match="is fused already, with another structure"):
+        bnfuse.load(bnfuse.fuse(built(Clipped, 1), X), tmp_path / "equalised.safetensors")
+    said = bnfuse.structure(equalised).to_dict()
+    said["removed"][0]["ceiling"] = [10**9]
+    with pytest.raises(CheckpointError, match="more bounds than the model has parameters"):
+        bnfuse.restructure(built(Clipped, 1), said)

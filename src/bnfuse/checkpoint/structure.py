@@ -28,17 +28,19 @@ _LISTED = 3
 
 @dataclass(frozen=True)
 class RemovedNorm:
-    """A norm that is gone.
+    """A norm that is gone, or an activation that has got bounds (:func:`bnfuse.equalise`).
 
     Attributes:
         names: its names.
         kind: its class.
-        keep: the names, within it, of the children that stayed in its place.
+        keep: the names, within it, of the children that stayed in its place; "" is the module itself.
+        ceiling: the shape of the bounds that stand there, empty where there are none.
     """
 
     names: tuple[str, ...]
     kind: str
     keep: tuple[str, ...] = ()
+    ceiling: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Structure:
     @property
     def changes(self) -> tuple[object, ...]:
         """What is done to a fresh model, in a form that can be compared with that of another structure."""
-        removed = frozenset((frozenset(norm.names), norm.keep) for norm in self.removed)
+        removed = frozenset((frozenset(norm.names), norm.keep, norm.ceiling) for norm in self.removed)
         created = frozenset((frozenset(made.names), made.shape) for made in self.created)
         return removed, created, frozenset(self.out_of_place)
 
@@ -99,7 +101,7 @@ class Structure:
 
         >>> made = Structure("Net", (RemovedNorm(("bn",), "BatchNorm2d"),))
         >>> Structure.from_dict(made.to_dict()).removed
-        (RemovedNorm(names=('bn',), kind='BatchNorm2d', keep=()),)
+        (RemovedNorm(names=('bn',), kind='BatchNorm2d', keep=(), ceiling=()),)
 
         Raises:
             CheckpointError: it is something else, or of a later release.
@@ -117,7 +119,7 @@ class Structure:
             tuple(
                 RemovedNorm(
                     _texts(norm.get("names"), "names", least=1), _text(norm.get("kind"), "kind"),
-                    _texts(norm.get("keep"), "keep"),
+                    _texts(norm.get("keep"), "keep"), _shape(norm.get("ceiling", [])),
                 )
                 for norm in _dicts(whole.get("removed"), "removed")
             ),
@@ -140,7 +142,7 @@ def structure(model: nn.Module) -> Structure:
     >>> import bnfuse
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
     >>> structure(bnfuse.fuse(net)).removed
-    (RemovedNorm(names=('1',), kind='BatchNorm2d', keep=()),)
+    (RemovedNorm(names=('1',), kind='BatchNorm2d', keep=(), ceiling=()),)
 
     Args:
         model: a model that :func:`bnfuse.fuse` gave, or a copy, part or composition of such.
@@ -259,6 +261,9 @@ def _changes(model: nn.Module, wanted: Structure) -> Changes:
     for norm in wanted.removed:
         if any(modules.get(name) is not modules.get(norm.names[0]) for name in norm.names):
             raise CheckpointError(f"The structure is that of another model: {' and '.join(norm.names)} are not one.")
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    if any(norm.ceiling and not 0 < math.prod(norm.ceiling) <= whole for norm in wanted.removed):
+        raise CheckpointError("The structure is damaged: it has more bounds than the model has parameters.")
     for made in wanted.created:
         owner = modules.get(made.names[0].rpartition(".")[0])
         room = 0 if owner is None else sum(tensor.numel() for tensor in (*owner.parameters(), *owner.buffers()))
@@ -271,7 +276,7 @@ def _changes(model: nn.Module, wanted: Structure) -> Changes:
             raise CheckpointError(f"The structure is that of another model: {name} has no setting inplace.")
     return Changes(
         edits=tuple(Edit(made.names, made.shape, (), created=True) for made in wanted.created),
-        replacements=tuple(Replacement(norm.names, norm.keep) for norm in wanted.removed),
+        replacements=tuple(Replacement(norm.names, norm.keep, norm.ceiling) for norm in wanted.removed),
         out_of_place=wanted.out_of_place,
     )
 

@@ -13,37 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnfuse.capture.run import Run
 from bnfuse.graph.graph import Node
 from bnfuse.model import tree
-
-
-class Ceiling(nn.Module):
-    """Bounds its input from above, each channel (axis 1) by a number of its own.
-
-    Args:
-        upper: the bounds, which broadcast against the input: (channels, 1, 1) for images.
-
-    >>> ceiling = Ceiling(torch.tensor([6.0, 4.5]))
-    >>> ceiling(torch.tensor([[7.0, 5.0]]))
-    tensor([[6.0000, 4.5000]])
-    """
-
-    upper: Tensor
-
-    def __init__(self, upper: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("upper", upper)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``min(x, upper)``"""
-        return torch.minimum(x, self.upper)
-
-    def extra_repr(self) -> str:
-        """What ``print`` shows: how many bounds, and between which they lie."""
-        return f"{self.upper.numel()} bounds from {float(self.upper.min()):.4g} to {float(self.upper.max()):.4g}"
+from bnfuse.model.ceiling import Ceiling
+from bnfuse.model.marks import mark_norm, mark_of
 
 
 @dataclass(frozen=True)
@@ -100,6 +76,9 @@ def insert(model: nn.Module, where: list[Place]) -> nn.Module:
         old = model.get_submodule(place.names[0])
         new = nn.Sequential(ceiling, old) if place.before else ceiling
         new.train(old.training)
+        mark = mark_of(old)
+        kept = mark.kept if mark.instead_of else ("",) if place.before else ()
+        mark_norm(new, mark.instead_of or type(old).__name__, kept, place.shape)
         for name in place.names:
             model.set_submodule(name, new)
     return model
@@ -113,6 +92,9 @@ def level(model: nn.Module, where: list[Place]) -> nn.Module:
         assert isinstance(ceiling, Ceiling)
         if not bool((ceiling.upper < place.height).any()):
             old = module.get_submodule("1") if place.before else nn.Identity().train(module.training)
+            mark = mark_of(module)
+            if not place.before and mark.instead_of != "Identity":
+                mark_norm(old, mark.instead_of, mark.kept)
             for name in place.names:
                 model.set_submodule(name, old)
     return model

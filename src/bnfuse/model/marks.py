@@ -29,14 +29,16 @@ class Mark:
     """What fusing has changed at one module.
 
     Attributes:
-        instead_of: the class of the norm in whose place the module stands, "" if it stands in no norm's place.
-        kept: the names, within that norm, of the children that stayed.
+        instead_of: the class of the norm (or activation) in whose place the module stands, "" if it stands in none.
+        kept: the names, within that norm, of the children that stayed; "" is the module itself.
+        ceiling: the shape of the bounds, where a `bnfuse.model.ceiling.Ceiling` stands there (first).
         created: the names of the parameters that the module was given.
         out_of_place: whether it worked in place before.
     """
 
     instead_of: str = ""
     kept: tuple[str, ...] = ()
+    ceiling: tuple[int, ...] = ()
     created: tuple[str, ...] = ()
     out_of_place: bool = False
 
@@ -51,7 +53,7 @@ def mark_of(module: nn.Module) -> Mark:
     return Mark(**read)
 
 
-def mark_norm(module: nn.Module, kind: str, kept: tuple[str, ...]) -> Callable[[], None]:
+def mark_norm(module: nn.Module, kind: str, kept: tuple[str, ...], ceiling: tuple[int, ...] = ()) -> Callable[[], None]:
     """Mark what stands in the place of a norm; returns a function that takes the mark back.
 
     >>> place = nn.Identity()
@@ -59,7 +61,7 @@ def mark_norm(module: nn.Module, kind: str, kept: tuple[str, ...]) -> Callable[[
     >>> mark_of(place).instead_of
     'BatchNorm2d'
     """
-    return _write(module, replace(mark_of(module), instead_of=kind, kept=kept))
+    return _write(module, replace(mark_of(module), instead_of=kind, kept=kept, ceiling=ceiling))
 
 
 def mark_created(module: nn.Module, name: str) -> Callable[[], None]:
@@ -101,7 +103,7 @@ def marked(model: nn.Module) -> dict[str, Any]:
     >>> net = nn.Sequential(nn.Identity())
     >>> undo = mark_norm(net[0], "BatchNorm2d", ())
     >>> marked(net)["removed"]
-    [{'names': ['0'], 'kind': 'BatchNorm2d', 'keep': []}]
+    [{'names': ['0'], 'kind': 'BatchNorm2d', 'keep': [], 'ceiling': []}]
     """
     names: dict[int, list[str]] = {}
     known: dict[int, nn.Module] = {}
@@ -114,7 +116,8 @@ def marked(model: nn.Module) -> dict[str, Any]:
     for key, module in known.items():
         mark, places = mark_of(module), names[key]
         if mark.instead_of:
-            removed.append({"names": places, "kind": mark.instead_of, "keep": list(mark.kept)})
+            kept, ceiling = list(mark.kept), list(mark.ceiling)
+            removed.append({"names": places, "kind": mark.instead_of, "keep": kept, "ceiling": ceiling})
         for place in mark.created:
             parameter = module._parameters.get(place)
             if parameter is not None:
