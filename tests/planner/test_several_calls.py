@@ -241,6 +241,16 @@ class MaskIfTensor(Net):
         return self.n(y * ~mask if isinstance(mask, Tensor) else y)
 
 
+class MaskIfTensorAndWritten(Net):
+    """What is read behind the write counts as something else in every call, whatever the mask is."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = self.c(x)
+        z = self.d(self.n(y * mask if isinstance(mask, Tensor) else y))
+        z[:, 0] = 0
+        return z.sin()
+
+
 class FlagOrNumber(Net):
     def forward(self, x: Tensor, scale: Any = True) -> Tensor:
         y = self.c(x)
@@ -318,6 +328,7 @@ CASES = {
     "sizes and flags of another method": Case(lambda: Intermediates(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(2, 3, 9, 9), method="forward_intermediates"), Call(x(*IMAGE), raw=True, method="forward_intermediates")]),
     "fewer tensors": Case(lambda: Net(lambda s, *xs: s.n(s.c(xs[0] + xs[-1])) if xs[1:] else s.c(xs[0]), c=conv(), n=norm()), (same, same), [Call(x(*IMAGE))]),
     "a mask of few axes, if it is a tensor": Case(lambda: MaskIfTensor(with_flag, c=conv(), n=norm1d()), (x(*IMAGE),), [Call(x(*IMAGE), x(1, 4, seed=5) > 0)]),
+    "a mask, if it is a tensor, and a write": Case(lambda: MaskIfTensorAndWritten(with_flag, c=conv(), n=norm(), d=conv(4, 2)), (x(*IMAGE),), [Call(x(*IMAGE), SOME)]),
     "a number or a tensor in place of a flag": Case(lambda: FlagOrNumber(with_flag, c=conv(), n=norm()), (x(*IMAGE),), [Call(x(*IMAGE), 0.5), Call(x(*IMAGE), scale=x(1))]),
     "a flag that changes a number": Case(lambda: FlagForANumber(with_flag, c=conv1d(), n=norm1d(), d=conv1d(4, 2, 0)), (x(2, 3, 5),), [Call(x(2, 3, 5), more=True), Call(x(4, 3, 5), more=True)]),
     "a norm of a number": Case(lambda: Stages(with_flag, c=conv(), layers=nn.ModuleList([conv(4, 4), conv(4, 4)]), n=FrozenBatchNorm2d(4)), (x(*IMAGE),), [Call(x(*IMAGE), stages=0), Call(x(*IMAGE), stages=1)]),

@@ -17,6 +17,7 @@ from bnfuse.planner import known_methods, resized, variations
 from bnfuse.planner.model_code import ModelCode
 from bnfuse.planner.recorded_calls import SMALL, CallRecorder
 from bnfuse.planner.variations import Variation
+from bnfuse.reasons import MEETS_UNSEEN_ARGUMENT
 
 _MEMORY = 4
 """So many calls follow one another where the model remembers something."""
@@ -140,22 +141,28 @@ class CallInference:
 
     def _vary(self, variation: Variation) -> None:
         """Record the first of some values of an argument that leads somewhere else, or all of them."""
-        taken = passed_over = False
+        taken = ignored = elsewhere = False
         self._recorder.for_real = max(self._recorder.for_real, _SURELY_FOR_REAL)
         for place, call in enumerate(variation.calls):
             found = self._attempt(variation.what, call)
-            if found is False and variations.is_no_tensor(call):
-                passed_over = True  # the code may have asked whether it is a tensor
-            else:
-                taken |= found is not None
             last = self._recorder.last
-            if found and not variation.all_of_them and not (last is not None and last.contents):
+            if found is not None and variations.is_no_tensor(call) and last is not None and not _meets_unseen(last):
+                ignored, elsewhere = True, found  # the code may ask whether it is a tensor, so that one has to be tried
+                continue
+            taken |= found is not None
+            if variation.all_of_them or (last is not None and last.contents):
+                continue
+            if elsewhere and found is not None:
+                return
+            if found:
                 if place == 0:
                     return
                 break
+        if elsewhere:
+            return
         for call in variation.otherwise:
             found = self._attempt(variation.what, call)
-            taken |= bool(found) or (found is False and not passed_over)
+            taken |= bool(found) or (found is False and not ignored)
         if not taken and not variation.may_fail:
             self._say(f"{variation.what} was never given another value: what that does is not known")
         elif taken and variation.is_text:
@@ -231,3 +238,9 @@ class CallInference:
             if other is not None and self._attempt(resizing.what, other) is not None:
                 yield other
         yield resized.revalued(call, 1)
+
+
+def _meets_unseen(run: Run) -> bool:
+    """Whether anything in a run met an argument of which nothing is known."""
+    values = (value for node in run.nodes for value in (*node.inputs, *node.outputs))
+    return any(value.pinned is not None and value.pinned.code == MEETS_UNSEEN_ARGUMENT.code for value in values)
