@@ -171,6 +171,16 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "real.safetensors").stat().st_size > 1000
 
 
+def test_permissions_are_those_of_other_files(tmp_path: Path) -> None:
+    path, other = tmp_path / "fused.safetensors", tmp_path / "other"
+    other.touch()
+    for _ in range(2):
+        bnfuse.save(bnfuse.fuse(built(plain, 0)), path)
+        assert path.stat().st_mode == other.stat().st_mode
+        path.chmod(0o640)
+        other.chmod(0o640)
+
+
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     class Extra(nn.Linear):
         def get_extra_state(self) -> dict[str, int]:

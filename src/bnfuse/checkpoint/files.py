@@ -16,6 +16,7 @@ import ctypes
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,12 +203,22 @@ def _whole_file(target: Path) -> Iterator[Path]:
         yield scratch
         with scratch.open("rb") as file:
             os.fsync(file.fileno())
+        scratch.chmod(_mode(target))
         scratch.replace(target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {one_line(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+def _mode(target: Path) -> int:
+    """The permissions of a file that is replaced, or those that a new one gets."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

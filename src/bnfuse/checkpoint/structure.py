@@ -211,13 +211,13 @@ def _check_architecture(model: nn.Module, wanted: Structure) -> None:
         return
     kinds = [{name: kind.partition(" ")[0] for name, kind in each.items()} for each in (found, wanted.modules)]
     problems = {
-        "not in the model": [f"{name} ({kinds[1][name]})" for name in kinds[1] if name not in kinds[0]],
-        "not in the structure": [f"{name} ({kinds[0][name]})" for name in kinds[0] if name not in kinds[1]],
         "of another class": [
             f"{name or 'the model itself'} ({kinds[1][name]} in the structure, {kind} in the model)"
             for name, kind in kinds[0].items()
             if kinds[1].get(name, kind) != kind
         ],
+        "not in the model": [f"{name} ({kinds[1][name]})" for name in kinds[1] if name not in kinds[0]],
+        "not in the structure": [f"{name} ({kinds[0][name]})" for name in kinds[0] if name not in kinds[1]],
         "with other settings or shapes": [
             f"{name or 'the model itself'} ({kinds[0][name]})"
             for name, line in found.items()
