@@ -196,3 +196,24 @@ def test_a_tensor_that_is_passed_twice_is_two_tensors() -> None:
     assert call is not None
     assert len({id(tensor) for tensor in call.tensors}) == 3
     assert resized.with_separate_inputs(Call(x, x.clone())) is None
+
+
+def test_other_batches_do_not_take_the_place_of_other_lengths() -> None:
+    class Summed(nn.Module):
+        """A shift would be counted as often as there are tokens, and the batch says nothing of that."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.norm, self.last = nn.Embedding(7, 3), nn.BatchNorm1d(3), nn.RNN(3, 4, batch_first=True)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.norm(self.embedding(tokens).tanh().mT.contiguous()).mT.contiguous()
+            y: Tensor = self.last(x.sum(1, keepdim=True))[0]
+            return y
+
+    model, tokens = prepared(Summed()), torch.randint(0, 7, (2, 4))
+    fused = bnfuse.fuse(model, tokens)
+    for shape in ((2, 4), (2, 8), (2, 3), (1, 5), (5, 1)):
+        other = torch.randint(0, 7, shape)
+        with torch.no_grad():
+            assert (model(other) - fused(other)).abs().max() < 1e-9, shape

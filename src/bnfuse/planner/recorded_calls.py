@@ -8,6 +8,7 @@ arithmetic where that is possible; so most cost little. Which calls these are: :
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from bnfuse.graph.same_run import Counterparts, counterparts
 from bnfuse.model import pytree
 from bnfuse.model.calls import FORWARD, Call, PipedCall
 from bnfuse.model.describe import first_line
+from bnfuse.operators import is_dense
 from bnfuse.planner.variations import is_complete
 
 log = logging.getLogger("bnfuse")
@@ -31,8 +33,8 @@ _RUNS_FOR_REAL = (48, 2)
 """So many further runs are made with arithmetic, where the code looks at contents: of a small model, of a large one."""
 
 _SAME_OPERATORS = 2
-"""So many further runs are solved together of the same operators with the same numbers: what depends on the size shows
-in them."""
+"""So many further runs are solved together of the same operators with the same numbers, and more only along axes whose
+sizes were the same in those: what depends on the size shows in them."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ class CallRecorder:
         (run,) = made
         found: list[Counterparts] = []
         sizes: list[Counterparts] = []  # of those, where nothing but sizes may tell the two apart
+        axes: set[tuple[int, int]] = set()  # along which those differ
         for earlier in self.recording.runs:
             if earlier is run or earlier.start is None or not earlier.start.begins:
                 continue
@@ -267,10 +270,22 @@ class CallRecorder:
             found.append(same)
             if same.numbers and _asks_for(earlier.call) == _asks_for(run.call):
                 sizes.append(same)
-        if len(sizes) > _SAME_OPERATORS:
+                axes |= self._other_axes(earlier.call)
+        if len(sizes) > _SAME_OPERATORS and self._other_axes(run.call) <= axes:
             sizes[-1].certain = True
             return sizes[-1]
         return found[-1] if found else None
+
+    def _other_axes(self, call: Call) -> set[tuple[int, int]]:
+        """The tensors of a call, by number, and the axes along which their sizes are others than in the first call."""
+        pairs = enumerate(zip(self.main.call.tensors, call.tensors, strict=False))
+        dense = ((place, a.shape, b.shape) for place, (a, b) in pairs if is_dense(a) and is_dense(b))
+        return {
+            (place, axis)
+            for place, mine, other in dense
+            for axis, sizes in enumerate(itertools.zip_longest(mine, other))
+            if sizes[0] != sizes[1]
+        }
 
 
 def _asks_for(call: Call) -> tuple[str, str]:
