@@ -236,7 +236,7 @@ def test_plan_is_data(model: nn.Module, x: Tensor) -> None:
         "norm": "blocks.0.bn2", "kind": "BatchNorm2d", "channels": 4, "fused": True,
         "direction": "backward", "into": ["blocks.0.conv2"], "reasons": [],
     }  # fmt: skip
-    lines = str(made).splitlines()
+    lines = made.table().splitlines()
     assert sum("blocks." in line for line in lines) == 4
     assert any("blocks.0.bn1" in line and "asked to keep" in line for line in lines)
 

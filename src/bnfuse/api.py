@@ -224,7 +224,7 @@ def plan(
         model, example_inputs, keep, calls, options: as for :func:`fuse`.
 
     Returns:
-        The plan. ``print(plan)`` shows one line for each norm; ``plan.apply(model)`` carries it out.
+        The plan. ``print(plan)`` shows what goes and why the rest stays; ``plan.apply(model)`` carries it out.
 
     Raises:
         InputError, FusionError: as for :func:`fuse`.

@@ -14,7 +14,7 @@ from bnfuse.exported.forms import graph_form
 from bnfuse.model.alone import one_at_a_time
 from bnfuse.model.witness import Witness
 from bnfuse.model.wrappers import checked, unwrap
-from bnfuse.report.text import decisions_text
+from bnfuse.report.text import all_text, plan_text
 from bnfuse.transaction import fused_copy, rewrite
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module | ExportedProgram)
@@ -22,7 +22,7 @@ AnyModel = TypeVar("AnyModel", bound=nn.Module | ExportedProgram)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Changes):
-    """Everything that fusing a model would do. Printing it gives a table with one line for each norm.
+    """Everything that fusing a model would do. Printing it shows the norms that go, and why the others stay.
 
     Attributes:
         model: the class of the model.
@@ -108,5 +108,12 @@ class Plan(Changes):
                 f"The model is not as it was when the plan was made. {change}\nMake a new plan for the model as it is."
             )
 
+    def table(self) -> str:
+        """One line for each norm, in the order of the model, as long as it takes: nothing is grouped or shortened.
+
+        ``print(plan)`` says the same in 80 columns, with norms that stay for the same reason together.
+        """
+        return all_text(self.model, self.decisions)
+
     def __str__(self) -> str:
-        return "\n".join([decisions_text(self.model, self.decisions), *(f"not seen: {text}" for text in self.unseen)])
+        return plan_text(self.model, self.decisions, self.unseen)

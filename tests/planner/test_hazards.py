@@ -765,7 +765,8 @@ def test_scales_before_and_after_single_entries() -> None:
     ]
     [edit] = [edit for edit in plan.edits if edit.names == ("c.weight",)]
     assert [factor.entries is not None for factor in edit.factors] == [False, True, False]
-    assert "fused beside into c" in str(plan)
+    assert "beside: c" in str(plan)
+    assert "fused beside into c" in plan.table()
 
 
 def test_an_edit_of_entries_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,9 +87,18 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0] == "Sequential: 2 batch norms, 1 fused, 1 kept"
+    assert lines[3].split() == ["1", "BatchNorm2d", "4", "0"]
+    assert lines[4] == "kept: 3"
+    assert lines[5].startswith("  backward: ")
+    assert captured.err == ""
+
+
+def test_plan_with_a_row_for_each_norm(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "networks.py:net", "--all"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Sequential: 2 batch norms, 1 fused, 1 kept"
     assert lines[3].split() == ["1", "BatchNorm2d", "4", "fused", "into", "0"]
     assert lines[4].split()[:4] == ["3", "BatchNorm2d", "4", "kept:"]
-    assert captured.err == ""
 
 
 def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:

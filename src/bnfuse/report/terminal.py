@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bnfuse.report.tables import Table
-from bnfuse.report.text import table_text
+from bnfuse.changes import Decision
+from bnfuse.report.tables import Table, fused_table
+from bnfuse.report.text import WIDTH, notes_text, plan_text, table_text, wrapped
 
 if TYPE_CHECKING:
+    import rich.console
     import rich.table
 
 
-def show(table: Table) -> None:
-    """Print a table, with an empty line behind it."""
-    if table.rows and sys.stdout.isatty():
-        try:
-            from rich.console import Console
-        except ModuleNotFoundError:
-            print(
-                "bnfuse: rich is not installed, so tables are plain text; run pip install 'bnfuse[cli]'",
-                file=sys.stderr,
-            )
-        else:
-            Console().print(rich_table(table), "")
-            return
-    print(table_text(table), end="\n\n")
+def show(table: Table, width: int | None = None) -> None:
+    """Print a table, with an empty line behind it.
+
+    Args:
+        table: what to print.
+        width: of plain text, as `table_text` takes it; where rich draws, the width of the terminal counts.
+    """
+    console = _console() if table.rows else None
+    if console is None:
+        print(table_text(table, width), end="\n\n")
+    else:
+        console.print(rich_table(table), "")
+
+
+def show_plan(model: str, decisions: Sequence[Decision], unseen: Sequence[str] = ()) -> None:
+    """Print a plan: the norms that go as a table, those that stay grouped by why, and what was not seen.
+
+    Args:
+        model: the class of the model.
+        decisions: one for each norm.
+        unseen: what was not seen, in words.
+    """
+    table, width = fused_table(model, decisions), line_width()
+    console = _console() if table.rows else None
+    if console is None:
+        print(plan_text(model, decisions, unseen, width), end="\n\n")
+        return
+    console.print(rich_table(table), "")
+    if notes := notes_text(decisions, unseen, width):
+        print(notes, end="\n\n")
+
+
+def show_unseen(unseen: Sequence[str]) -> None:
+    """Print what was not seen, a text each."""
+    for text in unseen:
+        print(wrapped(f"not seen: {text}", line_width()))
+
+
+def line_width() -> int:
+    """How many characters a line of standard output may have: those of the terminal, in a pipe 80."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
+
+
+def _console() -> rich.console.Console | None:
+    """What draws in a terminal; None in a pipe, or without rich."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        print("bnfuse: rich is not installed, so tables are plain text; run pip install 'bnfuse[cli]'", file=sys.stderr)
+        return None
+    return Console()
 
 
 def rich_table(table: Table) -> rich.table.Table:
-    """The same table for rich, which folds the last column to the width of the terminal."""
+    """The same table for rich, which folds columns of words to the width of the terminal."""
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -39,7 +82,7 @@ def rich_table(table: Table) -> rich.table.Table:
         drawn.add_column(
             column.heading,
             justify="right" if column.number else "left",
-            no_wrap=column is not table.columns[-1],
+            no_wrap=column.number,
             overflow="fold",
         )
     for row in table.rows:

@@ -25,6 +25,7 @@ from torch import nn
 import bnfuse
 from bnfuse.api import fuse_with_plan
 from bnfuse.errors import BnFuseError, InputError, VerificationError
+from bnfuse.fusion_plan import Plan
 from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import first_line
 from bnfuse.model.inputs import random_inputs, token_bound
@@ -32,7 +33,7 @@ from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.options import Options
 from bnfuse.planner.problem import captured
 from bnfuse.report.tables import decisions_table
-from bnfuse.report.terminal import show
+from bnfuse.report.terminal import show, show_plan, show_unseen
 from bnfuse.tools import zoo
 from bnfuse.tools.census.ledger import OUTCOMES
 from bnfuse.tools.zoo.weights import ENDINGS, STRUCTURE
@@ -159,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan", parents=[common], help="show for every norm what it would be fused into, or why it would stay"
     )
+    plan.add_argument(
+        "--all",
+        action="store_true",
+        help="a row for each norm with all that is said of it, instead of norms grouped by why they stay",
+    )
     plan.set_defaults(run=_plan)
 
     fuse = commands.add_parser("fuse", parents=[common], help="fuse the norms and prove that the outputs agree")
@@ -229,9 +235,15 @@ def _plan(options: argparse.Namespace) -> None:
     if options.json:
         _print_json({"spec": options.spec, **plan.to_dict()})
     else:
-        show(decisions_table(plan.model, plan.decisions))
-        for unseen in plan.unseen:
-            print(f"not seen: {unseen}")
+        _show_plan(plan, options.all)
+
+
+def _show_plan(plan: Plan, every: bool) -> None:
+    if not every:
+        show_plan(plan.model, plan.decisions, plan.unseen)
+        return
+    show(decisions_table(plan.model, plan.decisions))
+    show_unseen(plan.unseen)
 
 
 def _fuse(options: argparse.Namespace) -> None:
@@ -253,7 +265,7 @@ def _fuse(options: argparse.Namespace) -> None:
         report["comparison"] = comparison.to_dict()
         _print_json(report | {"equivalent": True, "output": None if output is None else str(output)})
         return
-    show(decisions_table(plan.model, plan.decisions))
+    show_plan(plan.model, plan.decisions)
     if warning := nothing_fused(plan, model):
         print(f"bnfuse: {warning}", file=sys.stderr)
     print(comparison)
