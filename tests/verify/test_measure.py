@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import operator
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -214,11 +215,37 @@ def test_the_text_of_a_comparison() -> None:
         "               minimum         mean      maximum\n"
         "  before             1          2.5            4\n"
         "  after              2          3.5            5\n"
-        "  relative L2 error 3.65e-01, mean squared error 1.00e+00, "
-        "largest difference 1.00e+00 at [0, 0] (1 became 2)\n"
+        "  relative L2 error 3.65e-01, mean squared error 1.00e+00\n"
+        "  largest difference 1.00e+00 at [0, 0] (1 became 2)\n"
         "  same arg-max 100.00%\n"
         "NOT equal within tolerance"
     )
+
+
+@pytest.mark.parametrize("step", [1e-2, 1e-5, 1e-9, 2e-15])
+def test_numbers_that_differ_are_seen_to_differ(step: float) -> None:
+    before = torch.tensor([[10.0046, -2.0], [3.0, 4.0]], dtype=torch.float64)
+    lines = str(compare_outputs(before, before * (1 + step))).splitlines()
+    assert max(map(len, lines)) <= 80
+    [first, second] = (line.split()[1:] for line in lines[2:4])
+    assert all(one != other for one, other in zip(first, second, strict=True))
+    [found] = re.findall(r"\((\S+) became (\S+)\)", "\n".join(lines))
+    assert found[0] != found[1]
+    assert float(found[0]) == pytest.approx(10.0046, abs=1e-4)
+
+
+def test_what_cannot_be_compared_comes_first_and_has_no_rows() -> None:
+    x = torch.ones(2, 3)
+    before, after = {"same": x, "shape": x, "dtype": x, "gone": x}, {"same": x, "shape": x[:1], "dtype": x.double()}
+    lines = str(compare_outputs(before, after)).splitlines()
+    assert lines[0] == "output ['shape']: shape (2, 3) became (1, 3)"
+    assert lines[1] == "output ['dtype']: dtype float32 became float64"
+    assert lines[3].split() == ["before", "1", "1", "1"]  # what another dtype holds can be compared
+    assert "output ['gone']: the second model does not return this tensor" in lines
+    assert lines.index("output ['same']: shape (2, 3), float32") > max(
+        place for place, line in enumerate(lines) if line.startswith(("output ['shape", "output ['gone"))
+    )
+    assert "nan" not in "\n".join(lines)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bnfuse.model.describe import dtype_name
+from bnfuse.report.text import wrapped
 
 TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -101,16 +102,20 @@ class OutputDifference:
 
     def __str__(self) -> str:
         """The problem or the errors, in one line."""
-        if self.problem:
-            return self.problem
+        return self.problem or ", ".join(self.errors)
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        """The errors in words: over all elements, and the largest one."""
         if self.exact:
-            return f"{self.differing:.2%} of the elements differ"
+            return (f"{self.differing:.2%} of the elements differ",)
         place = "" if self.where is None else f" at {list(self.where)}"
         place += f" of batch {self.batch}" if self.batch else ""
-        values = f" ({self.expected:.6g} became {self.got:.6g})" if self.max_abs else ""
+        expected, got = _apart(self.expected, self.got, 6)
+        values = f" ({expected} became {got})" if self.max_abs else ""
         return (
-            f"relative L2 error {self.relative_l2:.2e}, mean squared error {self.mse:.2e}, "
-            f"largest difference {self.max_abs:.2e}{place}{values}"
+            f"relative L2 error {self.relative_l2:.2e}, mean squared error {self.mse:.2e}",
+            f"largest difference {self.max_abs:.2e}{place}{values}",
         )
 
 
@@ -181,12 +186,14 @@ def _text(comparison: Comparison) -> str:
     lines = []
     if comparison.batches > 1:
         lines.append(f"{comparison.batches} batches, {comparison.samples} samples")
-    for o in comparison.outputs:
-        lines.append(f"output {o.path}".rstrip() + f": shape {o.shape}, {dtype_name(o.dtype)}")
-        lines.append(f"  {'':8}{'minimum':>12} {'mean':>12} {'maximum':>12}")
-        for name, s in (("before", o.before), ("after", o.after)):
-            lines.append(f"  {name:8}{s.minimum:12.5g} {s.mean:12.5g} {s.maximum:12.5g}")
-        lines.append(f"  {o}")
+    for o in sorted(comparison.outputs, key=lambda o: not o.problem):
+        name = f"output {o.path}".rstrip()
+        if o.problem:
+            lines.append(wrapped(f"{name}: {o.problem}"))
+        else:
+            lines.append(wrapped(f"{name}: shape {o.shape}, {dtype_name(o.dtype)}"))
+        if not o.problem or math.isfinite(o.max_abs):
+            lines += [*_summaries(o), *(wrapped(error, indent=2) for error in o.errors)]
         if o.argmax_agreement is not None:
             lines.append(f"  same arg-max {o.argmax_agreement:.2%}")
     for name, accuracy in (("before", comparison.accuracy_before), ("after", comparison.accuracy_after)):
@@ -195,6 +202,36 @@ def _text(comparison: Comparison) -> str:
             lines.append(f"accuracy {name:6} top-1 {accuracy.top1:.2%}{five}")
     equal = "equal within tolerance" if comparison.within_tolerance() else "NOT equal within tolerance"
     return "\n".join([*lines, equal if comparison.outputs else "no tensor to compare"])
+
+
+def _summaries(difference: OutputDifference) -> list[str]:
+    """The smallest, mean and largest values before and after, as a table."""
+    table = [("", "before", "after")]
+    for name in ("minimum", "mean", "maximum"):
+        before, after = getattr(difference.before, name), getattr(difference.after, name)
+        table.append((name, *_apart(before, after, 5)))
+    widths = [max(12, *map(len, cells)) for cells in table[1:]]
+    rows = zip(*table, strict=True)
+    return [
+        f"  {name:8}" + " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        for name, *cells in rows
+    ]
+
+
+_MOST_DIGITS = 17  # tell any two float64 numbers apart
+
+
+def _apart(one: float, other: float, digits: int) -> tuple[str, str]:
+    """Two numbers with as many digits as it takes to see that they differ, and at least ``digits``.
+
+    >>> _apart(10.00461, 10.00462, 6), _apart(1.0, 1.0, 6)
+    (('10.00461', '10.00462'), ('1', '1'))
+    """
+    texts = f"{one:.{digits}g}", f"{other:.{digits}g}"
+    while texts[0] == texts[1] and one != other and digits < _MOST_DIGITS:
+        digits += 1
+        texts = f"{one:.{digits}g}", f"{other:.{digits}g}"
+    return texts
 
 
 def _plain_data(value: Any) -> Any:
