@@ -177,9 +177,14 @@ def test_no_inputs_can_be_inferred() -> None:
             return super().forward(x)
 
     with pytest.raises(
-        bnfuse.InputError, match=r"(?s)No inputs for Odd.*Tried:.*2x3x224x224.*77 or nothing.*bnfuse\.fuse\("
-    ):
+        bnfuse.InputError,
+        match=r"(?s)No inputs for Odd.*Tried:.*2x3x224x224.*77 or nothing.*example_inputs: bnfuse\.fuse\(",
+    ) as caught:
         bnfuse.fuse(Odd())
+    lines = str(caught.value).splitlines()
+    assert sum("77 or nothing" in line for line in lines) == 1  # tries that failed alike are one entry
+    assert " and " in "".join(lines[1:-1])
+    assert max(map(len, lines[1:-1])) <= 80
 
 
 def test_a_wrong_rule_is_caught(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

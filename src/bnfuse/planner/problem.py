@@ -30,7 +30,17 @@ from bnfuse.planner.known_methods import methods as known_methods
 from bnfuse.planner.options import Options
 from bnfuse.planner.recorded_calls import CallRecorder, FurtherCall
 from bnfuse.reasons import CALLER_KEEPS, Reason
+from bnfuse.report.alike import NUMBERS, alike, shortened
+from bnfuse.report.text import wrapped
 from bnfuse.rules import RULES
+
+IN_PYTHON = (
+    "Pass inputs that it accepts as example_inputs: bnfuse.fuse(model, torch.randn(1, 3, 224, 224)), "
+    "a tuple for several arguments, a dict for keyword arguments."
+)
+"""What to write in Python where no inputs can be inferred."""
+
+_TRIES_NAMED = 2
 
 
 class Problem:
@@ -120,8 +130,13 @@ def captured(
     contents: bool = True,
     infer_calls: bool = True,
     lines: LineWatch | None = None,
+    advice: str = IN_PYTHON,
 ) -> Recording:
-    """Run the model on the inputs, or on the first of the inferred ones that it takes."""
+    """Run the model on the inputs, or on the first of the inferred ones that it takes.
+
+    Args:
+        advice: what the caller can write instead where none can be inferred.
+    """
     methods = known_methods(model) if infer_calls else []
 
     def run(call: Call) -> Recording:
@@ -135,19 +150,20 @@ def captured(
 
     if example_inputs is not None:
         return run(Call.of(example_inputs))
-    tried = []
+    tried, failures = [], []
     for candidate in candidates(model):
         try:
             return run(Call(*candidate.args, **candidate.kwargs))
         except InputError as error:
-            tried.append(f"  {candidate.description}: {first_line(error.__cause__ or error)}")
+            tried.append(candidate.description)
+            failures.append(first_line(error.__cause__ or error))
     name = type(model).__name__
-    listing = "\n".join(["Tried:", *tried]) if tried else "Nothing in the model tells what it takes."
-    raise InputError(
-        f"No inputs for {name} could be inferred. {listing}\n"
-        f"Pass inputs that it accepts: bnfuse.fuse(model, torch.randn(1, 3, 224, 224)), "
-        f"a tuple for several arguments, a dict for keyword arguments."
-    )
+    listing = [
+        wrapped(f"{shortened([tried[place] for place in places], _TRIES_NAMED)}: {failure}", indent=2)
+        for failure, places in alike(failures, NUMBERS)
+    ]
+    why = "\n".join(["Tried:", *listing]) if tried else "Nothing in the model tells what it takes."
+    raise InputError(f"No inputs for {name} could be inferred. {why}\n{advice}")
 
 
 def _kept(norms: list[Norm], patterns: Sequence[str]) -> dict[Norm, Reason]:

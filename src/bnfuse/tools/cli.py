@@ -41,6 +41,8 @@ from bnfuse.tools.zoo.weights import ENDINGS, STRUCTURE
 EXIT_NOT_EQUIVALENT = 1
 EXIT_USAGE = 2
 
+_SAY_INPUTS = "Write what it takes, an --input for each argument, as in --input 1x3x224x224."
+
 logger = logging.getLogger("bnfuse")
 
 
@@ -296,10 +298,7 @@ def _model(options: argparse.Namespace) -> nn.Module:
 
 def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
     if not options.input:
-        try:
-            call = captured(model, None).runs[0].call
-        except InputError as error:
-            raise InputError(f"{error}\nOn the command line: --input 1x3x224x224") from error
+        call = captured(model, None, advice=_SAY_INPUTS).runs[0].call
         return call.args or call.kwargs
     return tuple(random_inputs(model, [parse_shape(shape) for shape in options.input], token_bound(model)))
 
