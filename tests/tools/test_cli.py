@@ -117,6 +117,29 @@ def test_fuse(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.endswith("\nequivalent: 1 of 2 batch norms are gone\n")
 
 
+def test_what_the_model_holds_before_and_after(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    torch.save(build("networks.py:net").state_dict(), folder / "weights.pt")
+
+    def said(*arguments: str) -> list[str]:
+        assert main(["fuse", "networks.py:net", *arguments]) == 0
+        lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        start = lines.index("What the model holds") + 3
+        return lines[start : lines.index("", start)]
+
+    rows = ["batch norms 2 1 -1", "parameters 128 120 -8", "buffers 18 9 -9", "size (MB) 0.001 0.001 -0.000"]
+    assert said() == rows
+    *first, last = said("-o", "out.pt")
+    sizes = {name: (folder / name).stat().st_size for name in ("weights.pt", "out.pt")}
+    assert (first, last) == (rows, f"file (MB) {sizes['out.pt'] / 1e6:.3f}")
+    *_, last = said("-o", "out.pt", "--weights", "weights.pt")
+    change = (folder / "out.pt").stat().st_size - sizes["weights.pt"]
+    assert last == f"file (MB) {sizes['weights.pt'] / 1e6:.3f} {sizes['out.pt'] / 1e6:.3f} {change / 1e6:+.3f}"
+    assert main(["fuse", "networks.py:net", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)["sizes"]
+    assert data["before"] == {"norms": 2, "parameters": 128, "buffers": 18, "size": 4 * 144 + 8 * 2}
+    assert data["after"] == {"norms": 1, "parameters": 120, "buffers": 9, "size": 4 * 128 + 8}
+
+
 def test_fuse_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuse", "networks.py:net", "--json", "--input", "2x3x9x9", "-o", "out.pt"]) == 0
     captured = capsys.readouterr()

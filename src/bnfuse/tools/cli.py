@@ -32,6 +32,7 @@ from bnfuse.model.inputs import random_inputs, token_bound
 from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.options import Options
 from bnfuse.planner.problem import captured
+from bnfuse.report.sizes import Holding, holdings_table
 from bnfuse.report.tables import decisions_table
 from bnfuse.report.terminal import show, show_plan, show_unseen
 from bnfuse.tools import zoo
@@ -262,19 +263,30 @@ def _fuse(options: argparse.Namespace) -> None:
     comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls] if calls else inputs)
     if output is not None:
         _save(fused, output)
+    before, after = Holding.of(model, len(plan.decisions)), Holding.of(fused, len(plan.kept))
     if options.json:
         report: dict[str, Any] = {"spec": options.spec, "plan": plan.to_dict()}
+        report["sizes"] = {"before": vars(before), "after": vars(after)}
         report["comparison"] = comparison.to_dict()
         _print_json(report | {"equivalent": True, "output": None if output is None else str(output)})
         return
     show_plan(plan.model, plan.decisions)
     if warning := nothing_fused(plan, model):
         print(f"bnfuse: {warning}", file=sys.stderr)
+    show(holdings_table("What the model holds", before, after, _files(options)))
     print(comparison)
     judged = "" if comparison.within_tolerance() else ", since the difference is rounding, judged in float64"
     print(f"\nequivalent{judged}: {len(plan.fused)} of {len(plan.decisions)} batch norms are gone")
     if output is not None:
         print(f"saved {output}")
+
+
+def _files(options: argparse.Namespace) -> list[tuple[str, int | None, int | None]]:
+    """The size of the file that was written, beside that of the weights that were read."""
+    if options.output is None:
+        return []
+    read = options.weights and Path(options.weights).is_file()
+    return [("file", Path(options.weights).stat().st_size if read else None, options.output.stat().st_size)]
 
 
 def _census(options: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import bnfuse
 from bnfuse.errors import BnFuseError
 from bnfuse.model.describe import shape_text
+from bnfuse.report.sizes import Holding, holdings_table
 from bnfuse.report.tables import Column, Table
 from bnfuse.report.terminal import show
 from bnfuse.tools.timing import interleaved, threads, timed
@@ -110,28 +111,12 @@ def _class_names() -> list[str]:
 
 
 def _sizes(original: nn.Module, fused: nn.Module) -> Table:
-    rows = []
-    for what, count in (
-        ("batch norms", _count_norms),
-        ("parameters", _count_parameters),
-        ("buffers", _count_buffers),
-    ):
-        before, after = count(original), count(fused)
-        rows.append((what, f"{before:,}", f"{after:,}", f"{after - before:+,}"))
-    columns = (Column(""), Column("before", True), Column("after", True), Column("difference", True))
-    return Table(f"What the network holds ({type(fused).__name__}, the same class as before)", columns, tuple(rows))
+    before, after = (Holding.of(model, _count_norms(model)) for model in (original, fused))
+    return holdings_table(f"What the network holds ({type(fused).__name__}, the same class as before)", before, after)
 
 
 def _count_norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
-def _count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _count_buffers(model: nn.Module) -> int:
-    return sum(buffer.numel() for buffer in model.buffers())
 
 
 def _classes(original: nn.Module, fused: nn.Module, photographs: Mapping[str, Tensor]) -> list[Table]:
