@@ -35,6 +35,7 @@ from bnfuse.planner.problem import captured
 from bnfuse.report.sizes import Holding, holdings_table
 from bnfuse.report.tables import decisions_table
 from bnfuse.report.terminal import show, show_plan, show_unseen
+from bnfuse.report.waiting import waiting
 from bnfuse.tools import zoo
 from bnfuse.tools.census.ledger import OUTCOMES
 from bnfuse.tools.zoo.weights import ENDINGS, STRUCTURE
@@ -233,7 +234,7 @@ def _plan(options: argparse.Namespace) -> None:
     model = _model(options)
     inputs = _inputs(options, model)
     calls = _calls(options, model, inputs)
-    with _naming(options, calls):
+    with _naming(options, calls), _waiting(options, "planning"):
         plan = bnfuse.plan(model, inputs, keep=options.keep, calls=calls, options=_wanted(options))
     if options.json:
         _print_json({"spec": options.spec, **plan.to_dict()})
@@ -258,9 +259,10 @@ def _fuse(options: argparse.Namespace) -> None:
     model = _model(options)
     inputs = _inputs(options, model)
     calls = _calls(options, model, inputs)
-    with _naming(options, calls):
+    with _naming(options, calls), _waiting(options, "fusing and verifying"):
         fused, plan = fuse_with_plan(model, inputs, keep=options.keep, calls=calls, options=_wanted(options))
-    comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls] if calls else inputs)
+    with _waiting(options, "comparing"):
+        comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls] if calls else inputs)
     if output is not None:
         _save(fused, output)
     before, after = Holding.of(model, len(plan.decisions)), Holding.of(fused, len(plan.kept))
@@ -289,6 +291,11 @@ def _files(options: argparse.Namespace) -> list[tuple[str, int | None, int | Non
     return [("file", Path(options.weights).stat().st_size if read else None, options.output.stat().st_size)]
 
 
+def _waiting(options: argparse.Namespace, doing: str) -> contextlib.AbstractContextManager[None]:
+    """Show what is being done, unless the log does."""
+    return contextlib.nullcontext() if options.verbose else waiting(f"{doing} {options.spec}")
+
+
 def _census(options: argparse.Namespace) -> None:
     from bnfuse.tools.census import run
     from bnfuse.tools.census.worker import Settings
@@ -301,7 +308,8 @@ def _census(options: argparse.Namespace) -> None:
 
 def _model(options: argparse.Namespace) -> nn.Module:
     """Build the model; an untrained one of a zoo gets random norms, since fresh ones would prove nothing."""
-    model = zoo.build(options.spec, options.weights)
+    with _waiting(options, "building"):
+        model = zoo.build(options.spec, options.weights)
     if options.weights is None and zoo.is_zoo(options.spec):
         zoo.randomise_(model)
         print("bnfuse: no --weights, so weights and norms are random", file=sys.stderr)
@@ -310,7 +318,8 @@ def _model(options: argparse.Namespace) -> nn.Module:
 
 def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
     if not options.input:
-        call = captured(model, None, advice=_SAY_INPUTS).runs[0].call
+        with _waiting(options, "finding inputs for"):
+            call = captured(model, None, advice=_SAY_INPUTS).runs[0].call
         return call.args or call.kwargs
     return tuple(random_inputs(model, [parse_shape(shape) for shape in options.input], token_bound(model)))
 
