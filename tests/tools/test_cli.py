@@ -16,7 +16,8 @@ import bnfuse
 from bnfuse.errors import InputError, VerificationError
 from bnfuse.model.calls import Call
 from bnfuse.tools import cli
-from bnfuse.tools.cli import main, parse_call, parse_shape
+from bnfuse.tools.cli import main, parse_call
+from bnfuse.tools.given_inputs import parse_shape
 from bnfuse.tools.zoo.specs import build
 
 NETWORKS = """

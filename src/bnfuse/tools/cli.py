@@ -28,7 +28,7 @@ from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model.calls import FORWARD, Call
 from bnfuse.model.describe import first_line
-from bnfuse.model.inputs import random_inputs, token_bound
+from bnfuse.model.inputs import random_inputs
 from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.options import Options
 from bnfuse.planner.problem import captured
@@ -38,6 +38,7 @@ from bnfuse.report.terminal import show, show_plan, show_unseen
 from bnfuse.report.waiting import waiting
 from bnfuse.tools import zoo
 from bnfuse.tools.census.ledger import OUTCOMES
+from bnfuse.tools.given_inputs import described_tensor, given_inputs, parse_shape
 from bnfuse.tools.zoo.weights import ENDINGS, STRUCTURE
 
 EXIT_NOT_EQUIVALENT = 1
@@ -73,23 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}, indent=2))
         return EXIT_NOT_EQUIVALENT if isinstance(error, VerificationError) else EXIT_USAGE
     return 0
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Read a shape such as ``1x3x224x224``.
-
-    >>> parse_shape("1x3x224x224")
-    (1, 3, 224, 224)
-
-    Args:
-        text: positive whole numbers with an ``x`` between them.
-
-    Raises:
-        InputError: it is not of that form.
-    """
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text):
-        raise InputError(f"{text!r} is no shape: write positive whole numbers as in 1x3x224x224")
-    return tuple(map(int, text.split("x")))
 
 
 def parse_count(text: str) -> int:
@@ -128,11 +112,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument(
         "--input",
-        metavar="SHAPE",
+        metavar="INPUT",
         action="append",
         default=[],
-        help="the shape of an input, such as 1x3x224x224; repeat it for several positional inputs "
-        "(default: inferred from the model)",
+        help="an input: a shape such as 1x3x224x224, with a dtype as in int64:1x10, a .pt file of torch.save (a "
+        "tensor, a tuple of arguments or a dict of them by name), or an image, whose pixels are taken from 0 to 1 as "
+        "they are; mask=bool:1x1x7x7 gives a keyword argument; repeat it for several (default: inferred from the "
+        "model)",
     )
     common.add_argument(
         "--weights",
@@ -262,7 +248,7 @@ def _fuse(options: argparse.Namespace) -> None:
     with _naming(options, calls), _waiting(options, "fusing and verifying"):
         fused, plan = fuse_with_plan(model, inputs, keep=options.keep, calls=calls, options=_wanted(options))
     with _waiting(options, "comparing"):
-        comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls] if calls else inputs)
+        comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls])
     if output is not None:
         _save(fused, output)
     before, after = Holding.of(model, len(plan.decisions)), Holding.of(fused, len(plan.kept))
@@ -316,19 +302,19 @@ def _model(options: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | dict[str, Any]:
+def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | dict[str, Any] | Call:
     if not options.input:
         with _waiting(options, "finding inputs for"):
             call = captured(model, None, advice=_SAY_INPUTS).runs[0].call
         return call.args or call.kwargs
-    return tuple(random_inputs(model, [parse_shape(shape) for shape in options.input], token_bound(model)))
+    return given_inputs(options.input, model)
 
 
 def _wanted(options: argparse.Namespace) -> Options:
     return Options(infer_calls=not options.no_infer_calls)
 
 
-def _calls(options: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...] | dict[str, Any]) -> list[Call]:
+def _calls(options: argparse.Namespace, model: nn.Module, inputs: Any) -> list[Call]:
     """The further calls that are named on the command line."""
     return [parse_call(text, Call.of(inputs), model) for text in options.call]
 
@@ -341,7 +327,7 @@ def parse_call(text: str, first: Call, model: nn.Module) -> Call:
 
     Args:
         text: a method (forward if there is none), and keyword arguments: true, false, none, a number, the shape of a
-            tensor of random numbers, or any other word as text.
+            tensor of random numbers, also with a dtype (``bool:1x14``), or any other word as text.
         first: the call whose inputs it takes.
         model: gives the dtype and device of tensors.
 
@@ -393,6 +379,8 @@ def _value(text: str, model: nn.Module) -> Any:
         return int(text)
     if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", text):
         return random_inputs(model, [parse_shape(text)])[0]
+    if re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*)*", text):
+        return described_tensor(text, model)
     try:
         return float(text)
     except ValueError:
