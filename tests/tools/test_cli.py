@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -302,6 +303,15 @@ def test_the_installed_command(folder: Path, start: list[str]) -> None:
     finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout)["fused"] == 1
+
+
+def test_a_reader_that_has_seen_enough(folder: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "bnfuse", "plan", "networks:net"]
+    with os.fdopen(writing, "w") as stdout:
+        finished = subprocess.run(command, cwd=folder, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (141, "")
 
 
 # Further calls --------------------------------------------------------------------------------------------------------

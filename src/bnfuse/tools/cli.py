@@ -43,6 +43,7 @@ from bnfuse.tools.zoo.weights import ENDINGS, STRUCTURE
 
 EXIT_NOT_EQUIVALENT = 1
 EXIT_USAGE = 2
+EXIT_CLOSED_PIPE = 141  # as a shell says of a command that SIGPIPE ended
 
 _SAY_INPUTS = "Write what it takes, an --input for each argument, as in --input 1x3x224x224."
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what stands behind ``bnfuse``; None reads them from the process.
 
     Returns:
-        The exit status.
+        The exit status; 141 where nobody reads standard output to its end, as behind ``| head``.
 
     Raises:
         SystemExit: after ``--help`` and ``--version`` (status 0), and when the arguments make no sense (2).
@@ -65,6 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verbose:
         logging.basicConfig(stream=sys.stderr, format="%(message)s")
         logger.setLevel(logging.INFO)
+    try:
+        status = _status(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has seen enough, as head does. What is left to write goes nowhere, also at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    return status
+
+
+def _status(options: argparse.Namespace) -> int:
+    """Do what was asked for, and say what went wrong."""
     try:
         options.run(options)
     except BnFuseError as error:
