@@ -157,9 +157,11 @@ def test_rich_draws_every_cell_and_reads_no_markup() -> None:
     console = Console(file=io.StringIO(), width=70)
     long = (Decision("backbone." * 12 + "norm", "BatchNormAct2d", 64, True, "backward", ("stem." * 20,)),)
     tables = (decisions_table(PLAN.model, PLAN.decisions), fused_table("Net", long), SMALL)
-    console.print(*map(rich_table, tables))
+    console.print(*(rich_table(table, 70) for table in tables))
     drawn = console.file.getvalue()
     assert "blocks[0].norm" in drawn
+    names = [line.split()[0] for line in drawn.splitlines() if line.strip().startswith("backbone.")]
+    assert all(name.endswith((".", "norm")) for name in names)  # broken behind a point, as in plain text
     assert "[red]x" in drawn
     assert max(map(len, drawn.splitlines())) <= 70
 

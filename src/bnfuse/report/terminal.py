@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 from bnfuse.changes import Decision
 from bnfuse.report.tables import Table, fused_table
-from bnfuse.report.text import WIDTH, notes_text, plan_text, table_text, wrapped
+from bnfuse.report.text import WIDTH, column_widths, folded, notes_text, plan_text, table_text, wrapped
 
 if TYPE_CHECKING:
     import rich.console
     import rich.table
+
+
+_BESIDE_A_CELL = 3  # what rich draws: a space on either side, and a line
 
 
 def show(table: Table, width: int | None = None) -> None:
@@ -27,7 +30,7 @@ def show(table: Table, width: int | None = None) -> None:
     if console is None:
         print(table_text(table, width), end="\n\n")
     else:
-        console.print(rich_table(table), "")
+        console.print(rich_table(table, console.width), "")
 
 
 def show_plan(model: str, decisions: Sequence[Decision], unseen: Sequence[str] = ()) -> None:
@@ -43,7 +46,7 @@ def show_plan(model: str, decisions: Sequence[Decision], unseen: Sequence[str] =
     if console is None:
         print(plan_text(model, decisions, unseen, width), end="\n\n")
         return
-    console.print(rich_table(table), "")
+    console.print(rich_table(table, console.width), "")
     if notes := notes_text(decisions, unseen, width):
         print(notes, end="\n\n")
 
@@ -71,8 +74,13 @@ def _console() -> rich.console.Console | None:
     return Console()
 
 
-def rich_table(table: Table) -> rich.table.Table:
-    """The same table for rich, which folds columns of words to the width of the terminal."""
+def rich_table(table: Table, width: int) -> rich.table.Table:
+    """The same table for rich.
+
+    Args:
+        table: with at least one row.
+        width: how many characters a line may have. Cells are folded as in plain text, since rich breaks names anywhere.
+    """
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
@@ -85,6 +93,8 @@ def rich_table(table: Table) -> rich.table.Table:
             no_wrap=column.number,
             overflow="fold",
         )
+    widths = column_widths(table, width - _BESIDE_A_CELL * len(table.columns) - 1)
     for row in table.rows:
-        drawn.add_row(*map(Text, row))  # Text, since a name such as [0] would be read as markup
+        cells = ("\n".join(folded(cell, room)) for cell, room in zip(row, widths, strict=True))
+        drawn.add_row(*map(Text, cells))  # Text, since a name such as [0] would be read as markup
     return drawn

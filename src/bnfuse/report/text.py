@@ -73,21 +73,13 @@ def table_text(table: Table, width: int | None = None) -> str:
     if not table.rows:
         return title
     headings = tuple(column.heading for column in table.columns)
-    widths = [max(map(len, cells)) for cells in zip(headings, *table.rows, strict=True)]
-    words = [place for place, column in enumerate(table.columns) if not column.number]
-    if width is not None:
-        excess = sum(widths) + len(_GAP) * (len(widths) - 1) - width
-        for _ in range(max(excess, 0)):
-            widest = max(words, key=widths.__getitem__, default=None)
-            if widest is None or widths[widest] <= max(_NARROWEST, len(headings[widest])):
-                break
-            widths[widest] -= 1
+    widths = column_widths(table, None if width is None else width - len(_GAP) * (len(headings) - 1))
     rules = list(widths)
     if not table.columns[-1].number:
         rules[-1] = len(headings[-1])
     lines = [title]
     for row in (headings, tuple("-" * rule for rule in rules), *table.rows):
-        cells = [[cell] if width is None else _folded(cell, room) for cell, room in zip(row, widths, strict=True)]
+        cells = [[cell] if width is None else folded(cell, room) for cell, room in zip(row, widths, strict=True)]
         for part in range(max(map(len, cells))):
             drawn = [
                 text.rjust(room) if column.number else text.ljust(room)
@@ -99,7 +91,25 @@ def table_text(table: Table, width: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def _folded(cell: str, width: int) -> list[str]:
+def column_widths(table: Table, room: int | None = None) -> list[int]:
+    """How wide each column is: as its longest cell; where there is not that much room, the widest ones give way.
+
+    Args:
+        table: with at least one row.
+        room: how many characters a line has for all cells together; None for as many as it takes.
+    """
+    headings = [column.heading for column in table.columns]
+    widths = [max(map(len, cells)) for cells in zip(headings, *table.rows, strict=True)]
+    words = [place for place, column in enumerate(table.columns) if not column.number]
+    for _ in range(0 if room is None else max(sum(widths) - room, 0)):
+        widest = max(words, key=widths.__getitem__, default=None)
+        if widest is None or widths[widest] <= max(_NARROWEST, len(headings[widest])):
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def folded(cell: str, width: int) -> list[str]:
     """The lines of a cell; names are broken behind a point where that helps."""
     lines: list[str] = []
     for word in cell.split(" "):
