@@ -180,7 +180,7 @@ def carry_out(
     while True:
         if not verify or not made.fused:
             if inplace:
-                rewrite(made, source)
+                rewrite(made, source, undoable=False)
             return made, source if inplace else fused_copy(made, source)
         change = InPlace(made, source) if inplace else None
         target = source if inplace else fused_copy(made, source)

@@ -251,7 +251,7 @@ def _writes(source: Tensor, target: Tensor, edit: Edit) -> Iterator[_Write]:
     """The writes of an edit: one for each part of the weight of at most `bnfuse.units.PIECE` elements, or one row."""
     unit = _composed(edit.factors)
     source, target = source.data, target.data
-    shrinks = unit.scale is not None and bool((unit.scale.abs() < _SMALL_SCALE).any())
+    shrinks = unit.scale is not None and bool(((unit.scale != 0) & (unit.scale.abs() < _SMALL_SCALE)).any())
     if not source.dim() or source.numel() <= PIECE:
         yield _Write(edit.names[0], source, target, unit, shrinks)
         return

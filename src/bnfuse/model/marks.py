@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -41,6 +41,9 @@ class Mark:
     ceiling: tuple[int, ...] = ()
     created: tuple[str, ...] = ()
     out_of_place: bool = False
+
+
+_SILENT = vars(Mark())
 
 
 def mark_of(module: nn.Module) -> Mark:
@@ -77,10 +80,8 @@ def mark_out_of_place(module: nn.Module) -> Callable[[], None]:
 
 def _write(module: nn.Module, mark: Mark) -> Callable[[], None]:
     before = module.__dict__.get(ATTRIBUTE)
-    silent = asdict(Mark())
-    module.__dict__[ATTRIBUTE] = json.dumps(
-        {name: value for name, value in asdict(mark).items() if value != silent[name]}
-    )
+    said = {name: value for name, value in vars(mark).items() if value != _SILENT[name]}
+    module.__dict__[ATTRIBUTE] = json.dumps(said)
 
     def take_back() -> None:
         if before is None:
