@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfuse.checkpoint.structure import Structure, first_few, restructured, structure
+from bnfuse.checkpoint.structure import Structure, restructured, structure
 from bnfuse.errors import CheckpointError
 from bnfuse.model import tree
 from bnfuse.model.copying import held_tensors, shared_memory
-from bnfuse.model.describe import dtype_name, one_line
+from bnfuse.model.describe import dtype_name, first_few, one_line
 from bnfuse.model.wrappers import unwrap
 from bnfuse.operators import is_dense
 

@@ -18,12 +18,10 @@ from bnfuse.changes import Changes, Edit, Replacement
 from bnfuse.checkpoint.architecture import architecture
 from bnfuse.errors import CheckpointError, FusionError
 from bnfuse.model import tree
-from bnfuse.model.describe import dtype_name, one_line
+from bnfuse.model.describe import dtype_name, first_few, one_line
 from bnfuse.model.marks import FORMAT, marked
 from bnfuse.model.wrappers import unwrap
 from bnfuse.transaction import rewrite
-
-_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -244,15 +242,6 @@ def _created_places(structure: Structure) -> dict[str, list[str]]:
             path, _, place = name.rpartition(".")
             created.setdefault(path, []).append(place)
     return created
-
-
-def first_few(names: list[str]) -> str:
-    """The first names of a list, and that there are more.
-
-    >>> first_few(["a", "b", "c", "d"])
-    'a, b, c, ...'
-    """
-    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
 
 
 def _changes(model: nn.Module, wanted: Structure) -> Changes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
+
+_LISTED = 3
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -46,3 +48,12 @@ def one_line(error: BaseException) -> str:
 def _class_and(error: BaseException, text: str) -> str:
     name = type(error).__name__
     return f"{name}: {text}" if text else name
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first names of a list, and that there are more.
+
+    >>> first_few(["a", "b", "c", "d"])
+    'a, b, c, ...'
+    """
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")

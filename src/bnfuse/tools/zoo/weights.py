@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from bnfuse.checkpoint.files import holds_structure, load
 from bnfuse.checkpoint.structure import restructure
 from bnfuse.errors import CheckpointError, SpecError
-from bnfuse.model.describe import one_line, shape_text
-
-_LISTED = 3
+from bnfuse.model.describe import first_few, one_line, shape_text
 
 ENDINGS = (".safetensors", ".pt", ".pth")
 """Of files that fused weights are saved in."""
@@ -65,7 +63,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         "unknown to the model": outcome.unexpected_keys,
         "of another shape": list(differing.values()),
     }
-    found = [f"{len(keys)} {problem}: {_first_few(keys)}" for problem, keys in problems.items() if keys]
+    found = [f"{len(keys)} {problem}: {first_few(keys)}" for problem, keys in problems.items() if keys]
     if found:
         raise SpecError(f"the weights in {path} do not fit the model: {'; '.join(found)}")
 
@@ -118,7 +116,3 @@ def _read_torch_file(path: Path) -> object:
             "the weights alone with torch.save(model.state_dict(), FILE), or pass a factory that builds the "
             "trained model as path/to/file.py:factory"
         ) from error
-
-
-def _first_few(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:_LISTED]) + (", ..." if len(keys) > _LISTED else "")
