@@ -12,7 +12,7 @@ from typing import Any
 from bench import compiling, fusing, growth, int8, latency, memory
 from bench.machine import load, machine
 from bench.section import Section, Settings, progress
-from bnfuse.report.text import table_text
+from bnfuse.printing.text import table_text
 
 SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "latency": latency.run,

@@ -21,7 +21,7 @@ from bench.networks import Network, forward, selected, zoo
 from bench.rivals import is_right
 from bench.section import Section, Settings, progress
 from bench.timing import Effort, Rounds, measured
-from bnfuse.report.tables import Column, Table
+from bnfuse.printing.tables import Column, Table
 from bnfuse.tools.timing import Measure, timed
 
 NETWORKS = (zoo("torchvision:mobilenet_v2"), zoo("torchvision:resnet50"))

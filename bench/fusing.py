@@ -19,7 +19,7 @@ from bench.rivals import attempt, count_norms, fx_fused, is_right
 from bench.section import Section, Settings, Target, progress
 from bench.stages import STAGES, median_stages, stages, with_stages
 from bench.timing import Clock, Effort, Rounds, Weighted, geometric_mean, measured, tidied
-from bnfuse.report.tables import Column, Table
+from bnfuse.printing.tables import Column, Table
 from bnfuse.tools.timing import Measure, threads
 
 FX_LIMIT = 1.0

@@ -16,7 +16,7 @@ from bench.rivals import count_norms
 from bench.section import Section, Settings, Target, progress
 from bench.stages import STAGES, median_stages, stages, with_stages
 from bench.timing import Clock, Rounds, Spread, tidied
-from bnfuse.report.tables import Column, Table
+from bnfuse.printing.tables import Column, Table
 from bnfuse.tools.timing import Measure, interleaved, threads
 
 SECONDS_LIMIT = 15.0

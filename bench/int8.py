@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import bnfuse
 from bench.networks import matches
 from bench.section import Section, Settings, Target, progress
-from bnfuse.report.tables import Column, Table
+from bnfuse.printing.tables import Column, Table
 from bnfuse.tools import demo
 
 GAIN = 6.0

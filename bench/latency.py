@@ -29,7 +29,7 @@ from bench.networks import NETWORKS, QUICK, Network, forward, selected
 from bench.rivals import attempt, fx_fused, is_right, jit_optimised, without_norms
 from bench.section import Section, Settings, at_most, progress
 from bench.timing import Clock, Effort, Rounds, Spread, geometric_mean, measured
-from bnfuse.report.tables import Column, Table
+from bnfuse.printing.tables import Column, Table
 from bnfuse.tools.timing import threads, timed
 
 LIMIT = 1.02

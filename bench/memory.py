@@ -24,7 +24,7 @@ from bench.child import child
 from bench.networks import Network, forward, matches, zoo
 from bench.rivals import fx_fused
 from bench.section import Section, Settings, Target, progress
-from bnfuse.report.tables import Column, Table
+from bnfuse.printing.tables import Column, Table
 
 MIB = 2**20
 EXTRA_LIMIT = 64 * MIB

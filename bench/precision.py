@@ -16,8 +16,8 @@ from torch import Tensor
 import bnfuse
 from bnfuse.model import pytree
 from bnfuse.model.sandbox import run
-from bnfuse.report.tables import Column, Table
-from bnfuse.report.text import table_text
+from bnfuse.printing.tables import Column, Table
+from bnfuse.printing.text import table_text
 from bnfuse.tools.zoo import build, calibrate_, randomise_
 from bnfuse.verify.comparison import compare_outputs
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.timing import Clock, Effort
-from bnfuse.report.tables import Table
+from bnfuse.printing.tables import Table
 
 
 @dataclass(frozen=True)

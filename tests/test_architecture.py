@@ -18,7 +18,7 @@ LEVELS = [
     {"exported"},
     {"analysis", "solve", "verify", "transaction"},
     {"capture", "rules"},
-    {"model", "graph", "report"},
+    {"model", "graph", "printing"},
     {"changes"},
     {"reasons", "units", "operators", "errors"},
 ]

@@ -14,7 +14,7 @@ from bnfuse.exported.forms import graph_form
 from bnfuse.model.alone import one_at_a_time
 from bnfuse.model.witness import Witness
 from bnfuse.model.wrappers import checked, unwrap
-from bnfuse.report.text import all_text, plan_text
+from bnfuse.printing.text import all_text, plan_text
 from bnfuse.transaction import fused_copy, rewrite
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module | ExportedProgram)

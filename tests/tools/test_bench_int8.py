@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench import int8
 from bench.section import Settings
-from bnfuse.report.text import table_text
+from bnfuse.printing.text import table_text
 
 FOUND = {
     "MobileNetV2": {

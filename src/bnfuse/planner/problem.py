@@ -29,9 +29,9 @@ from bnfuse.planner.inferred_calls import CallInference
 from bnfuse.planner.known_methods import methods as known_methods
 from bnfuse.planner.options import Options
 from bnfuse.planner.recorded_calls import CallRecorder, FurtherCall
+from bnfuse.printing.alike import NUMBERS, alike, shortened
+from bnfuse.printing.text import wrapped
 from bnfuse.reasons import CALLER_KEEPS, Reason
-from bnfuse.report.alike import NUMBERS, alike, shortened
-from bnfuse.report.text import wrapped
 from bnfuse.rules import RULES
 
 IN_PYTHON = (

@@ -32,10 +32,10 @@ from bnfuse.model.inputs import random_inputs
 from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.options import Options
 from bnfuse.planner.problem import captured
-from bnfuse.report.sizes import Holding, holdings_table
-from bnfuse.report.tables import decisions_table
-from bnfuse.report.terminal import show, show_plan, show_unseen
-from bnfuse.report.waiting import waiting
+from bnfuse.printing.sizes import Holding, holdings_table
+from bnfuse.printing.tables import decisions_table
+from bnfuse.printing.terminal import show, show_plan, show_unseen
+from bnfuse.printing.waiting import waiting
 from bnfuse.tools import zoo
 from bnfuse.tools.census.ledger import OUTCOMES
 from bnfuse.tools.given_inputs import described_tensor, given_inputs, parse_shape

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 import bnfuse
 from bnfuse.errors import BnFuseError
 from bnfuse.model.describe import shape_text
-from bnfuse.report.sizes import Holding, holdings_table
-from bnfuse.report.tables import Column, Table
-from bnfuse.report.terminal import show
+from bnfuse.printing.sizes import Holding, holdings_table
+from bnfuse.printing.tables import Column, Table
+from bnfuse.printing.terminal import show
 from bnfuse.tools.timing import interleaved, threads, timed
 
 IMAGE_SIZE = 224

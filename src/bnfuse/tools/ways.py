@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import bnfuse
 from bnfuse.model.describe import first_line
-from bnfuse.report.tables import Column, Table
-from bnfuse.report.text import table_text
+from bnfuse.printing.tables import Column, Table
+from bnfuse.printing.text import table_text
 from bnfuse.tools import zoo
 from bnfuse.verify.measure import compare_outputs
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from bnfuse.model.describe import dtype_name
-from bnfuse.report.text import wrapped
+from bnfuse.printing.text import wrapped
 
 TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-9,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bnfuse.changes import Decision
-from bnfuse.report.alike import alike, shortened
+from bnfuse.printing.alike import alike, shortened
 
 _LAYERS_NAMED = 3
 _NORMS_NAMED = 6

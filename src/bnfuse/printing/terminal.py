@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bnfuse.changes import Decision
-from bnfuse.report.tables import Table, fused_table
-from bnfuse.report.text import WIDTH, column_widths, folded, notes_text, plan_text, table_text, wrapped
+from bnfuse.printing.tables import Table, fused_table
+from bnfuse.printing.text import WIDTH, column_widths, folded, notes_text, plan_text, table_text, wrapped
 
 if TYPE_CHECKING:
     import rich.console

@@ -1,4 +1,4 @@
-"""The process that `bnfuse.report.waiting` starts: shows a text and the time until its standard input ends.
+"""The process that `bnfuse.printing.waiting` starts: shows a text and the time until its standard input ends.
 
 ``python spinner.py TEXT SECONDS`` waits for that many seconds before it shows anything. It imports nothing of the
 library, so that it starts at once.

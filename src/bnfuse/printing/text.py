@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from bnfuse.changes import Decision
-from bnfuse.report.tables import Table, decisions_table, fused_table, kept_groups
+from bnfuse.printing.tables import Table, decisions_table, fused_table, kept_groups
 
 WIDTH = 80
 _GAP = "  "

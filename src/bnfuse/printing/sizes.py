@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from bnfuse.report.tables import Column, Table
+from bnfuse.printing.tables import Column, Table
 
 _MEGABYTE = 10**6
 

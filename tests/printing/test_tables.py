@@ -9,10 +9,10 @@ from rich.console import Console
 
 from bnfuse.changes import Decision
 from bnfuse.fusion_plan import Plan
+from bnfuse.printing.tables import Column, Table, decisions_table, fused_table, kept_groups
+from bnfuse.printing.terminal import rich_table, show, show_plan
+from bnfuse.printing.text import plan_text, table_text
 from bnfuse.reasons import Reason
-from bnfuse.report.tables import Column, Table, decisions_table, fused_table, kept_groups
-from bnfuse.report.terminal import rich_table, show, show_plan
-from bnfuse.report.text import plan_text, table_text
 
 PLAN = Plan(
     model="Net",

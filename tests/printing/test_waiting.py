@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from bnfuse.report import waiting as module
-from bnfuse.report.waiting import waiting
+from bnfuse.printing import waiting as module
+from bnfuse.printing.waiting import waiting
 
 
 def read(terminal: int, until: bytes, seconds: float = 20) -> bytes:
