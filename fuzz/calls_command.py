@@ -114,7 +114,7 @@ def try_calls(
         tally = kinds[outcome.kind]
         tally.add(outcome)
         (every if counts else unpromised).add(outcome)
-        if outcome.failure and tally.failures[outcome.failure] <= failures and shrinking:
+        if outcome.failure and counts and tally.failures[outcome.failure] <= failures:
             _report(seed, outcome, shrinking)
         if now - told > 10:
             told = now
@@ -139,6 +139,9 @@ def try_calls(
 
 
 def _report(seed: int, outcome: CallsOutcome, seconds: float) -> None:
+    if not seconds:
+        print(f"\n=== seed {seed}, {outcome.kind}: {outcome.failure}\n--- {outcome.detail}\n", flush=True)
+        return
     small = shrunk(draw(seed), outcome.failure, seconds)
     print(
         f"\n=== seed {seed}, {outcome.kind}: {outcome.failure}\n{small}\n--- {check(small).detail or outcome.detail}\n",

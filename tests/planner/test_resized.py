@@ -217,3 +217,67 @@ def test_other_batches_do_not_take_the_place_of_other_lengths() -> None:
         other = torch.randint(0, 7, shape)
         with torch.no_grad():
             assert (model(other) - fused(other)).abs().max() < 1e-9, shape
+
+
+class InGroups(nn.Module):
+    """Takes the length apart by a number that few lengths divide by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen, self.conv, self.norm = nn.ConvTranspose1d(2, 2, 3, stride=2), nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(self.widen(x)).unflatten(-1, (-1, 11)).sum(-2))
+        return y
+
+
+class Mixing(nn.Module):
+    """Mixes channels and positions as soon as the length behind the strided layer is more than one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 4, 3, padding=1, stride=2), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x).reshape(-1, 4))
+        return y
+
+
+class BeyondAll(nn.Module):
+    """Goes another way once an element lies far on one side."""
+
+    def __init__(self, way: str, number: float) -> None:
+        super().__init__()
+        self.linear, self.norm, self.way, self.number = nn.Linear(3, 3), nn.BatchNorm1d(3), way, number
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        test = getattr(torch, self.way)(x > self.number)
+        return self.norm(y) if test else y
+
+
+@pytest.mark.parametrize(
+    ("model", "recorded", "others"),
+    [
+        (InGroups(), (3, 2, 5), [(3, 2, 16), (2, 2, 27), (1, 2, 5)]),
+        (Mixing(), (4, 2, 1), [(4, 2, 2), (4, 2, 3), (1, 2, 7), (2, 2, 16)]),
+    ],
+    ids=["few lengths fit", "strides hide the change"],
+)
+def test_numbers_that_fit_few_sizes(model: nn.Module, recorded: tuple[int, ...], others: list[tuple[int, ...]]) -> None:
+    model, x = prepared(model), torch.randn(recorded, dtype=torch.float64)
+    fused = bnfuse.fuse(model, x)
+    with torch.no_grad():
+        for shape in others:
+            other = torch.randn(shape, dtype=torch.float64)
+            assert (model(other) - fused(other)).abs().max() < 1e-9, shape
+
+
+@pytest.mark.parametrize(("way", "number"), [("all", -10), ("any", 50), ("all", 10), ("any", -50)])
+def test_elements_far_on_either_side(way: str, number: float) -> None:
+    model = prepared(BeyondAll(way, number))
+    x = torch.rand(2, 3, dtype=torch.float64)
+    fused = bnfuse.fuse(model, x)
+    with torch.no_grad():
+        for other in (x, 90 * x + 20, -90 * x - 20, torch.tensor([[-90.0, 1, 90]] * 2, dtype=torch.float64)):
+            assert (model(other) - fused(other)).abs().max() < 1e-9

@@ -97,7 +97,7 @@ class CallInference:
             self._other_contents(call)
         if run.looks:
             fewer = not of_main and self._main.looks and self._is_large
-            self._other_sizes(call, _OF_METHODS if fewer else ())
+            self._other_sizes(call, run, _OF_METHODS if fewer else ())
         if run.layout:
             self._say("the code asks how tensors lie in memory: of that only other strides were tried")
             for other in resized.with_other_layouts(call):
@@ -168,17 +168,20 @@ class CallInference:
         elif taken and variation.is_text:
             self._say(f"{variation.what} was given only words of the code")
 
-    def _other_sizes(self, call: Call, groups: Sequence[str] = ()) -> None:
+    def _other_sizes(self, call: Call, run: Run, groups: Sequence[str] = ()) -> None:
         """Other sizes in both directions, of every group the first that the model takes.
 
+        Where strides make the same sizes of those as of the first, others of the group follow.
+
         Args:
+            run: what the call did.
             groups: only these, if there are any.
         """
         done: set[str] = set()
         fixed: list[frozenset[int]] = []
         varied: frozenset[int] = frozenset()
         before = len(self._recorder.recording.runs)
-        for number, resizing in enumerate(resized.resizings(call, self._code.thresholds)):
+        for number, resizing in enumerate(resized.resizings(call, self._code.thresholds, self._code.divisors)):
             alone = resizing.group[-1].isdigit()
             if groups and resizing.group not in groups:
                 continue
@@ -193,7 +196,9 @@ class CallInference:
                 continue
             try:
                 if self._attempt(resizing.what, other, pass_on=FixedSizeError) is not None:
-                    done.add(resizing.group)
+                    last = self._recorder.last
+                    if last is None or not resized.rounds_away(run.nodes, last.nodes):
+                        done.add(resizing.group)
                     if resizing.group in ("larger", "smaller"):
                         varied |= resizing.axes  # single ones teach nothing more
             except FixedSizeError:  # a table of one size fits no other size
@@ -205,7 +210,7 @@ class CallInference:
         """Other contents, for half of the runs with arithmetic; the other half is for other sizes."""
         left = self._recorder.for_real // 2
         self._say("the code goes by contents: of these only some others were tried")
-        for number in (1, 2, 3, 4, 0, 5):
+        for number in (1, 2, 3, 4, 0, 5, 6, 7):
             if self._recorder.for_real > left:
                 self._attempt("other contents", resized.revalued(call, number))
 

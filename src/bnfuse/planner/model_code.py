@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 import types
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,11 @@ MOST = 8
 
 _LARGEST = 2048
 """No larger size is tried for the sake of a number in the code."""
+
+_REGROUPING = frozenset(
+    {"view", "reshape", "unflatten", "split", "chunk", "tensor_split", "split_with_sizes", "rearrange", "reduce"}
+)
+"""Names of functions that take sizes apart by numbers."""
 
 _MODES = frozenset({"is_grad_enabled", "is_inference_mode_enabled"})
 """Functions of PyTorch's that tell whether gradients are tracked."""
@@ -67,6 +72,15 @@ class ModelCode:
     @functools.cached_property
     def thresholds(self) -> list[int]:
         """The whole numbers that the code of a model compares something with: constants and attributes."""
+        return self._numbers_beside(lambda step: step.opname == "COMPARE_OP")
+
+    @functools.cached_property
+    def divisors(self) -> list[int]:
+        """The whole numbers by which the code of a model may take sizes apart, as in ``x.unflatten(-1, (-1, 11))``."""
+        return self._numbers_beside(lambda step: step.opname.startswith("LOAD_") and step.argval in _REGROUPING)
+
+    def _numbers_beside(self, asked: Callable[[dis.Instruction], bool]) -> list[int]:
+        """The numbers, constants and attributes, in the lines of code that have such an instruction."""
         found: set[int] = set()
         for function, modules in self._functions:
             lines: dict[int | None, list[dis.Instruction]] = {}
@@ -75,14 +89,15 @@ class ModelCode:
                 line = step.positions.lineno if step.positions is not None else line
                 lines.setdefault(line, []).append(step)
             for steps in lines.values():
-                if not any(step.opname == "COMPARE_OP" for step in steps):
+                if not any(map(asked, steps)):
                     continue
                 for step in steps:
-                    numbers = [step.argval] if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") else []
+                    held = [step.argval] if step.opname in ("LOAD_CONST", "LOAD_SMALL_INT") else []
                     if step.opname == "LOAD_ATTR":
-                        numbers = [vars(module).get(step.argval) for module in modules]
+                        held = [vars(module).get(step.argval) for module in modules]
                     elif step.opname == "LOAD_GLOBAL":
-                        numbers = [function.__globals__.get(step.argval)]
+                        held = [function.__globals__.get(step.argval)]
+                    numbers = itertools.chain(*(value if type(value) is tuple else (value,) for value in held))
                     found.update(number for number in numbers if type(number) is int and 1 < number <= _LARGEST)
         return sorted(found)[:MOST]
 

@@ -6,6 +6,7 @@ list. Code that looks at elements may treat contents apart: a mask that hides no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnfuse.graph.graph import Node
 from bnfuse.model.calls import Call
 from bnfuse.operators import is_dense
 
@@ -34,7 +36,8 @@ class Resizing:
         what: in words.
         axes: of every tensor that has them.
         size: the new size, from the axis and the old one.
-        group: once one resizing of a group works, the others of the group need not be tried.
+        group: once one resizing of a group works, and no operator rounds the change away, the others of the group need
+            not be tried.
         only: the number of the one tensor whose sizes change, None for all.
         anyway: whether it may work although something of a fixed size has met another size of these axes: a little
             smaller, or along an axis that may be taken apart.
@@ -68,7 +71,7 @@ def _same_shape(a: Tensor, b: Tensor) -> bool:
     return not is_dense(a) or a.shape == b.shape
 
 
-def resizings(call: Call, thresholds: Sequence[int] = ()) -> list[Resizing]:
+def resizings(call: Call, thresholds: Sequence[int] = (), divisors: Sequence[int] = ()) -> list[Resizing]:
     """What is tried, the likeliest first: everything larger, a batch of one, everything smaller, single axes.
 
     They also double, so that what is odd or even stays so. The batch grows by one. Of several tensors each changes
@@ -76,6 +79,7 @@ def resizings(call: Call, thresholds: Sequence[int] = ()) -> list[Resizing]:
 
     Args:
         thresholds: numbers that the code compares with; sizes on their other side are tried.
+        divisors: numbers by which the code takes sizes apart; where nothing else fits, sizes change by these.
     """
     rank = max((tensor.dim() for tensor in call.tensors), default=0)
     trailing = frozenset(range(2, rank))
@@ -103,6 +107,11 @@ def resizings(call: Call, thresholds: Sequence[int] = ()) -> list[Resizing]:
             Resizing("smaller", trailing, _round_down, "smaller"),
             Resizing("smaller", trailing, _less, "smaller", anyway=True),
         ]
+    for number in divisors:
+        if trailing:
+            found += [Resizing("larger", trailing, _by(way * number), "larger") for way in (1, 2)]
+            found += [Resizing("smaller", trailing, _by(-number), "smaller")]
+        found.append(Resizing("a larger batch", batch, _by(number), "larger batch"))
     samples = max((tensor.shape[0] for tensor in call.tensors if is_dense(tensor) and tensor.dim() == rank), default=1)
     if trailing and samples > 1:  # as many elements as before, so that they may be taken apart in the same way
         traded = frozenset({0, rank - 1})
@@ -157,6 +166,10 @@ def _beyond(number: int) -> Callable[[int, int], int]:
     return size
 
 
+def _by(count: int) -> Callable[[int, int], int]:
+    return lambda axis, size: size + count if size + count > 0 else size
+
+
 def _less(axis: int, size: int) -> int:
     return max(1, size - 1)
 
@@ -184,12 +197,12 @@ def _resized(tensor: Tensor, axes: frozenset[int], size: Callable[[int, int], in
     return tensor
 
 
-CONTENTS = 6
+CONTENTS = 8
 """So many ways to change contents are known."""
 
 
 def _with_other_values(tensor: Tensor, number: int) -> Tensor:
-    """The tensor with other contents: scaled, moved, large, nothing but zeros; masks filled, emptied, torn."""
+    """The tensor with other contents: scaled, moved, zeros, large of one sign or both; masks filled, emptied, torn."""
     if not is_dense(tensor) or not tensor.dim() or not tensor.numel() or tensor.is_quantized:
         return tensor
     number %= CONTENTS
@@ -201,8 +214,19 @@ def _with_other_values(tensor: Tensor, number: int) -> Tensor:
     if tensor.is_floating_point():
         moved = tensor.roll(1, min(1, tensor.dim() - 1))
         large = 100 if tensor.itemsize < 4 else 1000
-        ways = (0.75 * moved, -0.75 * moved, torch.zeros_like(tensor), large * moved, 5 + moved.abs(), -5 - moved.abs())
-        return ways[number]
+        above = 1 + moved.abs()
+        signs = 1 - 2 * (torch.arange(tensor.numel(), device=tensor.device) % 2).to(tensor.dtype).reshape(tensor.shape)
+        ways = (
+            lambda: 0.75 * moved,
+            lambda: -0.75 * moved,
+            lambda: torch.zeros_like(tensor),
+            lambda: large * signs * above,
+            lambda: 4 + above,
+            lambda: -4 - above,
+            lambda: large * above,
+            lambda: -large * above,
+        )
+        return ways[number]()
     return tensor.roll(1 + number, -1) if number % 2 else tensor
 
 
@@ -217,6 +241,26 @@ def _is_mask(tensor: Tensor) -> bool:
 def revalued(call: Call, number: int) -> Call:
     """The call with other contents of the same sizes."""
     return call.map(lambda tensor: _with_other_values(tensor, number))
+
+
+_IN_STEPS = re.compile("(conv|avg_pool|max_pool|im2col)")
+"""Operators that take steps along the axes of an image, so that some sizes become the same."""
+
+
+def rounds_away(nodes: Sequence[Node], others: Sequence[Node]) -> bool:
+    """Whether some operator gives the same sizes in both runs though it is given others.
+
+    Args:
+        nodes, others: what two runs ran. If it isn't the same operators, the change has been seen.
+    """
+    if [node.operator for node in nodes] != [node.operator for node in others]:
+        return False
+    return any(
+        _IN_STEPS.match(node.operator)
+        and node.inputs[0].shape[2:] != other.inputs[0].shape[2:]
+        and node.outputs[0].shape[2:] == other.outputs[0].shape[2:]
+        for node, other in zip(nodes, others, strict=True)
+    )
 
 
 def with_other_layouts(call: Call) -> Iterator[Call]:
