@@ -11,7 +11,7 @@ import torch
 
 from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.rules.registry import Trial, forbid, link, rule
+from bnfuse.rules.registry import Family, Trial, forbid, link, rule
 from bnfuse.units import Unit
 
 _SEE_THROUGH = {
@@ -52,7 +52,7 @@ def attention(node: Node, trial: Trial) -> None:
     mix_rows(node, trial, v, y, averages, {len(v.shape) - 2, *([len(v.shape) - 3] if repeated else [])})
 
 
-@rule("softmax")
+@rule("softmax", family=Family.FIXED)
 def fixed(node: Node, trial: Trial) -> None:
     """Nothing passes, but what a softmax makes is known to sum to one."""
     forbid(node, trial, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)

@@ -107,6 +107,8 @@ class Family(Enum):
     """One result with the elements of all inputs, each once."""
     PARTITION = auto()
     """Each result has some elements of the first input."""
+    FIXED = auto()
+    """Neither a scale nor a shift of an input or of a result passes."""
 
 
 RULES: dict[str, Rule] = {}

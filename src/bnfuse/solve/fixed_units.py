@@ -3,7 +3,8 @@ r"""What no unit of a tensor can be, wherever else the tensor goes: known before
 Most attempts that fail do so for a few tensors: an activation that takes no shift and no negative scale, an output of
 the model. Operators that hand every element on carry such a limit along: what a reshape makes has the limits of what
 it was made of, and the pieces of a concatenation have those of the whole. A sum carries limits of the scale alone,
-since its operands and its result have one scale, and their shifts may cancel; so does an average.
+since its operands and its result have one scale, and their shifts may cancel; so do an average and a product with a
+number.
 
 A norm that stays must undo the scale of its input, so a scale of 0 (a dead channel) is limited by the norms that read a
 tensor of the class, as long as they stay.
@@ -15,6 +16,7 @@ which in a dense block or along a residual stream is long.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable
 
 from bnfuse import reasons
@@ -104,6 +106,14 @@ class _Classes:
                 self.limit(piece, limits)
 
 
+def _multiplies_by_a_number(node: Node) -> bool:
+    """True for ``2 * x`` and ``x / 2``, which keep a scale; what 0 makes of a tensor has any scale."""
+    number = node.argument("other")
+    plain = node.operator in _PRODUCTS and isinstance(number, (int, float)) and len(node.inputs) == 1
+    return plain and math.isfinite(number) and number != 0 and node.argument("rounding_mode") is None
+
+
+_PRODUCTS = ("mul", "multiply", "div", "divide", "true_divide")
 _NONE: dict[_Kind, Reason] = {}
 _SCALE, _NEGATIVE, _SHIFT = "scale", "negative", "shift"
 
@@ -133,7 +143,7 @@ class Limits:
             self._limit(y, _SHIFT, reasons.NO_SHIFT.reason(*node.place))
         elif name == "batch_norm":
             self._scales.limit(x, {node: reasons.UNDOES_ZERO_SCALE.reason(*node.place)})
-        elif family is Family.AVERAGE:
+        elif family is Family.AVERAGE or _multiplies_by_a_number(node):
             self._scales.unite(x, y)
         elif family is Family.SUM:
             for value in node.inputs:
@@ -143,7 +153,7 @@ class Limits:
             self._cut(y, node.inputs)
         elif family is Family.PARTITION:
             self._cut(x, node.outputs)
-        elif name not in RULES:
+        elif family is Family.FIXED or name not in RULES:
             reason = reasons.NOTHING_PASSES.reason(*node.place)
             for value in (*node.inputs, *node.outputs):
                 self._limit(value, _SCALE, reason)
