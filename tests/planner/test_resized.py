@@ -281,3 +281,23 @@ def test_elements_far_on_either_side(way: str, number: float) -> None:
     with torch.no_grad():
         for other in (x, 90 * x + 20, -90 * x - 20, torch.tensor([[-90.0, 1, 90]] * 2, dtype=torch.float64)):
             assert (model(other) - fused(other)).abs().max() < 1e-9
+
+
+class PerPositive(nn.Module):
+    """Divides by a count that is at most one of one sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.linear(x) / max(1, int((x.sum(1) > 0).sum())))
+        return y
+
+
+def test_a_count_that_only_a_larger_batch_shows() -> None:
+    model = prepared(PerPositive())
+    fused = bnfuse.fuse(model, torch.randn(1, 3, dtype=torch.float64))
+    other = torch.rand(5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        assert (model(other) - fused(other)).abs().max() < 1e-9

@@ -210,9 +210,14 @@ class CallInference:
         """Other contents, for half of the runs with arithmetic; the other half is for other sizes."""
         left = self._recorder.for_real // 2
         self._say("the code goes by contents: of these only some others were tried")
-        for number in (1, 2, 3, 4, 0, 5, 6, 7):
+        others = [("other contents", resized.revalued(call, number)) for number in (1, 2, 3, 4, 0, 5, 6, 7)]
+        for resizing in resized.resizings(call):
+            if resizing.group == "many":  # what is counted may be no more than one of a small batch
+                larger = [resizing.of(call, number) for number in (4, 5, 3)]
+                others += [(f"other contents of {resizing.what}", other) for other in larger if other is not None]
+        for what, other in others:
             if self._recorder.for_real > left:
-                self._attempt("other contents", resized.revalued(call, number))
+                self._attempt(what, other)
 
     def _memory(self, call: Call, run: Run) -> None:
         """Further calls of a model that remembers something, as long as they change something, and after a reset.

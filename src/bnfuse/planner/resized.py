@@ -215,7 +215,8 @@ def _with_other_values(tensor: Tensor, number: int) -> Tensor:
         moved = tensor.roll(1, min(1, tensor.dim() - 1))
         large = 100 if tensor.itemsize < 4 else 1000
         above = 1 + moved.abs()
-        signs = 1 - 2 * (torch.arange(tensor.numel(), device=tensor.device) % 2).to(tensor.dtype).reshape(tensor.shape)
+        places = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape)
+        signs = (1 - 2 * ((places + places // max(1, tensor[0].numel())) % 2)).to(tensor.dtype)  # rows are not alike
         ways = (
             lambda: 0.75 * moved,
             lambda: -0.75 * moved,
