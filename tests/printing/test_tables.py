@@ -11,7 +11,7 @@ from bnfuse.changes import Decision
 from bnfuse.fusion_plan import Plan
 from bnfuse.printing.tables import Column, Table, decisions_table, fused_table, kept_groups
 from bnfuse.printing.terminal import rich_table, show, show_plan
-from bnfuse.printing.text import plan_text, table_text
+from bnfuse.printing.text import cells, message_text, plan_text, table_text, wrapped
 from bnfuse.reasons import Reason
 
 PLAN = Plan(
@@ -202,4 +202,52 @@ def test_a_terminal_without_rich_gets_plain_text_and_a_hint(
     show(SMALL)
     captured = capsys.readouterr()
     assert captured.out == table_text(SMALL) + "\n\n"
-    assert captured.err == ("bnfuse: rich is not installed, so tables are plain text; run pip install 'bnfuse[cli]'\n")
+    assert captured.err == (
+        "bnfuse: rich is not installed, so tables are plain text; run\n    pip install 'bnfuse[cli]'\n"
+    )
+
+
+# Messages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("too long for a line of twenty", ["too long for a line", "    of twenty"]),
+        ("short\n  got:      one_two_three_four, five\nshort", ["short", "  got:      one_two_three_four, five", "short"]),
+        ("it is 'one quoted text of words' here", ["it is", "    'one quoted text of words'", "    here"]),
+        ("the model's own and the file's own", ["the model's own and", "    the file's own"]),
+        ("say bnfuse.fuse(model, (x, y), inplace=True) now", ["say", "    bnfuse.fuse(model, (x, y), inplace=True)", "    now"]),
+        ("write a few more: --input 1x3x8x8.", ["write a few more:", "    --input 1x3x8x8."]),
+        ("as --call 'encode flag=true' says", ["as", "    --call 'encode flag=true'", "    says"]),
+        ("to read it run pip install 'bnfuse[cli]' more", ["to read it run", "    pip install 'bnfuse[cli]' more"]),
+        ("no file /a/path/that/is/longer/than/a/line/is", ["no file", "    /a/path/that/is/longer/than/a/line/is"]),
+        ("/a/path/that/is/longer/than/a/line/is is not there", ["/a/path/that/is/longer/than/a/line/is", "    is not there"]),
+        ("", [""]),
+    ],
+)  # fmt: skip
+def test_messages_are_wrapped_and_what_is_to_be_copied_is_not(text: str, lines: list[str]) -> None:
+    assert message_text(text, 20).split("\n") == lines
+    assert message_text(text, 200) == text
+    assert re.sub("\n    ", " ", message_text(text, 20)) == text
+
+
+def test_wide_characters_take_two_columns() -> None:
+    assert [cells("ab"), cells("卷积"), cells("e\u0301")] == [2, 4, 1]
+    for width in (13, 20, 80):
+        lines = wrapped("卷积" * 60 + " 层" * 60, width).splitlines()
+        assert max(map(cells, lines)) <= width
+        assert sum(line.count("卷") for line in lines) == 60
+        assert sum(line.count("层") for line in lines) == 60
+    rows = (("卷积" * 30 + ".bn", "1"), ("y", "10,000"))
+    drawn = table_text(Table("t", (Column("name"), Column("number", number=True)), rows), 40).splitlines()
+    assert max(map(cells, drawn)) <= 40
+    assert {cells(line) for line in drawn if line[-1].isdigit()} == {40}
+
+
+@pytest.mark.parametrize("width", [0, 1, 12, 13, 30])
+def test_a_width_that_is_hardly_one_loses_nothing(width: int) -> None:
+    text = "one " + "x" * 100 + " two " + "y" * 30
+    lines = wrapped(text, width, indent=2).splitlines()
+    assert "".join("".join(lines).split()) == text.replace(" ", "")
+    assert max(map(len, lines)) <= max(width, 12)

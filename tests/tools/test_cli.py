@@ -1,8 +1,10 @@
 """The command line: exit status, standard output and error, files written."""
 
+import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +84,12 @@ def test_what_is_no_shape(text: str) -> None:
     with pytest.raises(InputError) as caught:
         parse_shape(text)
     assert str(caught.value) == f"{text!r} is no shape: write positive whole numbers as in 1x3x224x224"
+
+
+def unwrapped(said: str) -> str:
+    """A message without the line breaks that make it fit."""
+    assert max(map(len, said.splitlines())) <= 80
+    return re.sub(r"\n {4}(?=\S)", " ", said)
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +274,7 @@ def test_a_mistake_is_told_plainly_with_status_2(
 
 def test_inputs_that_cannot_be_inferred_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "torch.nn:ReLU"]) == 2
-    said = capsys.readouterr().err
+    said = unwrapped(capsys.readouterr().err)
     assert said.endswith("\nWrite what it takes, an --input for each argument, as in --input 1x3x224x224.\n")
     assert "example_inputs" not in said
 
@@ -354,17 +362,34 @@ def test_a_call_that_the_model_does_not_take(
 ) -> None:
     arguments = ["networks.py:encoder", "--input", "2x3", "--call", "encode raw=true", "--call", text]
     assert main([command, *arguments]) == 2
-    first, second = capsys.readouterr().err.strip().split("\n")
+    first, second = unwrapped(capsys.readouterr().err).strip().split("\n")
     assert first.startswith(f"bnfuse: --call {text!r}: the model does not take this call: ")
     assert why in first
     assert "--input" in second
     assert "bnfuse.fuse(" not in first + second
 
 
+@pytest.mark.parametrize(("columns", "width"), [(None, 80), ("50", 50), ("200", 200)])
+def test_messages_fit_the_terminal(
+    columns: str | None, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if columns:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        monkeypatch.setattr(cli, "waiting", lambda _: contextlib.nullcontext())
+        monkeypatch.setenv("COLUMNS", columns)
+    arguments = ["networks.py:Two", "--input", "2x3", "--input", "2x7"]
+    assert main(["plan", *arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert width / 2 < max(map(len, lines)) <= width
+    with pytest.raises(SystemExit):
+        main(["census", "timm", "--again", "never"])
+    assert max(map(len, capsys.readouterr().err.splitlines())) <= width
+
+
 def test_inputs_that_the_model_does_not_take(capsys: pytest.CaptureFixture[str]) -> None:
     shapes = ["--input", "2x3", "--input", "2x7"]
     assert main(["plan", "networks.py:Two", *shapes, "--call", "forward"]) == 2
-    first, second = capsys.readouterr().err.strip().split("\n")
+    first, second = unwrapped(capsys.readouterr().err).strip().split("\n")
     assert first.startswith(
         "bnfuse: --input 2x3 --input 2x7: the model does not run on these inputs: RuntimeError: mat1"
     )

@@ -111,7 +111,7 @@ def test_a_model_with_a_mask_is_fused(inputs: list[str], capsys: pytest.CaptureF
     assert data["plan"]["fused"] == 1
     assert data["comparison"]["within_tolerance"]
     assert captured.err == (
-        "bnfuse: photo.png is 1x3x5x6 float32, its pixels from 0 to 1, neither resized nor normalised\n"
+        "bnfuse: photo.png is 1x3x5x6 float32, its pixels from 0 to 1, neither resized\n    nor normalised\n"
         if "photo.png" in inputs
         else ""
     )

@@ -5,11 +5,20 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from bnfuse.changes import Decision
 from bnfuse.printing.tables import Table, fused_table
-from bnfuse.printing.text import WIDTH, column_widths, folded, notes_text, plan_text, table_text, wrapped
+from bnfuse.printing.text import (
+    WIDTH,
+    column_widths,
+    folded,
+    message_text,
+    notes_text,
+    plan_text,
+    table_text,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     import rich.console
@@ -57,9 +66,18 @@ def show_unseen(unseen: Sequence[str]) -> None:
         print(wrapped(f"not seen: {text}", line_width()))
 
 
-def line_width() -> int:
-    """How many characters a line of standard output may have: those of the terminal, in a pipe 80."""
-    return shutil.get_terminal_size((WIDTH, 24)).columns if sys.stdout.isatty() else WIDTH
+def say(text: str) -> None:
+    """Print a message on standard error, with the name of the program before it, in lines that fit."""
+    print(message_text(f"bnfuse: {text}", line_width(sys.stderr)), file=sys.stderr)
+
+
+def line_width(stream: TextIO | None = None) -> int:
+    """How many characters a line may have: those of the terminal, in a pipe 80.
+
+    Args:
+        stream: where it is written; None stands for standard output.
+    """
+    return shutil.get_terminal_size((WIDTH, 24)).columns if (stream or sys.stdout).isatty() else WIDTH
 
 
 def _console() -> rich.console.Console | None:
@@ -69,7 +87,7 @@ def _console() -> rich.console.Console | None:
     try:
         from rich.console import Console
     except ModuleNotFoundError:
-        print("bnfuse: rich is not installed, so tables are plain text; run pip install 'bnfuse[cli]'", file=sys.stderr)
+        say("rich is not installed, so tables are plain text; run pip install 'bnfuse[cli]'")
         return None
     return Console()
 

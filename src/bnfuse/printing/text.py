@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
 
 from bnfuse.changes import Decision
 from bnfuse.printing.tables import Table, decisions_table, fused_table, kept_groups
@@ -56,9 +57,95 @@ def wrapped(text: str, width: int = WIDTH, indent: int = 0) -> str:
         indent: how many spaces stand before the first line.
     """
     hanging = " " * (indent + (_HANGING if indent == 0 else indent))
-    return textwrap.fill(
-        text, max(width, _NARROWEST), initial_indent=" " * indent, subsequent_indent=hanging, break_on_hyphens=False
-    )
+    return "\n".join(_lines(text.split(), max(width, _NARROWEST), " " * indent, hanging))
+
+
+def message_text(text: str, width: int = WIDTH) -> str:
+    """A message in lines of at most ``width`` characters, in which what is to be copied stays in one piece.
+
+    >>> print(message_text("Fuse it in place: bnfuse.fuse(model, inputs, inplace=True).", 40))
+    Fuse it in place:
+        bnfuse.fuse(model, inputs, inplace=True).
+
+    Args:
+        text: words. Its own lines begin anew, and indented ones are left as they are. Quoted text, calls, commands,
+            options with their values and words without spaces are not broken, also where they are longer than a line.
+        width: how many characters a line may have.
+    """
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if line[:1].isspace() or cells(line) <= width:
+            lines.append(line)
+        else:
+            lines += _lines(_pieces(line), max(width, _NARROWEST), "", " " * _HANGING, breaking=False)
+    return "\n".join(lines)
+
+
+_UNBROKEN = re.compile(
+    r"""
+      (?<!\w)(?P<quote>['"`])[^'"`]*(?P=quote)     # quoted
+    | [\w.]+\((?:[^()]|\([^()]*\))*\)              # a call
+    | --[\w-]+[ ](?:'[^']*'|[\w.:/=*-]*\d[\w.:/=*-]*|[A-Z]+\b)  # an option with its value
+    | (?:pip[ ]install|python[ ]-m|bnfuse[ ](?:plan|fuse|census|demo))[ ][^,;]*  # a command, to the end of the sentence
+    """,
+    re.VERBOSE,
+)
+
+
+def _pieces(line: str) -> list[str]:
+    """The words of a line; the spaces within what stays in one piece do not part them."""
+    space = "\0"
+    kept = _UNBROKEN.sub(lambda found: found[0].replace(" ", space), line)
+    return [piece.replace(space, " ") for piece in kept.split()]
+
+
+def _lines(words: Sequence[str], width: int, first: str, hanging: str, breaking: bool = True) -> Iterator[str]:
+    """Words in lines; one that is longer than a line is broken, or left to be too long."""
+    line, begun = first, False
+    for word in words:
+        rest = word
+        longest = width - len(hanging)
+        while begun and cells(line) + 1 + cells(rest) > width:
+            room = width - cells(line) - 1
+            if breaking and cells(rest) > longest and room > 0:
+                cut = _fitting(rest, room)
+                line, rest = f"{line} {rest[:cut]}", rest[cut:]
+            yield line
+            line, begun = hanging, False
+        while breaking and not begun and cells(line) + cells(rest) > width:
+            cut = _fitting(rest, width - cells(line))
+            yield line + rest[:cut]
+            line, rest = hanging, rest[cut:]
+        line, begun = f"{line} {rest}" if begun else line + rest, True
+    if begun:
+        yield line
+
+
+def cells(text: str) -> int:
+    """How many columns of a terminal a text takes: two for a wide character, none for one that joins another.
+
+    >>> cells("conv"), cells("卷积"), cells("e\u0301")
+    (4, 4, 1)
+    """
+    return len(text) if text.isascii() else sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _fitting(text: str, width: int) -> int:
+    """How many characters of a text fit into a width, at least one."""
+    if text.isascii():
+        return max(width, 1)
+    taken = 0
+    for count, character in enumerate(text):
+        taken += _columns(character)
+        if taken > width:
+            return max(count, 1)
+    return len(text)
 
 
 def table_text(table: Table, width: int | None = None) -> str:
@@ -79,16 +166,21 @@ def table_text(table: Table, width: int | None = None) -> str:
         rules[-1] = len(headings[-1])
     lines = [title]
     for row in (headings, tuple("-" * rule for rule in rules), *table.rows):
-        cells = [[cell] if width is None else folded(cell, room) for cell, room in zip(row, widths, strict=True)]
-        for part in range(max(map(len, cells))):
+        parts = [[cell] if width is None else folded(cell, room) for cell, room in zip(row, widths, strict=True)]
+        for part in range(max(map(len, parts))):
             drawn = [
-                text.rjust(room) if column.number else text.ljust(room)
+                _padded(text, room, column.number)
                 for text, room, column in zip(
-                    (cell[part] if part < len(cell) else "" for cell in cells), widths, table.columns, strict=True
+                    (cell[part] if part < len(cell) else "" for cell in parts), widths, table.columns, strict=True
                 )
             ]
             lines.append(_GAP.join(drawn).rstrip())
     return "\n".join(lines)
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    space = " " * (width - cells(text))
+    return space + text if right else text + space
 
 
 def column_widths(table: Table, room: int | None = None) -> list[int]:
@@ -99,7 +191,7 @@ def column_widths(table: Table, room: int | None = None) -> list[int]:
         room: how many characters a line has for all cells together; None for as many as it takes.
     """
     headings = [column.heading for column in table.columns]
-    widths = [max(map(len, cells)) for cells in zip(headings, *table.rows, strict=True)]
+    widths = [max(map(cells, column)) for column in zip(headings, *table.rows, strict=True)]
     words = [place for place, column in enumerate(table.columns) if not column.number]
     for _ in range(0 if room is None else max(sum(widths) - room, 0)):
         widest = max(words, key=widths.__getitem__, default=None)
@@ -113,12 +205,13 @@ def folded(cell: str, width: int) -> list[str]:
     """The lines of a cell; names are broken behind a point where that helps."""
     lines: list[str] = []
     for word in cell.split(" "):
-        if lines and len(lines[-1]) + 1 + len(word) <= width:
+        if lines and cells(lines[-1]) + 1 + cells(word) <= width:
             lines[-1] += f" {word}"
             continue
-        while len(word) > width:
-            point = word.rfind(".", 0, width) + 1
-            cut = point if point > width // 2 else width
+        while cells(word) > width:
+            most = _fitting(word, width)
+            point = word.rfind(".", 0, most) + 1
+            cut = point if point > most // 2 else most
             lines.append(word[:cut])
             word = word[cut:]
         lines.append(word)

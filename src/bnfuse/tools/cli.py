@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from bnfuse.planner.options import Options
 from bnfuse.planner.problem import captured
 from bnfuse.printing.sizes import Holding, holdings_table
 from bnfuse.printing.tables import decisions_table
-from bnfuse.printing.terminal import show, show_plan, show_unseen
+from bnfuse.printing.terminal import say, show, show_plan, show_unseen
 from bnfuse.printing.waiting import waiting
 from bnfuse.tools import zoo
 from bnfuse.tools.census.ledger import OUTCOMES
@@ -82,7 +82,7 @@ def _status(options: argparse.Namespace) -> int:
         options.run(options)
     except BnFuseError as error:
         logger.info("what led to the error:", exc_info=error)
-        print(f"bnfuse: {error}", file=sys.stderr)
+        say(str(error))
         if options.json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}, indent=2))
         return EXIT_NOT_EQUIVALENT if isinstance(error, VerificationError) else EXIT_USAGE
@@ -107,17 +107,24 @@ def parse_count(text: str) -> int:
     return int(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}[found[2]]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in lines that fit what is wrong with the arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        say(message)
+        sys.exit(EXIT_USAGE)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bnfuse", description="Remove batch normalisation from trained PyTorch models, exactly."
-    )
+    parser = _Parser(prog="bnfuse", description="Remove batch normalisation from trained PyTorch models, exactly.")
     parser.add_argument("--version", action="version", version=f"bnfuse {version('bnfuse')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="fuse a real pretrained network and classify photographs with it")
     demo.set_defaults(run=_demo, json=False)
 
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "spec",
         metavar="SPEC",
@@ -273,7 +280,7 @@ def _fuse(options: argparse.Namespace) -> None:
         return
     show_plan(plan.model, plan.decisions)
     if warning := nothing_fused(plan, model):
-        print(f"bnfuse: {warning}", file=sys.stderr)
+        say(warning)
     show(holdings_table("What the model holds", before, after, _files(options)))
     print(comparison)
     judged = "" if comparison.within_tolerance() else ", since the difference is rounding, judged in float64"
@@ -311,7 +318,7 @@ def _model(options: argparse.Namespace) -> nn.Module:
         model = zoo.build(options.spec, options.weights)
     if options.weights is None and zoo.is_zoo(options.spec):
         zoo.randomise_(model)
-        print("bnfuse: no --weights, so weights and norms are random", file=sys.stderr)
+        say("no --weights, so weights and norms are random")
     return model
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from bnfuse.model.calls import Call
 from bnfuse.model.describe import dtype_name, one_line, shape_text
 from bnfuse.model.inputs import random_inputs, token_bound
 from bnfuse.model.pytree import map_tensors
+from bnfuse.printing.terminal import say
 
 _DTYPES = {
     dtype_name(dtype): dtype
@@ -170,10 +170,9 @@ def _image(path: Path, model: nn.Module) -> Tensor:
     values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8).reshape(pixels.height, pixels.width, 3)
     like = _like(model)
     made = (values.permute(2, 0, 1)[None].double() / (_BYTE - 1)).contiguous().to(like.device, like.dtype)
-    print(
-        f"bnfuse: {path} is {shape_text(made.shape)} {dtype_name(made.dtype)}, its pixels from 0 to 1, neither resized "
-        f"nor normalised",
-        file=sys.stderr,
+    say(
+        f"{path} is {shape_text(made.shape)} {dtype_name(made.dtype)}, its pixels from 0 to 1, neither resized nor "
+        f"normalised"
     )
     return made
 

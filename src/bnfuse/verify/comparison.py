@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bnfuse.model.describe import dtype_name
-from bnfuse.printing.text import wrapped
+from bnfuse.printing.text import WIDTH, wrapped
 
 TOLERANCE: dict[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -185,7 +186,7 @@ def tolerance_of(dtype: torch.dtype) -> float:
 def _text(comparison: Comparison) -> str:
     lines = []
     if comparison.batches > 1:
-        lines.append(f"{comparison.batches} batches, {comparison.samples} samples")
+        lines.append(wrapped(f"{comparison.batches} batches, {comparison.samples} samples"))
     for o in sorted(comparison.outputs, key=lambda o: not o.problem):
         name = f"output {o.path}".rstrip()
         if o.problem:
@@ -205,13 +206,18 @@ def _text(comparison: Comparison) -> str:
 
 
 def _summaries(difference: OutputDifference) -> list[str]:
-    """The smallest, mean and largest values before and after, as a table."""
+    """The smallest, mean and largest values before and after, as a table; on its side where that is what fits."""
     table = [("", "before", "after")]
     for name in ("minimum", "mean", "maximum"):
         before, after = getattr(difference.before, name), getattr(difference.after, name)
         table.append((name, *_apart(before, after, 5)))
-    widths = [max(12, *map(len, cells)) for cells in table[1:]]
-    rows = zip(*table, strict=True)
+    lines = _aligned(list(zip(*table, strict=True)))
+    return lines if max(map(len, lines)) <= WIDTH else _aligned(table)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    _, *columns = zip(*rows, strict=True)
+    widths = [max(12, *map(len, column)) for column in columns]
     return [
         f"  {name:8}" + " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         for name, *cells in rows
