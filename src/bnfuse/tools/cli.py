@@ -38,6 +38,7 @@ from bnfuse.printing.terminal import say, show, show_plan, show_unseen
 from bnfuse.printing.waiting import waiting
 from bnfuse.tools import zoo
 from bnfuse.tools.census.ledger import OUTCOMES
+from bnfuse.tools.completion import SHELLS, PrintCompletion
 from bnfuse.tools.given_inputs import described_tensor, given_inputs, parse_shape
 from bnfuse.tools.zoo.weights import ENDINGS, STRUCTURE
 
@@ -119,6 +120,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bnfuse", description="Remove batch normalisation from trained PyTorch models, exactly.")
     parser.add_argument("--version", action="version", version=f"bnfuse {version('bnfuse')}")
+    parser.add_argument(
+        "--print-completion",
+        metavar="SHELL",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help=f"print a script that completes this command in a shell ({', '.join(SHELLS)})",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="fuse a real pretrained network and classify photographs with it")
