@@ -43,9 +43,9 @@ def run_all(model: nn.Module, inputs: tuple[Any, ...], exact: object, widened: b
 def _tried(
     tool: Callable[[nn.Module], nn.Module], model: nn.Module, inputs: tuple[Any, ...], exact: object, widened: bool
 ) -> Rival:
-    before, _ = _run(model, inputs, widened)
+    before, _ = counted_run(model, inputs, widened)
     try:
-        after, found = _run(tool(copy.deepcopy(model)).eval(), inputs, widened)
+        after, found = counted_run(tool(copy.deepcopy(model)).eval(), inputs, widened)
     except Exception as error:  # noqa: BLE001 (a tool that fails is a result)
         return Rival(failure=first_line(error)[:200])
     outputs = compare_outputs(exact, found).outputs
@@ -54,7 +54,7 @@ def _tried(
     return Rival(before - after, max((output.relative_l2 for output in outputs if not output.exact), default=0.0))
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], widened: bool) -> tuple[int, Any]:
+def counted_run(model: nn.Module, inputs: tuple[Any, ...], widened: bool) -> tuple[int, Any]:
     """How many norms do something, and what the model returns."""
     counter = _Counter(model)
     with InFloat64() if widened else nullcontext():

@@ -182,10 +182,10 @@ def visit(
 def _visit(here: Visit, known: Callable[[str], str | None]) -> None:
     form = zoo_inputs.form(here.job.zoo, here.job.family)
     with here.measure("build"):
-        model = _built(here, form.options if form is not None else {})
+        model = built(here, form.options if form is not None else {})
     with here.measure("run"):
         zoo.wake_(zoo.randomise_(model, here.seed, dead=0.0), here.seed)
-        sample = _running(here, model, form)
+        sample = running(here, model, form)
     with here.measure("fuse"):
         problem = Problem.of(model, sample.args, Options(infer_calls=here.settings.infer_calls))
         planner = Planner(problem)
@@ -208,7 +208,8 @@ def _visit(here: Visit, known: Callable[[str], str | None]) -> None:
             here.note(rivals=rivals.run_all(wide, others, exact, here.row.widened))
 
 
-def _built(here: Visit, options: Mapping[str, Any]) -> nn.Module:
+def built(here: Visit, options: Mapping[str, Any]) -> nn.Module:
+    """The model of a visit, as its zoo builds it; raises `Stop` where there is nothing to fuse, or too much."""
     torch.manual_seed(here.seed)
     try:
         with torch.device("meta"):
@@ -238,7 +239,7 @@ def _count(here: Visit, model: nn.Module) -> None:
 # Inputs --------------------------------------------------------------------------------------------------------------
 
 
-def _running(here: Visit, model: nn.Module, form: zoo_inputs.Form | None) -> Sample:
+def running(here: Visit, model: nn.Module, form: zoo_inputs.Form | None) -> Sample:
     """The first inputs that the model runs on; its statistics come from them afterwards if it can be calibrated."""
     failures = []
     for sample in zoo_inputs.samples(model, form, here.seed):
