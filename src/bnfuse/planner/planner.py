@@ -15,12 +15,13 @@ from bnfuse.planner.culprits import culprits
 from bnfuse.planner.problem import Problem
 from bnfuse.planner.trying_plans import Trials
 from bnfuse.reasons import (
+    CALLER_KEEPS,
     FAILS_ON_OTHER_INPUTS,
     FAILS_ON_OTHER_INPUTS_TOGETHER,
     FAILS_ON_OTHER_INPUTS_WITH_OTHERS,
     Reason,
 )
-from bnfuse.solve.search import solve
+from bnfuse.solve.search import Solution, solve
 
 log = logging.getLogger("bnfuse")
 
@@ -59,6 +60,27 @@ class Planner:
             out_of_place=tuple(names[id(module)] for module in made.out_of_place),
             unseen=tuple(self._unseen()),
         )
+
+    def solution(self, plan: Plan) -> Solution | None:
+        """How the norms that a plan removes go, with the units of every tensor; None if that is not known for certain.
+
+        They are solved once more, and all others stay. What a plan is made from is not kept, since few ask for it.
+
+        Args:
+            plan: one that this planner has made.
+        """
+        problem = self.problem
+        pairs = list(zip(problem.norms, plan.decisions, strict=True))
+        kept = {norm: CALLER_KEEPS.reason(pattern="") for norm, decision in pairs if not decision.fused}
+        names = {id(module): name for name, module in problem.model.named_modules()}
+        forbidden: list[nn.Module] = []
+        for _ in range(2):  # what is not in the plan, it was found, has to work in place
+            made = solve(problem.graph, problem.norms, kept, problem.varying, forbidden)
+            forbidden = [module for module in made.out_of_place if names.get(id(module)) not in plan.out_of_place]
+            if not forbidden:
+                break
+        same = tuple(decision for decision in made.decisions if decision.fused) == plan.fused
+        return made if same and not forbidden else None
 
     def _unseen(self) -> Iterator[str]:
         """What the recorded calls did not show, in words."""

@@ -65,13 +65,14 @@ def solve(
     """
     network = Network(graph, varying, forbidden)
     decisions: dict[Norm, Decision] = {}
-    replacements = []
+    replacements, removals = [], []
     for norm in sorted(norms, key=_order):
         obstacle = norm.obstacle or kept.get(norm)
-        decision = _stay(norm, (obstacle,)) if obstacle else _attempt(network, norm)
-        decisions[norm] = decision
-        if decision.fused:
+        found = _stay(norm, (obstacle,)) if obstacle else _attempt(network, norm)
+        decisions[norm] = found.decision if isinstance(found, Removal) else found
+        if isinstance(found, Removal):
             replacements.append(Replacement(norm.names, norm.keep))
+            removals.append(found)
     gone = tuple(f"{name}." for replacement in replacements for name in replacement.names)
     edits = tuple(
         Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT, value.handler)
@@ -80,7 +81,30 @@ def solve(
         if value.handler is not None or not all(name.startswith(gone) for name in value.names)
     )
     changes = Changes(edits=edits, replacements=tuple(replacements))
-    return Solution(tuple(decisions[norm] for norm in norms), changes, tuple(network.memory.switched))
+    in_order = tuple(decisions[norm] for norm in norms)
+    return Solution(in_order, changes, tuple(network.memory.switched), tuple(removals))
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """A norm that goes, and what that takes.
+
+    Attributes:
+        norm: the norm.
+        decision: what is said of it.
+        units: the change of units of every value that gets one, on top of those of earlier removals.
+        edited: the parameters that take the norm up.
+    """
+
+    norm: Norm
+    decision: Decision
+    units: Mapping[Value, Unit]
+    edited: tuple[Value, ...]
+
+    @property
+    def is_beside(self) -> bool:
+        """True if a layer beside the norm takes it up: what that makes is not the same in other units."""
+        return self.decision.direction == _BESIDE
 
 
 @dataclass(frozen=True)
@@ -91,11 +115,13 @@ class Solution:
         decisions: one for each norm, in the order of the norms.
         changes: what is written to the model.
         out_of_place: modules that work in place and are to stop, whose callers have to use what they return.
+        removals: the norms that go, in the order in which that was settled.
     """
 
     decisions: tuple[Decision, ...]
     changes: Changes
     out_of_place: tuple[nn.Module, ...]
+    removals: tuple[Removal, ...]
 
 
 def _order(norm: Norm) -> tuple[bool, int]:
@@ -111,7 +137,7 @@ def _stay(norm: Norm, reasons: tuple[Reason, ...]) -> Decision:
     return Decision(norm.label, norm.kind, norm.channels, False, reasons=reasons)
 
 
-def _attempt(network: Network, norm: Norm) -> Decision:
+def _attempt(network: Network, norm: Norm) -> Decision | Removal:
     """Try every way; what can be settled nearby comes first, since it touches nothing else."""
     reasons: dict[str, Reason] = {}
     targets = [node for site in norm.sites for node in site.nodes]
@@ -134,7 +160,9 @@ def _attempt(network: Network, norm: Norm) -> Decision:
                 continue
             trial.accept()
             into = dict.fromkeys(_layer_name(value) for value in trial.edits)
-            return Decision(norm.label, norm.kind, norm.channels, True, way.direction, tuple(into))
+            decision = Decision(norm.label, norm.kind, norm.channels, True, way.direction, tuple(into))
+            units = {value: unit for value, unit in trial.units.items() if not unit.is_identity}
+            return Removal(norm, decision, units, tuple(trial.edits))
         ways = too_far
     return _stay(norm, tuple(reasons[way] for way in ("backward", "forward", _BESIDE) if way in reasons))
 
