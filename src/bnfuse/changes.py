@@ -48,8 +48,13 @@ class Decision:
             "fused": self.fused,
             "direction": self.direction,
             "into": list(self.into),
-            "reasons": [vars(reason) | {"message": str(reason)} for reason in self.reasons],
+            "reasons": [_reason_dict(reason) for reason in self.reasons],
         }
+
+
+def _reason_dict(reason: Reason) -> dict[str, Any]:
+    words = {name: value for name, value in vars(reason).items() if name != "step"}
+    return words | {"message": str(reason)}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ reasons in the documentation is made from the causes (``python -m bnfuse.tools.r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -20,6 +20,7 @@ class Reason:
         operator: the operator that refused, None if it was no operator.
         module: the module that ran it.
         direction: "backward", "forward" or "beside", the way that was tried; None if none was.
+        step: which of the operators that ran it was, counted from 0; None if that is not known.
     """
 
     code: str
@@ -27,6 +28,7 @@ class Reason:
     operator: str | None = None
     module: str | None = None
     direction: str | None = None
+    step: int | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         where = " in ".join(part for part in (self.operator, self.module) if part)
@@ -53,18 +55,23 @@ class Cause:
     group: str = ""
 
     def reason(
-        self, operator: str | None = None, module: str | None = None, why: Reason | None = None, **values: Any
+        self,
+        operator: str | None = None,
+        module: str | None = None,
+        step: int | None = None,
+        why: Reason | None = None,
+        **values: Any,
     ) -> Reason:
         """One case of the cause.
 
         Args:
-            operator, module: where it arose.
+            operator, module, step: where it arose.
             why: the reason that the text holds as ``{why}``.
             values: the other fields of the text.
         """
         if why is not None:
-            return Reason(why.code, self.text.format(why=why.text, **values), operator, module)
-        return Reason(self.code, self.text.format(**values), operator, module)
+            return Reason(why.code, self.text.format(why=why.text, **values), operator, module, step=step)
+        return Reason(self.code, self.text.format(**values), operator, module, step=step)
 
 
 CAUSES: dict[str, Cause] = {}

@@ -118,9 +118,9 @@ class Node:
         return depending[0] if len(depending) == 1 else None
 
     @property
-    def place(self) -> tuple[str, str]:
-        """The operator and the module that ran it, as a reason names them."""
-        return self.operator, self.call.label
+    def place(self) -> tuple[str, str, int]:
+        """The operator, the module that ran it and the number of the step, as a reason names them."""
+        return self.operator, self.call.label, self.index
 
     def __str__(self) -> str:
         return f"{self.operator} in {self.call.label}"
