@@ -7,7 +7,7 @@ Under ``torch.inference_mode`` a ``TorchDispatchMode`` sees composite operators 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -96,6 +96,10 @@ _CHOOSING = ("cond", "while_loop")
 _STATISTICS = ("running_mean", "running_var")
 
 
+Watcher = Callable[[Node, Sequence[Tensor]], None]
+"""``watcher(node, tensors)``: sees the tensors that an operator made, in the order of the node's outputs, at once."""
+
+
 class Recorder(Mode):
     """Records the operators of one run.
 
@@ -114,12 +118,14 @@ class Recorder(Mode):
         whole: Container[str] | None,
         shapes_only: bool,
         nodes: list[Node],
+        watcher: Watcher | None = None,
     ) -> None:
         """
         Args:
             whole: names of the operators that are recorded as they are, None for all of them; see `Recording`.
             shapes_only: whether tensors that depend on the input are left without contents.
             nodes: is added to.
+            watcher: looks at what operators make.
         """
         super().__init__()
         self.nodes = nodes
@@ -133,6 +139,7 @@ class Recorder(Mode):
         self._state = state
         self._whole = whole
         self._shapes_only = shapes_only
+        self._watcher = watcher
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -278,17 +285,20 @@ class Recorder(Mode):
     ) -> None:
         """Add an operator that read the tensors and made the results, unless it did nothing."""
         given, written, values = set(map(id, tensors)), node.written, self._values
+        made: list[Tensor] = []
         if results and not written and given.issuperset(map(id, results)):
             return  # dropout in evaluation, contiguous of a contiguous tensor
         for tensor in tensors if written else ():
             value = values.known(tensor)
             if value in written and value is not None and value.version == value.storage.version:
                 node.outputs.append(values.add_version(tensor, value, node, independent))
+                made.append(tensor)
         for tensor in results:
             if id(tensor) in given:
                 continue
             storage = None if operator.fresh else self._storage_of(tensor, tensors)
             node.outputs.append(values.add_result(tensor, storage or Storage(), node, independent))
+            made.append(tensor)
         for value in node.inputs:
             if not value.consumers or value.consumers[-1] is not node:
                 value.consumers.append(node)
@@ -299,6 +309,8 @@ class Recorder(Mode):
             _meet(node)
         self.nodes.append(node)
         node.call.nodes.append(node)
+        if self._watcher is not None:
+            self._watcher(node, made)
 
     def _storage_of(self, tensor: Tensor, tensors: list[Tensor]) -> Storage | None:
         """The storage of the last of the tensors whose memory a result shares, None for memory of its own."""

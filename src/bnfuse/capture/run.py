@@ -25,7 +25,7 @@ from bnfuse.capture.gradients import Gradients
 from bnfuse.capture.leaves import Leaves
 from bnfuse.capture.lines import LineWatch
 from bnfuse.capture.module_calls import ModuleCalls
-from bnfuse.capture.recorder import Recorder
+from bnfuse.capture.recorder import Recorder, Watcher
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.capture.values import Values
 from bnfuse.errors import InputError
@@ -149,6 +149,7 @@ class Recording:
         known: Container[str] | None = None,
         methods: Sequence[str] = (),
         lines: LineWatch | None = None,
+        watcher: Watcher | None = None,
     ) -> None:
         """
         Args:
@@ -157,11 +158,13 @@ class Recording:
             methods: names of methods whose results are outputs of the model too, where its forward calls them with
                 what it was given itself.
             lines: notes which lines of the model's code run.
+            watcher: looks at what operators make, and must neither keep nor change it.
         """
         self.model = model
         self._watch_lines = contextlib.nullcontext if lines is None else lines.watching
         self.runs: list[Run] = []
         self._known = known
+        self._watcher = watcher
         self._methods = [name for name in methods if name != FORWARD]
         self._named = tree.named_modules(model)
         self._modules = tree.distinct(self._named)
@@ -242,7 +245,7 @@ class Recording:
         run = Run(call, start=self._mark(how.begins, shapes_only))
         nodes, done = len(graph.nodes), len(graph.calls)
         calls = ModuleCalls(self._named, values, graph.calls)
-        recorder = Recorder(values, calls, state, self._known, shapes_only, graph.nodes)
+        recorder = Recorder(values, calls, state, self._known, shapes_only, graph.nodes, self._watcher)
         escapes = EscapeWatch(values, calls, state, shapes_only)
         for tensor in own.tensors:
             values.add_input(tensor)
