@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -35,6 +35,9 @@ from bnfuse.verify.reference import Reference
 log = logging.getLogger("bnfuse")
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module | ExportedProgram)
+
+Observer = Callable[[Planner, Plan, nn.Module, nn.Module | None], None]
+"""``observer(planner, plan, original, fused)``: looks at what was done while the recorded calls are still there."""
 
 
 def fuse(
@@ -108,15 +111,20 @@ def fuse_with_plan(
     calls: Sequence[Call] = (),
     verify: bool = True,
     options: Options | None = None,
+    observer: Observer | None = None,
 ) -> tuple[AnyModel, Plan]:
-    """What :func:`fuse` does, with the plan that was carried out, which has no witness."""
+    """What :func:`fuse` does, with the plan that was carried out, which has no witness.
+
+    Args:
+        observer: is called when the plan is carried out; not for ``inplace``, where no original is left.
+    """
     form = graph_form(model, inplace)
     if form is None:
-        return _fused(model, example_inputs, inplace, keep, calls, verify, options)
+        return _fused(model, example_inputs, inplace, keep, calls, verify, options, observer)
     if checked_options(options).reversible:
         raise InputError("A graph keeps nothing of what it was (reversible=): keep the graph that is given.")
     example_inputs = form.inputs(example_inputs)
-    fused, made = _fused(form.module, example_inputs, False, keep, calls, verify, options)
+    fused, made = _fused(form.module, example_inputs, False, keep, calls, verify, options, observer)
     result: Any = form.put_back(fused, made if verify and made.fused else None, example_inputs)
     if inplace:
         form.change(made)
@@ -131,6 +139,7 @@ def _fused(
     calls: Sequence[Call],
     verify: bool,
     options: Options | None,
+    observer: Observer | None,
 ) -> tuple[Any, Plan]:
     """The same for a model whose norms are modules, as far as it has any."""
     options, keep = checked_options(options), patterns("keep", keep)
@@ -146,6 +155,8 @@ def _fused(
             made = _made(planner, options)
             original = copy_model(source) if options.reversible and inplace else source
             made, target = carry_out(made, source, planner, verify, inplace)
+            if observer is not None and not inplace:
+                observer(planner, made, source, target)
             planner.release()
             del planner
         if options.reversible:
@@ -209,7 +220,6 @@ def carry_out(
         made = better
 
 
-@one_at_a_time
 def plan(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
@@ -229,6 +239,20 @@ def plan(
     Raises:
         InputError, FusionError: as for :func:`fuse`.
     """
+    return plan_observed(model, example_inputs, keep=keep, calls=calls, options=options)
+
+
+@one_at_a_time
+def plan_observed(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    *,
+    keep: str | Sequence[str] = (),
+    calls: Sequence[Call] = (),
+    options: Options | None = None,
+    observer: Observer | None = None,
+) -> Plan:
+    """What :func:`plan` does, with somebody who looks on."""
     form = graph_form(model)
     if form is not None:
         model, example_inputs = form.module, form.inputs(example_inputs)
@@ -241,6 +265,8 @@ def plan(
         problem = Problem.of(source, example_inputs, options, keep, contents, named, lines=options.infer_calls)
         planner = Planner(problem)
         made = _made(planner, options)
+        if observer is not None:
+            observer(planner, made, source, None)
         made = replace(made, witness=planner.problem.witness())
         planner.release()
     report(made)
