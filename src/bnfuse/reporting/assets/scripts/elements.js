@@ -1,0 +1,78 @@
+// Elements are made here and nowhere else: texts go in as text nodes, so that no name of a model is read as HTML.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function filled(made, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "on") {
+      for (const [event, listener] of Object.entries(value)) made.addEventListener(event, listener);
+    } else {
+      made.setAttribute(name, value === true ? "" : String(value));
+    }
+  }
+  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+/** An HTML element; attributes that are null or false are left out, `on` holds listeners. */
+function element(name, attributes = {}, ...children) {
+  return filled(document.createElement(name), attributes, children);
+}
+
+/** An SVG element. */
+function shape(name, attributes = {}, ...children) {
+  return filled(document.createElementNS(SVG, name), attributes, children);
+}
+
+/** A name from the model: kept apart from the direction of the text around it, broken where it must be. */
+function named(text, attributes = {}) {
+  return element("bdi", { class: "name", ...attributes }, String(text));
+}
+
+/** A section of the report with its heading. */
+function section(id, heading, ...children) {
+  return element("section", { id, "aria-labelledby": `${id}-heading` }, element("h2", { id: `${id}-heading` }, heading), ...children);
+}
+
+/** A row of buttons of which one is pressed. */
+function choice(label, options, chosen, choose) {
+  const buttons = options.map(([value, text]) =>
+    element("button", { type: "button", "data-value": value, "aria-pressed": String(value === chosen) }, text),
+  );
+  const group = element("div", { class: "choice", role: "group", "aria-label": label }, buttons);
+  group.set = (value) => {
+    for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.value === value));
+  };
+  for (const button of buttons) {
+    button.addEventListener("click", () => {
+      group.set(button.dataset.value);
+      choose(button.dataset.value);
+    });
+  }
+  return group;
+}
+
+const tooltip = document.getElementById("tooltip");
+
+/** Show lines beside a place on the screen. */
+function showTip(lines, box) {
+  tooltip.replaceChildren(...lines.map((line) => element("div", {}, line)));
+  tooltip.hidden = false;
+  const { width, height } = tooltip.getBoundingClientRect();
+  const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), window.innerWidth - width - 8);
+  const above = box.top - height - 8;
+  tooltip.style.left = `${left}px`;
+  tooltip.style.top = `${above > 8 ? above : Math.min(box.bottom + 8, window.innerHeight - height - 8)}px`;
+}
+
+function hideTip() {
+  tooltip.hidden = true;
+}
+
+/** Say something to whoever listens rather than looks. */
+function say(text) {
+  document.getElementById("status").textContent = text;
+}
+
+const calm = window.matchMedia("(prefers-reduced-motion: reduce)");

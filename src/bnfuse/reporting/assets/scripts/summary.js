@@ -1,0 +1,97 @@
+// The first section: what was gained, whether anything changed, what was taken for granted.
+
+function tile(heading, figure, note, mark = "") {
+  return element("div", { class: `tile ${mark}` }, element("div", { class: "heading" }, heading), element("div", { class: "figure" }, figure), note ? element("div", { class: "note" }, note) : null);
+}
+
+function normsTile(summary, plan) {
+  const { norms, removed } = summary;
+  const share = norms ? removed / norms : 0;
+  const bar = shape(
+    "svg",
+    { class: "share", viewBox: "0 0 100 8", preserveAspectRatio: "none", "aria-hidden": "true" },
+    shape("rect", { class: "rest", width: 100, height: 8 }),
+    shape("rect", { class: "done", width: 100 * share, height: 8 }),
+  );
+  const made = tile(plan ? "Batch norms that would go" : "Batch norms removed", `${count(removed)} of ${count(norms)}`, norms === removed ? "none stays" : `${counted(norms - removed, "stays", "stay")}, each with its reason below`);
+  made.insertBefore(bar, made.lastChild);
+  return made;
+}
+
+function differenceTile(difference) {
+  const { equal } = difference;
+  const largest = numeric(difference.largest);
+  const rounding = numeric(difference.rounding);
+  const relative = numeric(difference.relative);
+  const figure = largest === 0 ? "identical" : equal ? "equal" : "different";
+  const parts = [`largest difference ${digits(largest, 2)}`];
+  if (relative !== null) parts.push(`${digits(relative, 2)} relative`);
+  if (rounding !== null) parts.push(`float rounding ${digits(rounding, 2)}`);
+  return tile("Outputs, before and after", [badge(equal ? "good" : "bad", ""), figure], parts.join(" · "), equal ? "" : "bad");
+}
+
+function changeTile(row, plan) {
+  const [before, after] = [numeric(row.before), numeric(row.after)];
+  const figure = after === null ? quantity(before, row.unit) : before ? percentage((after - before) / before) : difference(before, after, row.unit);
+  const note = after === null ? (plan ? "before; nothing was fused yet" : "before; not measured after") : `${quantity(before, row.unit)} → ${quantity(after, row.unit)}`;
+  return tile(row.name[0].toUpperCase() + row.name.slice(1), after === before ? "unchanged" : figure, note);
+}
+
+function summarised(facts) {
+  const summary = facts.summary || {};
+  const plan = facts.kind === "plan";
+  const rows = summary.rows || [];
+  const tiles = [];
+  if (typeof summary.norms === "number") tiles.push(normsTile(summary, plan));
+  if (summary.difference) tiles.push(differenceTile(summary.difference));
+  for (const wanted of [/latency|time/i, /multiply/i, /bytes|size|parameters/i]) {
+    const row = rows.find(({ name, before }) => wanted.test(name) && before !== null && before !== undefined);
+    if (row && tiles.length < 5) tiles.push(changeTile(row, plan));
+  }
+  const cells = (row) => {
+    const [before, after] = [numeric(row.before), numeric(row.after)];
+    return [
+      element("td", { class: "number", title: before === null ? null : String(before) }, quantity(before, row.unit)),
+      element("td", { class: "number", title: after === null ? null : String(after) }, quantity(after, row.unit)),
+      element("td", { class: "number" }, before === null || after === null ? "–" : difference(before, after, row.unit)),
+    ];
+  };
+  const table = rows.length
+    ? element(
+        "div",
+        { class: "table" },
+        element(
+          "table",
+          { class: "holdings" },
+          element("caption", { class: "unseen" }, "Before and after"),
+          element("thead", {}, element("tr", {}, [element("td", {}), ...["before", plan ? "after (predicted)" : "after", "difference"].map((text) => element("th", { scope: "col", class: "number" }, text))])),
+          element("tbody", {}, rows.map((row) => element("tr", {}, element("th", { scope: "row" }, named(row.name)), ...cells(row)))),
+        ),
+      )
+    : null;
+  const lines = (heading, texts, mark = "") =>
+    (texts || []).length ? [element("h3", {}, heading), element("ul", { class: `lines ${mark}` }, texts.map((text) => element("li", {}, named(text))))] : [];
+  const words = summary.difference?.text
+    ? element("details", { class: "words" }, element("summary", {}, "The comparison in full"), element("pre", { tabindex: "0", "aria-label": "The comparison in full" }, named(summary.difference.text)))
+    : null;
+  const about = [
+    facts.spec ? named(facts.spec) : null,
+    plan ? `planned by bnfuse ${facts.bnfuse ?? ""}; nothing was fused yet` : `fused by bnfuse ${facts.bnfuse ?? ""}`,
+    facts.machine ? named(facts.machine) : null,
+  ].filter(Boolean);
+  const made = section(
+    "summary",
+    named(facts.model || "model"),
+    element("p", { class: "about" }, about.flatMap((part, place) => (place ? [" · ", part] : [part]))),
+    summary.warning ? element("p", { class: "warning", role: "note" }, element("strong", {}, "Mind: "), named(summary.warning)) : null,
+    element("div", { class: "tiles" }, tiles),
+    element(
+      "div",
+      { class: "columns" },
+      element("div", {}, table, words),
+      element("div", {}, lines("Recorded calls", facts.calls), lines("Inputs", facts.inputs), lines("Assumed", summary.assumed), lines("Not seen", summary.unseen)),
+    ),
+  );
+  made.querySelector("h2").replaceWith(element("h1", { id: "summary-heading" }, named(facts.model || "model")));
+  return made;
+}
