@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 LEVELS = [
     {"tools", "__main__"},
-    {"api", "pair", "equalisation", "__init__"},
+    {"api", "pair", "equalisation", "reporting", "__init__"},
     {"planner", "checkpoint"},
     {"fusion_plan"},
     {"exported"},
@@ -29,6 +29,8 @@ ALLOWED = {
     ("__init__", "api"),
     ("__init__", "pair"),
     ("__init__", "equalisation"),
+    ("__init__", "reporting"),
+    ("reporting", "api"),
     ("__main__", "tools"),
 }
 """Imports within a level."""

@@ -21,6 +21,7 @@ from bnfuse.model.calls import Call
 from bnfuse.pair import fuse_pair
 from bnfuse.planner.options import Options
 from bnfuse.reasons import Reason
+from bnfuse.reporting.report import report
 from bnfuse.verify.compare import compare
 from bnfuse.verify.comparison import Comparison
 
@@ -47,6 +48,7 @@ __all__ = [
     "load",
     "plan",
     "register_with_transformers",
+    "report",
     "restructure",
     "save",
     "structure",

@@ -8,7 +8,7 @@ Facts = dict[str, Any]
 
 HOSTILE = [
     "</script><script>window.broken=1</script>",
-    "<img src=x onerror=\"window.broken=1\">",
+    '<img src=x onerror="window.broken=1">',
     "<!--<script>",
     "\"'`&amp;&lt;\\u003c\\",
     "javascript:window.broken=1",
@@ -202,9 +202,7 @@ def network(operators: int, kind: str = "fuse") -> Facts:
         second = made.conv(f"{name}.right.conv", x)
         pool = made.node("max_pool2d", "operator", made.module(f"{name}.right.pool", "MaxPool2d"), second)
         kept = block % 3 == 2
-        right = made.norm(
-            f"{name}.right.norm", pool, into=None if kept else second, refused_by=pool if kept else None
-        )
+        right = made.norm(f"{name}.right.norm", pool, into=None if kept else second, refused_by=pool if kept else None)
         both = made.node("cat", "operator", name, left, right)
         both = made.conv(f"{name}.mix", both)
         x = made.node("add", "operator", name, both, x)

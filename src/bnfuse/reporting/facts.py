@@ -1,0 +1,230 @@
+"""All that a report says of one model, as one object of plain data that goes to JSON as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfuse.fusion_plan import Plan
+from bnfuse.model import pytree
+from bnfuse.model.calls import FORWARD, Call
+from bnfuse.model.describe import dtype_name, shape_text
+from bnfuse.operators import shape_of
+from bnfuse.planner.nothing_fused import nothing_fused
+from bnfuse.planner.planner import Planner
+from bnfuse.printing.sizes import Holding
+from bnfuse.reporting.activations import Measured, measured
+from bnfuse.reporting.cost import latencies, multiply_adds
+from bnfuse.reporting.dataflow import Dataflow
+from bnfuse.verify.comparison import Comparison
+
+log = logging.getLogger("bnfuse")
+
+SECONDS = 2.0
+"""So long latencies are measured."""
+
+
+class Facts:
+    """Collects what a report says: an observer of ``fuse`` or ``plan``, which then holds the facts.
+
+    Attributes:
+        data: what was found; empty as long as nothing was fused or planned.
+        call: the first call.
+    """
+
+    def __init__(self, spec: str | None = None, measure: bool = True) -> None:
+        """
+        Args:
+            spec: what the command line calls the model.
+            measure: run the models to measure latency, errors and ranges.
+        """
+        self._spec, self._measure = spec, measure
+        self.data: dict[str, Any] = {}
+        self.call = Call()
+
+    def __call__(self, planner: Planner, plan: Plan, original: nn.Module, fused: nn.Module | None) -> None:
+        problem = planner.problem
+        self.call = problem.main.call
+        solution = planner.solution(plan)
+        dataflow = Dataflow(problem, plan, solution)
+        found: Measured | None = None
+        if self._measure:
+            with _said("which numbers occur"):
+                found = measured(problem, dataflow, solution, original, fused)
+        rounding = None if found is None else found.rounding
+        self.data = {
+            "bnfuse": version("bnfuse"),
+            "kind": "plan" if fused is None else "fuse",
+            "model": plan.model,
+            "spec": self._spec,
+            "inputs": _inputs(problem.main.call),
+            "calls": list(dict.fromkeys(_call(run.call) for run in problem.recording.runs)),
+            "machine": _machine(),
+            "summary": {
+                "norms": len(plan.decisions),
+                "removed": len(plan.fused),
+                "rows": self._rows(planner, plan, dataflow, original, fused),
+                "difference": None,
+                "rounding": rounding,
+                "assumed": _assumed(planner, plan),
+                "unseen": list(plan.unseen),
+                "warning": nothing_fused(plan, original) or None,
+            },
+            "graph": dataflow.graph(),
+            "decisions": dataflow.decisions(),
+            "errors": [] if found is None else found.errors(),
+            "ranges": [] if found is None else found.ranges(),
+        }
+
+    def _rows(
+        self, planner: Planner, plan: Plan, dataflow: Dataflow, original: nn.Module, fused: nn.Module | None
+    ) -> list[dict[str, Any]]:
+        before = Holding.of(original, len(plan.decisions))
+        after = _after(plan, original, before) if fused is None else Holding.of(fused, len(plan.kept))
+        norms = {nodes[-1] for nodes in dataflow.norm_steps if nodes}
+        steps = list(dataflow.steps)
+        staying = [node for node in steps if node not in dataflow.removed]
+        rows = [
+            _row("batch norms", before.norms, after.norms, ""),
+            _row("parameters", before.parameters, after.parameters, ""),
+            _row("buffers", before.buffers, after.buffers, ""),
+            _row("parameters and buffers", before.size, after.size, "bytes"),
+            _row("multiply-adds", multiply_adds(steps, norms), multiply_adds(staying, norms), "multiply-adds"),
+        ]
+        main = planner.problem.main
+        if self._measure and fused is not None and not (main.stateful or main.gradients):
+            with _said("how long a call takes"):
+                rows.append(_row("latency", *latencies(original, fused, main.call, SECONDS), "s"))
+        return rows
+
+    def add_comparison(self, comparison: Comparison) -> None:
+        """Say how far the outputs of a verified model lie from those of the original."""
+        summary = self.data["summary"]
+        rounding, worst = summary["rounding"], comparison.worst
+        summary["difference"] = {
+            "largest": 0.0 if worst is None else max(output.max_abs for output in comparison.outputs),
+            "relative": 0.0 if worst is None else worst.relative_l2,
+            "rounding": rounding,
+            "equal": True,
+            "text": str(comparison),
+        }
+
+    def add_files(self, files: Sequence[tuple[str, int | None, int | None]]) -> None:
+        """Add sizes of files.
+
+        Args:
+            files: their names and their sizes in bytes before and after, None where there is none.
+        """
+        self.data["summary"]["rows"] += [_row(name, before, after, "bytes") for name, before, after in files]
+
+    def finished(self) -> dict[str, Any]:
+        """The facts, with None in place of numbers that JSON does not know."""
+        summary = {name: value for name, value in self.data["summary"].items() if name != "rounding"}
+        plain: dict[str, Any] = _plain({**self.data, "summary": summary})
+        return plain
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Any:
+    """Leave out of the report what cannot be measured: the fused model is right all the same, and was verified."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (whatever a model raises in a further run)
+        log.info("the report does not say %s: %s", what, error)
+
+
+def _row(name: str, before: float | None, after: float | None, unit: str) -> dict[str, Any]:
+    return {"name": name, "before": before, "after": after, "unit": unit}
+
+
+def _after(plan: Plan, model: nn.Module, before: Holding) -> Holding:
+    """What the model would hold if the plan were carried out."""
+    gone = {name for replacement in plan.replacements for name in replacement.names}
+    staying = tuple(f"{name}.{child}." for r in plan.replacements for name in r.names for child in r.keep if child)
+
+    def left(named: Any) -> list[torch.Tensor]:
+        return list({id(tensor): tensor for name, tensor in named if not _is_of(name, gone, staying)}.values())
+
+    parameters = left(model.named_parameters(remove_duplicate=False))
+    buffers = left(model.named_buffers(remove_duplicate=False))
+    created = [edit for edit in plan.edits if edit.created]
+    added = sum(math.prod(edit.shape) for edit in created)
+    sizes = {name: tensor.element_size() for name, tensor in model.named_parameters()}
+    width = {name.rpartition(".")[0]: size for name, size in sizes.items()}
+    return Holding(
+        len(plan.kept),
+        sum(tensor.numel() for tensor in parameters) + added,
+        sum(tensor.numel() for tensor in buffers),
+        sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
+        + sum(math.prod(edit.shape) * width.get(edit.names[0].rpartition(".")[0], 4) for edit in created),
+    )
+
+
+def _is_of(name: str, gone: set[str], staying: tuple[str, ...]) -> bool:
+    """True if a tensor belongs to one of the modules that go, and not to a child that stays."""
+    parts = name.split(".")
+    inside = any(".".join(parts[:end]) in gone for end in range(1, len(parts)))
+    return inside and not name.startswith(staying)
+
+
+def _inputs(call: Call) -> list[str]:
+    """The tensors that are given, those by name with it."""
+    given = [("", value) for value in call.args] + [(f"{name}: ", value) for name, value in call.kwargs.items()]
+    return [
+        f"{name}{dtype_name(tensor.dtype)} {shape_text(shape_of(tensor))}"
+        for name, value in given
+        for _, tensor in pytree.tensors(value)
+    ]
+
+
+def _call(call: Call) -> str:
+    """A call in words: its method and what is given."""
+
+    def word(value: Any) -> str:
+        found = pytree.tensors(value)
+        if found:
+            return ", ".join(f"{dtype_name(t.dtype)} {shape_text(shape_of(t))}" for _, t in found)
+        text = repr(value)
+        return text if len(text) <= 40 else type(value).__name__
+
+    given = [*map(word, call.args), *(f"{name}={word(value)}" for name, value in call.kwargs.items())]
+    return f"{call.method or FORWARD}({', '.join(given)})"
+
+
+def _machine() -> str:
+    words = [f"torch {torch.__version__}", f"{torch.get_num_threads()} threads", platform.machine()]
+    return ", ".join(words)
+
+
+def _assumed(planner: Planner, plan: Plan) -> list[str]:
+    """What the plan takes for granted, in words."""
+    problem = planner.problem
+    calls = len(problem.recording.runs)
+    found = ["the model runs in evaluation mode, with the statistics that its norms hold now"]
+    found.append(
+        "it is called as in the one call that was recorded"
+        if calls == 1
+        else f"it is called as in one of the {calls} calls that were recorded, which differ in what they do"
+    )
+    if problem.options.handlers and any(edit.handler is not None for edit in plan.edits):
+        found.append("the handlers for layers of your own do what they promise")
+    if plan.out_of_place:
+        names = ", ".join(plan.out_of_place)
+        found.append(f"these work in place no longer, and whoever calls them uses what they return: {names}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
