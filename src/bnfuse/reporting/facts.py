@@ -7,7 +7,7 @@ import logging
 import math
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Facts:
                 found = measured(problem, dataflow, solution, original, fused)
         rounding = None if found is None else found.rounding
         self.data = {
-            "bnfuse": version("bnfuse"),
+            "bnfuse": _version(),
             "kind": "plan" if fused is None else "fuse",
             "model": plan.model,
             "spec": self._spec,
@@ -197,6 +197,13 @@ def _call(call: Call) -> str:
 
     given = [*map(word, call.args), *(f"{name}={word(value)}" for name, value in call.kwargs.items())]
     return f"{call.method or FORWARD}({', '.join(given)})"
+
+
+def _version() -> str | None:
+    try:
+        return version("bnfuse")
+    except PackageNotFoundError:  # it runs from a folder of sources
+        return None
 
 
 def _machine() -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import bnfuse
-from bnfuse.api import fuse_with_plan
+from bnfuse.api import fuse_with_plan, plan_observed
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model.calls import FORWARD, Call
@@ -36,7 +36,9 @@ from bnfuse.printing.sizes import Holding, holdings_table
 from bnfuse.printing.tables import decisions_table
 from bnfuse.printing.terminal import say, show, show_plan, show_unseen
 from bnfuse.printing.waiting import waiting
-from bnfuse.tools import zoo
+from bnfuse.reporting.facts import Facts
+from bnfuse.reporting.report import checked_path, write
+from bnfuse.tools import onnx, zoo
 from bnfuse.tools.census.ledger import OUTCOMES
 from bnfuse.tools.completion import SHELLS, PrintCompletion
 from bnfuse.tools.given_inputs import described_tensor, given_inputs, parse_shape
@@ -174,6 +176,12 @@ def _parser() -> argparse.ArgumentParser:
         help="count only the calls that are named, and none that are inferred (other sizes, flags, forward_features)",
     )
     common.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
+    common.add_argument(
+        "--report",
+        metavar="OUT.html",
+        type=Path,
+        help="write a page with everything: the network before and after, each norm, where error arises, ranges",
+    )
 
     plan = commands.add_parser(
         "plan", parents=[common], help="show for every norm what it would be fused into, or why it would stay"
@@ -193,6 +201,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="save the fused weights with their structure, for --weights and bnfuse.load: as OUT.safetensors, or with "
         "torch.save as OUT.pt or OUT.pth",
+    )
+    fuse.add_argument(
+        "--onnx",
+        nargs=2,
+        metavar=("BEFORE.onnx", "AFTER.onnx"),
+        type=Path,
+        help="export the model and the fused model with torch.onnx.export, to look at them in Netron",
     )
     fuse.set_defaults(run=_fuse)
 
@@ -245,15 +260,35 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    facts = _facts(options)
     model = _model(options)
     inputs = _inputs(options, model)
     calls = _calls(options, model, inputs)
     with _naming(options, calls), _waiting(options, "planning"):
-        plan = bnfuse.plan(model, inputs, keep=options.keep, calls=calls, options=_wanted(options))
+        plan = plan_observed(model, inputs, keep=options.keep, calls=calls, options=_wanted(options), observer=facts)
+    if facts is not None:
+        write(facts, options.report)
     if options.json:
-        _print_json({"spec": options.spec, **plan.to_dict()})
-    else:
-        _show_plan(plan, options.all)
+        _print_json({"spec": options.spec, **plan.to_dict(), **_written(options)})
+        return
+    _show_plan(plan, options.all)
+    if facts is not None:
+        print(f"wrote {options.report}")
+
+
+def _facts(options: argparse.Namespace) -> Facts | None:
+    """What collects the facts of a report, if one is wanted; the file is looked at before any work."""
+    if options.report is None:
+        return None
+    checked_path(options.report)
+    return Facts(options.spec)
+
+
+def _written(options: argparse.Namespace) -> dict[str, Any]:
+    """The files that were written beside the weights, for JSON."""
+    found: dict[str, Any] = {} if options.report is None else {"report": str(options.report)}
+    onnx = getattr(options, "onnx", None)
+    return found if onnx is None else {**found, "onnx": list(map(str, onnx))}
 
 
 def _show_plan(plan: Plan, every: bool) -> None:
@@ -270,21 +305,34 @@ def _fuse(options: argparse.Namespace) -> None:
         raise BnFuseError(f"{output.name} has an ending that is not known: write {', '.join(ENDINGS)}")
     if output is not None and not output.parent.is_dir():
         raise BnFuseError(f"there is no folder {output.parent} to write {output.name} into")
+    facts = _facts(options)
+    if options.onnx is not None:
+        onnx.check(options.onnx)
     model = _model(options)
     inputs = _inputs(options, model)
     calls = _calls(options, model, inputs)
     with _naming(options, calls), _waiting(options, "fusing and verifying"):
-        fused, plan = fuse_with_plan(model, inputs, keep=options.keep, calls=calls, options=_wanted(options))
+        fused, plan = fuse_with_plan(
+            model, inputs, keep=options.keep, calls=calls, options=_wanted(options), observer=facts
+        )
     with _waiting(options, "comparing"):
         comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls])
     if output is not None:
         _save(fused, output)
+    if options.onnx is not None:
+        with _waiting(options, "exporting"):
+            onnx.export([model, fused], Call.of(inputs), options.onnx)
+    if facts is not None:
+        facts.add_comparison(comparison)
+        facts.add_files(_files(options))
+        write(facts, options.report)
     before, after = Holding.of(model, len(plan.decisions)), Holding.of(fused, len(plan.kept))
     if options.json:
         report: dict[str, Any] = {"spec": options.spec, "plan": plan.to_dict()}
         report["sizes"] = {"before": vars(before), "after": vars(after)}
         report["comparison"] = comparison.to_dict()
-        _print_json(report | {"equivalent": True, "output": None if output is None else str(output)})
+        report |= {"equivalent": True, "output": None if output is None else str(output), **_written(options)}
+        _print_json(report)
         return
     show_plan(plan.model, plan.decisions)
     if warning := nothing_fused(plan, model):
@@ -295,14 +343,21 @@ def _fuse(options: argparse.Namespace) -> None:
     print(f"\nequivalent{judged}: {len(plan.fused)} of {len(plan.decisions)} batch norms are gone")
     if output is not None:
         print(f"saved {output}")
+    for path in [*([] if options.report is None else [options.report]), *(options.onnx or [])]:
+        print(f"wrote {path}")
 
 
 def _files(options: argparse.Namespace) -> list[tuple[str, int | None, int | None]]:
-    """The size of the file that was written, beside that of the weights that were read."""
-    if options.output is None:
-        return []
-    read = options.weights and Path(options.weights).is_file()
-    return [("file", Path(options.weights).stat().st_size if read else None, options.output.stat().st_size)]
+    """The sizes of the files that were written; that of the weights beside that of those that were read."""
+    found: list[tuple[str, int | None, int | None]] = []
+    if options.output is not None:
+        read = options.weights and Path(options.weights).is_file()
+        size = Path(options.weights).stat().st_size if read else None
+        found.append(("file", size, options.output.stat().st_size))
+    if options.onnx is not None:
+        before, after = map(onnx.size, options.onnx)
+        found.append(("ONNX file", before, after))
+    return found
 
 
 def _waiting(options: argparse.Namespace, doing: str) -> contextlib.AbstractContextManager[None]:
