@@ -24,14 +24,14 @@ function decided(facts, picture) {
   const reason = (decision) => {
     if (!decision.reason) return "";
     const lines = reasonLines(decision.reason, link).filter(Boolean);
-    return element("div", {}, named(decision.reason.text), lines.length ? element("details", {}, element("summary", {}, "more"), lines) : null);
+    return element("div", {}, prose(decision.reason.text), lines.length ? element("details", {}, element("summary", {}, "more"), lines) : null);
   };
   const table = sortable(
     "Decisions",
     [
-      { title: "Norm", value: (decision) => places.get(decision), cell: normLink },
+      { title: "Norm", class: "long", value: (decision) => places.get(decision), cell: normLink },
       { title: "Name", value: (decision) => decision.norm, skip: true },
-      { title: "Class", value: (decision) => decision.class || "", cell: (decision) => named(decision.class || "–") },
+      { title: "Class", class: "short", value: (decision) => decision.class || "", cell: (decision) => named(decision.class || "–") },
       { title: "Channels", numeric: true, value: (decision) => decision.channels ?? null, cell: (decision) => (decision.channels == null ? "–" : count(decision.channels)) },
       { title: "Decision", value: (decision) => (decision.removed ? "removed" : "kept"), cell: (decision) => badge(decision.removed ? "removed" : "kept", decision.removed ? "removed" : "kept") },
       { title: plan ? "Would be taken up by" : "Taken up by", value: (decision) => (decision.into || []).join(", "), cell: target },
@@ -65,7 +65,7 @@ function decided(facts, picture) {
   const ordered = [...groups].sort(([, one], [, other]) => other.length - one.length);
   const codes = element("select", { "aria-label": "Reason", on: { change: (event) => { state.code = event.target.value; apply(); } } },
     element("option", { value: "" }, "every reason"),
-    ordered.map(([code, members]) => element("option", { value: code }, `${code.length > 60 ? `${code.slice(0, 60)}…` : code} (${count(members.length)})`)),
+    ordered.map(([code, members]) => element("option", { value: code }, `${visible(code.length > 60 ? `${code.slice(0, 60)}…` : code)} (${count(members.length)})`)),
   );
   const search = element("input", { type: "search", "aria-label": "Filter the norms", placeholder: "Filter by name, layer or reason", on: { input: (event) => { state.text = event.target.value; apply(); } } });
   const controls = element("div", { class: "toolbar" }, kinds, ordered.length ? codes : null, element("div", { class: "finder" }, search));
@@ -82,11 +82,11 @@ function decided(facts, picture) {
     return element(
       "details",
       { class: "group" },
-      element("summary", {}, badge("kept", ""), element("span", { class: "times" }, counted(members.length, "norm")), named(texts[0][0], { class: "name words" })),
-      first.meaning ? element("p", {}, first.meaning) : null,
-      first.advice ? element("p", {}, element("strong", {}, "What to do: "), first.advice) : null,
+      element("summary", {}, badge("kept", ""), element("span", { class: "times" }, counted(members.length, "norm")), prose(texts[0][0])),
+      first.meaning ? element("p", {}, prose(first.meaning)) : null,
+      first.advice ? element("p", {}, element("strong", {}, "What to do: "), prose(first.advice)) : null,
       element("ul", { class: "lines" }, texts.map(([line, norms]) =>
-        element("li", {}, texts.length > 1 ? [named(line), ": "] : null, spaced(norms.slice(0, 12).map(normLink)), norms.length > 12 ? ` and ${count(norms.length - 12)} more` : null))),
+        element("li", {}, texts.length > 1 ? [prose(line), ": "] : null, spaced(norms.slice(0, 12).map(normLink)), norms.length > 12 ? ` and ${count(norms.length - 12)} more` : null))),
       element("p", {}, element("button", { type: "button", on: { click: only } }, "Only these in the table"), " ", element("span", { class: "code" }, named(code))),
     );
   });

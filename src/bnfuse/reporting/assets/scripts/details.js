@@ -10,10 +10,11 @@ function badge(mark, text) {
 function reasonLines(reason, link) {
   const refused = (reason.refused_by || []).map(link).filter(Boolean);
   return [
-    reason.meaning ? element("p", {}, reason.meaning) : null,
-    reason.advice ? element("p", {}, element("strong", {}, "What to do: "), reason.advice) : null,
-    refused.length ? element("p", {}, element("strong", {}, "Refused by: "), ...refused.flatMap((one, place) => (place ? [", ", one] : [one]))) : null,
-    (reason.details || []).length ? element("ul", { class: "lines" }, reason.details.map((line) => element("li", {}, named(line)))) : null,
+    reason.meaning ? element("p", {}, prose(reason.meaning)) : null,
+    reason.advice ? element("p", {}, element("strong", {}, "What to do: "), prose(reason.advice)) : null,
+    refused.length ? element("p", {}, element("strong", {}, "Refused by:")) : null,
+    refused.length ? element("ul", { class: "plain refused" }, refused.map((one) => element("li", {}, one))) : null,
+    (reason.details || []).length ? element("ul", { class: "lines" }, reason.details.map((line) => element("li", {}, prose(line)))) : null,
   ];
 }
 
@@ -88,7 +89,7 @@ class Details {
       element("h3", {}, named(node.label || node.operator)),
       mark ? element("p", {}, badge(mark, { removed: "removed", kept: "kept", changed: "weights changed" }[mark])) : null,
       decision?.removed && (decision.into_nodes || []).length ? element("p", {}, "Taken up by ", ...decision.into_nodes.flatMap((id, place) => (place ? [", ", link(id)] : [link(id)])).filter(Boolean), ".") : null,
-      decision?.reason ? element("p", { class: "reason" }, named(decision.reason.text)) : null,
+      decision?.reason ? element("p", { class: "reason" }, prose(decision.reason.text)) : null,
       ...(decision?.reason ? reasonLines(decision.reason, link) : []),
       this.list([
         ["module", node.module ? named(node.module) : null],

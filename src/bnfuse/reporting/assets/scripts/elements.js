@@ -25,9 +25,24 @@ function shape(name, attributes = {}, ...children) {
   return filled(document.createElementNS(SVG, name), attributes, children);
 }
 
+/** A text in which signs that cannot be seen, or that turn the direction of others, are written as their numbers. */
+function visible(text) {
+  return String(text).replace(
+    /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g,
+    (sign) => `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  );
+}
+
 /** A name from the model: kept apart from the direction of the text around it, broken where it must be. */
 function named(text, attributes = {}) {
-  return element("bdi", { class: "name", ...attributes }, String(text));
+  return element("bdi", { class: "name", ...attributes }, visible(text));
+}
+
+/** A sentence, with code where it stands between backticks. */
+function prose(text) {
+  const parts = visible(text).split("`");
+  if (parts.length % 2 === 0) return element("bdi", { class: "prose" }, visible(text));
+  return element("bdi", { class: "prose" }, parts.map((part, place) => (place % 2 ? element("code", {}, part) : part)));
 }
 
 /** A section of the report with its heading. */
@@ -57,7 +72,7 @@ const tooltip = document.getElementById("tooltip");
 
 /** Show lines beside a place on the screen. */
 function showTip(lines, box) {
-  tooltip.replaceChildren(...lines.map((line) => element("div", {}, line)));
+  tooltip.replaceChildren(...lines.map((line) => element("div", {}, visible(line))));
   tooltip.hidden = false;
   const { width, height } = tooltip.getBoundingClientRect();
   const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), window.innerWidth - width - 8);

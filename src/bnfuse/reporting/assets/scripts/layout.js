@@ -15,7 +15,7 @@ function textWidth(text, font) {
 
 /** A text cut in its middle so that it fits, since names differ at both ends. */
 function fitted(text, font, most) {
-  const clean = String(text).replace(/[\u0000-\u001f\u2028\u2029]/g, " ");
+  const clean = visible(text).replace(/\s/g, " ");
   if (clean.length < 400 && textWidth(clean, font) <= most) return clean;
   const letters = Array.from(clean.length > 400 ? `${clean.slice(0, 200)}${clean.slice(-200)}` : clean);
   let [least, limit] = [0, letters.length];
@@ -81,6 +81,14 @@ const LAYOUT = {
   "elk.padding": "[top=16,left=16,bottom=16,right=16]",
 };
 
+/** Above so many boxes and edges, crossings are looked for with less patience: seconds become tenths of a second. */
+const PATIENCE = 260;
+const HASTE = {
+  "elk.layered.thoroughness": "1",
+  "elk.layered.crossingMinimization.greedySwitch.type": "OFF",
+  "elk.layered.crossingMinimization.greedySwitchHierarchical.type": "OFF",
+};
+
 class Layouts {
   constructor(network) {
     this.network = network;
@@ -137,14 +145,22 @@ class Layouts {
     else promise.resolve(data);
   }
 
-  ask(graph) {
+  /** Give up what is being laid out. */
+  stop() {
+    this.worker?.terminate?.();
+    this.started = null;
+    for (const { reject } of this.waiting.values()) reject(new Error("it was stopped"));
+    this.waiting.clear();
+  }
+
+  ask(graph, hasty) {
     this.started = this.started || this.start();
     return this.started.then(
       () =>
         new Promise((resolve, reject) => {
           const id = (this.asked += 1);
           this.waiting.set(id, { resolve, reject });
-          this.worker.postMessage({ id, cmd: "layout", graph, layoutOptions: LAYOUT, options: {} });
+          this.worker.postMessage({ id, cmd: "layout", graph, layoutOptions: hasty ? { ...LAYOUT, ...HASTE } : LAYOUT, options: {} });
         }),
     );
   }
@@ -152,7 +168,11 @@ class Layouts {
   /** The places in a view: a map of boxes, a map of edges to their points, and the whole size. */
   async of(view) {
     const key = `${view.which} ${[...view.boxes.keys()].join(" ")}`;
-    if (!this.known.has(key)) this.known.set(key, this.ask(this.described(view)).then(placed));
+    if (!this.known.has(key)) {
+      const found = this.ask(this.described(view), view.boxes.size + view.edges.size > PATIENCE).then(placed);
+      this.known.set(key, found);
+      found.catch(() => this.known.delete(key));
+    }
     return this.known.get(key);
   }
 
@@ -165,8 +185,10 @@ class Layouts {
         children: children.map(describe),
         layoutOptions: {
           "elk.padding": `[top=${HEADER + 14},left=14,bottom=14,right=14]`,
+          // ELK lays out to the right and turns the result, these two excepted: height stands before width here.
           "elk.nodeSize.constraints": "MINIMUM_SIZE",
-          "elk.nodeSize.minimum": `(${headerWidth},${HEADER})`,
+          "elk.nodeSize.minimum": `(${HEADER},${headerWidth})`,
+          "elk.contentAlignment": "V_CENTER",
         },
       };
     };

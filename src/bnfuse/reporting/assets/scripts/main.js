@@ -30,24 +30,32 @@ function networked(facts) {
   return { made, picture };
 }
 
-function drawn() {
+/** Let the browser show what is there before more is made. */
+function breath() {
+  return new Promise((resolve) => {
+    setTimeout(resolve, 0);
+  });
+}
+
+async function drawn() {
   themed();
   const facts = JSON.parse(document.getElementById("facts").textContent);
-  const { made, picture } = networked(facts);
   const report = document.getElementById("report");
-  report.append(summarised(facts), made, decided(facts, picture), erring(facts, picture), ranging(facts, picture));
-  const ready = (state) => {
-    performance.mark("drawn");
-    document.documentElement.dataset.state = state;
-  };
-  if (!picture.network.operators.size) {
-    ready("ready");
-    return;
-  }
-  picture.show().then(
-    () => ready("ready"),
-    () => ready("failed"),
+  const { made, picture } = networked(facts);
+  report.append(summarised(facts), made);
+  let state = "ready";
+  // The worker lays the network out while the rest is drawn here.
+  const shown = picture.network.operators.size ? picture.show() : Promise.resolve();
+  const seen = shown.then(
+    () => performance.mark("picture"),
+    () => { state = "failed"; },
   );
+  for (const part of [decided, erring, ranging]) {
+    await breath();
+    report.append(part(facts, picture));
+  }
+  await seen;
+  document.documentElement.dataset.state = state;
 }
 
 drawn();

@@ -41,21 +41,21 @@ class Pane {
     const arrow = (name) =>
       shape(
         "marker",
-        { id: `${name}${id}`, viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto-start-reverse", class: name },
+        { id: `${name}${id}`, viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 8, markerHeight: 8, markerUnits: "userSpaceOnUse", orient: "auto-start-reverse", class: name },
         shape("path", { d: "M0,0.5L8,4L0,7.5Z" }),
       );
-    this.heads = { flow: `url(#flow${id})`, taken: `url(#taken${id})` };
+    this.heads = { flow: `url(#flow${id})`, lit: `url(#lit${id})`, taken: `url(#taken${id})` };
     this.layers = Object.fromEntries(["backs", "wires", "arrows", "boxes"].map((name) => [name, shape("g", { class: name })]));
     this.stage = shape("g", { class: "stage" }, Object.values(this.layers));
     const title = which === "before" ? "before" : "after";
     this.drawing = shape(
       "svg",
       { class: "drawing", role: "group", "aria-label": `The network ${title}. Arrow keys move, Enter opens a module or selects.` },
-      shape("defs", {}, arrow("flow"), arrow("taken")),
+      shape("defs", {}, arrow("flow"), arrow("lit"), arrow("taken")),
       this.stage,
     );
     this.map = shape("svg", { class: "map", "aria-hidden": "true" });
-    this.note = element("p", { class: "note" }, "Laying out…");
+    this.note = element("p", { class: "waiting" });
     this.host = element(
       "div",
       { class: "pane", "data-which": which },
@@ -73,14 +73,18 @@ class Pane {
   async show() {
     const turn = (this.turn += 1);
     const view = this.network.view(this.which, this.picture.open);
+    const stop = element("button", { type: "button", hidden: true, on: { click: () => this.picture.layouts.stop() } }, "Stop");
+    this.note.replaceChildren(`Laying out ${counted(view.boxes.size, "box", "boxes")}… `, stop);
     this.note.hidden = false;
-    this.note.textContent = "Laying out…";
+    const patience = setTimeout(() => { stop.hidden = false; }, 1500);
     let layout;
     try {
       layout = await this.picture.layouts.of(view);
     } catch (error) {
       if (turn === this.turn) this.note.textContent = `The picture could not be laid out: ${error.message}`;
       throw error;
+    } finally {
+      clearTimeout(patience);
     }
     if (turn !== this.turn) return;
     this.note.hidden = true;
@@ -197,7 +201,8 @@ class Pane {
       if (texts.note) parts.push(shape("text", { class: "note", x: texts.left, y: 33 }, texts.note));
     }
     let right = width - 10;
-    for (const [name, number] of [...texts.icons].reverse()) {
+    const icons = this.which === "after" ? texts.icons.filter(([name]) => name !== "removed") : [...texts.icons];
+    for (const [name, number] of icons.reverse()) {
       if (number !== null) {
         right -= textWidth(String(number), NAME_FONT);
         parts.push(shape("text", { class: "note number", x: right, y: tall / 2 + 4 }, String(number)));
@@ -218,7 +223,7 @@ class Pane {
     const { tally } = item;
     if (item.children) {
       const parts = [`module ${item.module || "the whole"}`, item.kind, counted(tally.operators, "operator")];
-      for (const [mark, words] of [["removed", "removed"], ["kept", "kept"]]) if (tally[mark]) parts.push(`${counted(tally[mark], "norm")} ${words}`);
+      for (const [mark, words] of this.which === "after" ? [["kept", "kept"]] : [["removed", "removed"], ["kept", "kept"]]) if (tally[mark]) parts.push(`${counted(tally[mark], "norm")} ${words}`);
       if (tally.changed) parts.push(`${counted(tally.changed, "layer")} with changed weights`);
       return parts.filter(Boolean).join(", ");
     }
@@ -288,7 +293,10 @@ class Pane {
       place.classList.toggle("lit", boxes.has(key));
       place.classList.toggle("refusing", refusing.has(key));
     }
-    for (const [key, wire] of this.wires) wire.classList.toggle("lit", wires.has(key));
+    for (const [key, wire] of this.wires) {
+      wire.classList.toggle("lit", wires.has(key));
+      wire.setAttribute("marker-end", wires.has(key) ? this.heads.lit : this.heads.flow);
+    }
     for (const arrow of this.layers.arrows.children) {
       arrow.classList.toggle("lit", on && lit.decisions.some((place) => arrow.dataset.decisions.includes(` ${place} `)));
     }

@@ -1,5 +1,8 @@
 // The section with the network: two panes, what both share, and the tools above them.
 
+const HINT = "Drag to pan; scroll with Ctrl or pinch to zoom. With the keyboard: arrows follow the data, Enter opens a module, + − 0 zoom, / finds.";
+const MOST_BOXES = 300; // opened at once; more can be opened one by one
+
 class Picture {
   constructor(facts, network) {
     this.facts = facts;
@@ -46,6 +49,7 @@ class Picture {
       tool("Expand", "Open every module that is seen, by one level", () => this.deepen(1)),
       tool("Collapse", "Close the innermost modules", () => this.deepen(-1)),
     );
+    this.hint = element("p", { class: "hint" }, HINT);
     this.frame = element("div", { class: "panes", "data-mode": "before" }, this.panes.before.host, this.panes.after.host);
     this.host = element(
       "div",
@@ -53,7 +57,7 @@ class Picture {
       element("div", { class: "toolbar" }, this.modes, depth, zooms, element("div", { class: "finder" }, this.finder, this.list)),
       this.legend(),
       element("div", { class: "stagebox" }, this.frame, this.details.host),
-      element("p", { class: "hint" }, "Drag to pan; scroll with Ctrl or pinch to zoom. With the keyboard: arrows follow the data, Enter opens a module, + − 0 zoom, / finds."),
+      this.hint,
     );
     this.listen();
   }
@@ -84,7 +88,22 @@ class Picture {
 
   async show() {
     await Promise.all(this.shown().map((pane) => pane.show()));
+    this.drawn = new Set(this.open);
     this.marked();
+  }
+
+  /** Show what is open now; if that is given up, what was seen before. */
+  async reshow() {
+    try {
+      await this.show();
+      return true;
+    } catch (error) {
+      if (!this.drawn) throw error;
+      this.open = new Set(this.drawn);
+      say(`The picture stays as it was: ${error.message}`);
+      await this.show();
+      return false;
+    }
   }
 
   async setMode(mode) {
@@ -94,7 +113,7 @@ class Picture {
     this.mode = mode;
     this.frame.dataset.mode = mode;
     this.modes.set(mode);
-    await this.show();
+    await this.reshow();
     for (const pane of this.shown()) if (pane !== last || mode === "both") this.lead(pane, seen, scale);
     say(mode === "both" ? "Before and after, side by side" : `The network ${mode}`);
   }
@@ -103,7 +122,7 @@ class Picture {
     this.large = large;
     this.host.classList.toggle("large", large);
     this.enlarge.setAttribute("aria-pressed", String(large));
-    this.each((pane) => pane.place());
+    this.each((pane) => pane.layout && pane.place());
   }
 
   /** Let the other pane show what this one shows. */
@@ -137,9 +156,9 @@ class Picture {
     if (opening) this.open.add(key);
     else this.close(group);
     const before = this.onScreen(pane, key);
-    await this.show();
+    const done = await this.reshow();
     this.keep(pane, key, before);
-    say(`${group.module || group.kind} ${opening ? "opened" : "closed"}`);
+    if (done) say(`${group.module || group.kind} ${opening ? "opened" : "closed"}`);
   }
 
   close(group) {
@@ -160,14 +179,26 @@ class Picture {
   }
 
   async deepen(way) {
+    let cut = false;
     const level = (group) => {
       let depth = 0;
       for (let at = group.parent; at; at = at.parent) depth += 1;
       return depth;
     };
     if (way > 0) {
-      const seen = [...this.shown()[0].view.boxes.values()].filter((item) => item.children && !this.open.has(item.key));
-      for (const group of seen) this.open.add(group.key);
+      // In reading order, as long as the picture can still be taken in.
+      const { view } = this.shown()[0];
+      let boxes = view.boxes.size;
+      for (const key of this.shown()[0].inOrder()) {
+        const group = this.network.item(key);
+        if (!group.children || this.open.has(key)) continue;
+        boxes += group.children.length;
+        if (boxes > MOST_BOXES) {
+          cut = true;
+          break;
+        }
+        this.open.add(key);
+      }
     } else {
       const opened = [...this.open].map((key) => this.network.item(key)).filter((group) => group !== this.network.root);
       const deepest = Math.max(0, ...opened.map(level));
@@ -176,12 +207,13 @@ class Picture {
     const pane = this.shown()[0];
     const seen = pane.middle();
     const { scale } = pane.at;
-    await this.show();
+    if (!(await this.reshow())) return;
     const item = seen && this.network.item(seen.key);
     const key = item && (pane.view.boxes.has(item.key) ? item.key : this.visible(item, pane));
     if (key) this.lead(pane, { ...seen, key }, scale);
     this.follow(pane);
-    say(`${counted(pane.view.boxes.size, "box", "boxes")} are shown`);
+    this.hint.textContent = cut ? `With all modules of this level there would be more than ${MOST_BOXES} boxes; open the others one by one.` : HINT;
+    say(`${counted(pane.view.boxes.size, "box", "boxes")} are shown. ${cut ? this.hint.textContent : ""}`);
   }
 
   visible(item, pane) {
@@ -196,7 +228,7 @@ class Picture {
     if (!item.children && item.node.removed && this.mode === "after") await this.setMode("before");
     for (let at = item.parent; at; at = at.parent) this.open.add(at.key);
     this.choose(key);
-    await this.show();
+    if (!(await this.reshow())) return;
     const pane = this.shown()[0];
     pane.center(key);
     if (focus) {

@@ -1,5 +1,7 @@
 // Plots along the run: one place for each layer, in the order in which the layers ran.
 
+const LEAST_STEP = 11;
+const MOST_STEP = 84;
 const PLOT = { height: 260, top: 26, bottom: 18, left: 64 };
 
 /** Ticks at powers of ten, no more than eight. */
@@ -21,7 +23,6 @@ function powerText(power) {
  * marks at a place, given its middle.
  */
 function alongTheRun({ label, layers, ticks, height = PLOT.height, marks, behind = () => [], lines, jump }) {
-  const least = 11;
   const host = element("div", { class: "plot", role: "group", "aria-label": label });
   const axis = shape("svg", { class: "axis", width: PLOT.left, height, "aria-hidden": "true" }, ticks.map(([y, text]) => shape("text", { x: PLOT.left - 8, y: y + 4, "text-anchor": "end" }, text)));
   const sheet = shape("svg", { class: "sheet", height, role: "group", "aria-label": `${label}; arrow keys go from layer to layer` });
@@ -39,7 +40,7 @@ function alongTheRun({ label, layers, ticks, height = PLOT.height, marks, behind
   };
   const draw = () => {
     const room = (scroll.clientWidth || 800) - 2;
-    const step = Math.max(least, Math.min(48, room / layers.length));
+    const step = Math.max(LEAST_STEP, Math.min(MOST_STEP, room / layers.length));
     const width = Math.max(room, step * layers.length);
     sheet.setAttribute("width", width);
     sheet.setAttribute("viewBox", `0 0 ${width} ${height}`);

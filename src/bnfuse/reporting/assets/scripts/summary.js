@@ -13,7 +13,7 @@ function normsTile(summary, plan) {
     shape("rect", { class: "rest", width: 100, height: 8 }),
     shape("rect", { class: "done", width: 100 * share, height: 8 }),
   );
-  const made = tile(plan ? "Batch norms that would go" : "Batch norms removed", `${count(removed)} of ${count(norms)}`, norms === removed ? "none stays" : `${counted(norms - removed, "stays", "stay")}, each with its reason below`);
+  const made = tile(plan ? "Batch norms that would go" : "Batch norms removed", `${count(removed)} of ${count(norms)}`, norms === removed ? "none stays" : norms - removed === 1 ? "1 stays, for the reason below" : `${count(norms - removed)} stay, for the reasons below`);
   made.insertBefore(bar, made.lastChild);
   return made;
 }
@@ -25,9 +25,9 @@ function differenceTile(difference) {
   const relative = numeric(difference.relative);
   const figure = largest === 0 ? "identical" : equal ? "equal" : "different";
   const parts = [`largest difference ${digits(largest, 2)}`];
-  if (relative !== null) parts.push(`${digits(relative, 2)} relative`);
-  if (rounding !== null) parts.push(`float rounding ${digits(rounding, 2)}`);
-  return tile("Outputs, before and after", [badge(equal ? "good" : "bad", ""), figure], parts.join(" · "), equal ? "" : "bad");
+  if (relative !== null) parts.push(`relative ${digits(relative, 2)}`);
+  if (relative > 0 && rounding > 0) parts.push(`${digits(relative / rounding, 2)} times what rounding alone makes`);
+  return tile("Outputs, before and after", [badge(equal ? "good" : "bad", ""), figure], parts.join(", "), equal ? "" : "bad");
 }
 
 function changeTile(row, plan) {
@@ -69,8 +69,8 @@ function summarised(facts) {
         ),
       )
     : null;
-  const lines = (heading, texts, mark = "") =>
-    (texts || []).length ? [element("h3", {}, heading), element("ul", { class: `lines ${mark}` }, texts.map((text) => element("li", {}, named(text))))] : [];
+  const lines = (heading, texts, shown) =>
+    (texts || []).length ? [element("h3", {}, heading), element("ul", { class: "lines" }, texts.map((text) => element("li", {}, shown(text))))] : [];
   const words = summary.difference?.text
     ? element("details", { class: "words" }, element("summary", {}, "The comparison in full"), element("pre", { tabindex: "0", "aria-label": "The comparison in full" }, named(summary.difference.text)))
     : null;
@@ -83,13 +83,13 @@ function summarised(facts) {
     "summary",
     named(facts.model || "model"),
     element("p", { class: "about" }, about.flatMap((part, place) => (place ? [" · ", part] : [part]))),
-    summary.warning ? element("p", { class: "warning", role: "note" }, element("strong", {}, "Mind: "), named(summary.warning)) : null,
+    summary.warning ? element("p", { class: "warning", role: "note" }, element("strong", {}, "Mind: "), prose(summary.warning)) : null,
     element("div", { class: "tiles" }, tiles),
     element(
       "div",
       { class: "columns" },
       element("div", {}, table, words),
-      element("div", {}, lines("Recorded calls", facts.calls), lines("Inputs", facts.inputs), lines("Assumed", summary.assumed), lines("Not seen", summary.unseen)),
+      element("div", {}, lines("Recorded calls", facts.calls, named), lines("Inputs", facts.inputs, named), lines("Assumed", summary.assumed, prose), lines("Not seen", summary.unseen, prose)),
     ),
   );
   made.querySelector("h2").replaceWith(element("h1", { id: "summary-heading" }, named(facts.model || "model")));

@@ -1,6 +1,6 @@
 // Tables whose columns sort; more rows than anyone reads at once are drawn on demand.
 
-const ROWS_AT_ONCE = 400;
+const ROWS_AT_ONCE = 150;
 
 /**
  * A table.
