@@ -1,10 +1,10 @@
 """Other tools on the models of the census: how many norms each leaves, and whether the outputs stay what they were.
 
 The models are the smallest of each family of torchvision and timm whose norms bnfuse fuses, by the rows in
-``docs/census``, with random norms whose statistics come from a run. Every tool gets a copy of the model in float32 and
-the inputs that it is judged on. A tool is *wrong* on a model where an output differs by more than 1 % (relative L2),
-which no rounding in float32 explains, *fails* where it raises or takes longer than its limit; there all norms count as
-left. Tools that are not installed are left out.
+``docs/census``, with random norms whose statistics come from a run. Every tool gets a copy of the model and the inputs
+that it is judged on, in float64 (ONNX Runtime in float32). A tool is *wrong* on a model where an output differs by more
+than 1 % (relative L2), which no rounding explains, and *fails* where it raises, or where a model takes longer than its
+limit; there all norms count as left. Tools that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bench.networks import matches
@@ -88,7 +87,9 @@ def examined(spec: str, family: str, seconds: float = SECONDS) -> list[Finding]:
         return []
     missing = [name for name, tool in TOOLS.items() if tool.version()][len(found) :]
     return found + [
-        Finding(spec, name, found[0].norms, found[0].norms, FAILS, how if place == 0 else f"not tried: {missing[0]} {how}")
+        Finding(
+            spec, name, found[0].norms, found[0].norms, FAILS, how if place == 0 else f"not tried: {missing[0]} {how}"
+        )
         for place, name in enumerate(missing)
     ]
 
@@ -115,9 +116,10 @@ def report(found: Sequence[Finding]) -> Section:
         tuple(rows),
     )
     ours = [finding for finding in found if finding.tool == BNFUSE]
+    worse = _worse(found, ours)
     targets = [
         Target("bnfuse is wrong or fails on no model", all(finding.verdict == RIGHT for finding in ours)),
-        Target(f"no tool that is right leaves fewer norms of a model than bnfuse{_worse(found, ours)}", not _worse(found, ours)),
+        Target(f"no tool that is right leaves fewer norms of a model than bnfuse{worse}", not worse),
     ]
     return Section([table], targets, {"findings": [vars(finding) for finding in found]})
 
