@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make format | make fuzz | make bench | make census | make clean
+# make demo | make test | make lint | make format | make docs | make fuzz | make bench | make census | make clean
 # Each creates .venv and installs what it needs; a second call finds that done.
 
 PYTHON ?= python3
@@ -21,6 +21,12 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages as a site in build/site; a link that leads nowhere, and a page that is in no menu, stops it.
+.PHONY: docs
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/site
+	@echo open build/site/index.html
 
 # One pip call per environment: torch and torchvision must be resolved together to match.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

@@ -20,13 +20,14 @@ from bnfuse.tools.zoo.randomise import randomise_
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 DERIVATION = ROOT / "docs" / "how-it-works.md"
 
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 class Net(nn.Module):
-    """The network of the example in README.md."""
+    """A network for the code of README.md."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,8 +45,6 @@ class Net(nn.Module):
 
 def names_of(page: Path) -> dict[str, Any]:
     """What the examples of a page take for given."""
-    if page.name == "README.md":
-        return {"__name__": "__main__", "bnfuse": bnfuse, "model": randomise_(Net()).eval()}
     return {"__name__": "__main__"}
 
 
@@ -95,6 +94,30 @@ def test_examples(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert len(planned) >= text.count(">>> print(bnfuse.plan(") + text.count(">>> why(")
     for model, inputs, options in planned:
         bnfuse.fuse(model, inputs, **options)
+
+
+def test_the_code_of_the_readme(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It runs as it stands, with a model that somebody might have."""
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {"model": randomise_(Net()).eval(), "x": torch.randn(2, 3, 8, 8), "build_model": Net}
+    exec(code, names)
+    with torch.no_grad():
+        assert torch.equal(names["served"](names["x"]), names["fused"](names["x"]))
+    norms = [name for name, module in names["served"].named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms == ["norm2"]
+
+
+def test_the_readme_is_one_page_and_shows_code_at_once() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 110
+    assert "```python" in lines[:10]
+
+
+def test_every_public_name_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    named = re.findall(r"^\.\. auto(?:function|class|exception):: bnfuse\.(\w+)$", page, re.MULTILINE)
+    assert sorted(named) == sorted(bnfuse.__all__)
 
 
 def test_a_wrong_example_is_found() -> None:
@@ -154,7 +177,7 @@ def headings(page: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)]*)\)", _without_code(page)):
         other = (page.parent / target).resolve() if target else page
