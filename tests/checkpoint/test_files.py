@@ -110,6 +110,15 @@ def test_channels_last_stays(tmp_path: Path) -> None:
     assert_same_state(fused, fresh)
 
 
+def test_without_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors writes by way of it, and does not ask for it."""
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    target = tmp_path / "fused.safetensors"
+    with pytest.raises(CheckpointError, match="fused.safetensors takes numpy: run pip install numpy"):
+        bnfuse.save(bnfuse.fuse(built(plain, 0), X), target)
+    assert os.listdir(tmp_path) == []
+
+
 def test_one_that_was_trained_on_and_one_without_norms(tmp_path: Path) -> None:
     fused = bnfuse.fuse(built(plain, 0)).train()
     optimiser = torch.optim.SGD(fused.parameters(), lr=0.1)

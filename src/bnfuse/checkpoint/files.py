@@ -63,6 +63,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     with _whole_file(target) as scratch:
         try:
             save_file(tensors, str(scratch), metadata)
+        except ModuleNotFoundError as error:  # numpy, by way of which safetensors writes, and which it does not ask for
+            raise CheckpointError(f"Writing {target} takes {error.name}: run pip install {error.name}") from error
         except Exception as error:  # of several classes, such as for a dtype that the format does not have
             raise CheckpointError(f"{target} cannot be written: {one_line(error)}") from error
 
@@ -341,5 +343,5 @@ def _safetensors(path: Path) -> tuple[Any, Any]:
         from safetensors import safe_open
         from safetensors.torch import save_file
     except ModuleNotFoundError as error:
-        raise CheckpointError(f"{path} takes safetensors: run pip install safetensors") from error
+        raise CheckpointError(f"{path} takes safetensors: run pip install safetensors numpy") from error
     return safe_open, save_file
