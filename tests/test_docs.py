@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,24 @@ def test_the_readme_is_one_page_and_shows_code_at_once() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) < 110
     assert "```python" in lines[:10]
+
+
+def test_every_page_is_in_the_menu_of_the_site() -> None:
+    menu = [re.sub(".*<(.*)>", r"\1", page) for pages in site()["CONTENTS"].values() for page in pages]
+    assert sorted(menu) == sorted({page.stem for page in PAGES} - {"README", "index"} | {"self"})
+
+
+def test_links_to_what_is_no_page_become_names_on_the_site() -> None:
+    linked = site()["linked"]
+    assert linked("see [a rule](../src/bnfuse/rules)") == "see a rule (`src/bnfuse/rules`)"
+    assert linked("see [`rules`](../src/bnfuse/rules), `[x](../src)`") == "see `rules`, `[x](../src)`"
+    for text in ("[a](census.md#families)", "[a](../nowhere.py)", "[a](https://b.c)", "```\n[a](../src)\n```"):
+        assert linked(text) == text
+
+
+def site() -> dict[str, Any]:
+    """What stands in the settings of the site."""
+    return runpy.run_path(str(ROOT / "docs" / "conf.py"))
 
 
 def test_every_public_name_is_on_its_page() -> None:
