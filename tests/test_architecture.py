@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 LEVELS = [
     {"tools", "__main__"},
     {"api", "pair", "equalisation", "reporting", "__init__"},
+    {"restructuring"},
     {"planner", "checkpoint"},
     {"fusion_plan"},
     {"exported"},

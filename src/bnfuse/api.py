@@ -28,6 +28,8 @@ from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.options import Options, checked_options, patterns
 from bnfuse.planner.planner import Planner, report
 from bnfuse.planner.problem import Problem
+from bnfuse.restructuring.kinds import checked_kinds
+from bnfuse.restructuring.planning import Restructuring
 from bnfuse.transaction import InPlace, fused_copy, rewrite
 from bnfuse.verify.equivalence import same_outputs
 from bnfuse.verify.reference import Reference
@@ -48,6 +50,7 @@ def fuse(
     keep: str | Sequence[str] = (),
     calls: Sequence[Call] = (),
     verify: bool = True,
+    restructure: bool | str | Sequence[str] = (),
     options: Options | None = None,
 ) -> AnyModel:
     """Remove every batch norm whose work other parameters can take up, without changing the outputs.
@@ -64,6 +67,9 @@ def fuse(
             was not seen.
         verify: compare the outputs before and after on the inputs, and raise if they differ, or if the copy runs on
             parameters of the original.
+        restructure: what may change in the structure of the model, so that more norms can go: ``"untie"`` gives each
+            use of a shared layer weights of its own, ``"bake"`` makes a weight that is computed from parameters its
+            result, ``"merge"`` makes one layer of parallel ones; several of them, or True for all. Not for graphs.
         options: what few need: further modules to fold, the only layers that may change, handlers for layers of your
             own, a budget of precision; see :class:`bnfuse.Options`.
 
@@ -74,9 +80,9 @@ def fuse(
 
     Raises:
         InputError: no inputs could be inferred, or the model does not run on them, or ``keep`` or
-            ``options.also`` matches nothing, or no copy can be made that runs on parameters of its own; or the model
-            is scripted, sharded, offloaded, without contents, a graph that was made in training mode, or one that is
-            prepared for quantisation.
+            ``options.also`` matches nothing, or ``restructure`` names something else, or no copy can be made that runs
+            on parameters of its own; or the model is scripted, sharded, offloaded, without contents, a graph that was
+            made in training mode, or one that is prepared for quantisation.
         FusionError: a handler failed.
         VerificationError: the outputs differ; the model is as it was.
 
@@ -93,8 +99,9 @@ def fuse(
     )
     """
     fused, made = fuse_with_plan(
-        model, example_inputs, inplace=inplace, keep=keep, calls=calls, verify=verify, options=options
-    )
+        model, example_inputs, inplace=inplace, keep=keep, calls=calls, verify=verify, restructure=restructure,
+        options=options,
+    )  # fmt: skip
     warning = nothing_fused(made, unwrap(model)[0] if isinstance(model, nn.Module) else model)
     if warning:
         warnings.warn(warning, NothingFusedWarning, stacklevel=2)
@@ -110,6 +117,7 @@ def fuse_with_plan(
     keep: str | Sequence[str] = (),
     calls: Sequence[Call] = (),
     verify: bool = True,
+    restructure: bool | str | Sequence[str] = (),
     options: Options | None = None,
     observer: Observer | None = None,
 ) -> tuple[AnyModel, Plan]:
@@ -120,11 +128,13 @@ def fuse_with_plan(
     """
     form = graph_form(model, inplace)
     if form is None:
-        return _fused(model, example_inputs, inplace, keep, calls, verify, options, observer)
+        kinds = checked_kinds(restructure)
+        return _fused(model, example_inputs, inplace, keep, calls, verify, options, kinds, observer)
+    _refuse_graph(restructure)
     if checked_options(options).reversible:
         raise InputError("A graph keeps nothing of what it was (reversible=): keep the graph that is given.")
     example_inputs = form.inputs(example_inputs)
-    fused, made = _fused(form.module, example_inputs, False, keep, calls, verify, options, observer)
+    fused, made = _fused(form.module, example_inputs, False, keep, calls, verify, options, (), observer)
     result: Any = form.put_back(fused, made if verify and made.fused else None, example_inputs)
     if inplace:
         form.change(made)
@@ -139,6 +149,7 @@ def _fused(
     calls: Sequence[Call],
     verify: bool,
     options: Options | None,
+    kinds: tuple[str, ...],
     observer: Observer | None,
 ) -> tuple[Any, Plan]:
     """The same for a model whose norms are modules, as far as it has any."""
@@ -151,14 +162,17 @@ def _fused(
         source = inner.eval() if inplace else _in_evaluation(inner)
         with _uncollected(), contextlib.nullcontext() if inplace else tree.unchanging(source):
             contents = verify or options.budget is not None
-            planner = Planner(Problem.of(source, example_inputs, options, keep, contents, checked_calls(calls, source)))
-            made = _made(planner, options)
+            problem = Problem.of(source, example_inputs, options, keep, contents, checked_calls(calls, source))
             original = copy_model(source) if options.reversible and inplace else source
-            made, target = carry_out(made, source, planner, verify, inplace)
+            if kinds:
+                planner, made, target = _restructured(problem, kinds, options, verify, inplace)
+            else:
+                planner = Planner(problem)
+                made, target = carry_out(_made(planner, options), source, planner, verify, inplace)
             if observer is not None and not inplace:
                 observer(planner, made, source, target)
             planner.release()
-            del planner
+            del planner, problem
         if options.reversible:
             keep_original(target, original)
         report(made)
@@ -175,6 +189,23 @@ def _made(planner: Planner, options: Options) -> Plan:
     return planner.plan() if options.budget is None else within_budget(planner, options.budget)
 
 
+def _restructured(
+    problem: Problem, kinds: tuple[str, ...], options: Options, verify: bool, inplace: bool
+) -> tuple[Planner, Plan, nn.Module]:
+    """Carry a plan with steps out; steps with which the outputs differ are dropped, and it is planned again."""
+    restructuring = Restructuring(problem, kinds)
+    while True:
+        planner, made = restructuring.plan(lambda planner: _made(planner, options))
+        try:
+            unchanged = made.unchanged
+            made, target = carry_out(made, problem.model, planner, verify, inplace)
+        except VerificationError:
+            if not restructuring.drop_failing(made):
+                raise
+        else:
+            return planner, replace(made, unchanged=unchanged), target
+
+
 def carry_out(
     made: Plan, source: nn.Module, planner: Planner, verify: bool = True, inplace: bool = False
 ) -> tuple[Plan, nn.Module]:
@@ -189,14 +220,14 @@ def carry_out(
     if verify and inplace:
         planner.trials.references  # noqa: B018 (what the original gives, while it is there)
     while True:
-        if not verify or not made.fused:
+        if not verify or not (made.fused or made.steps):
             if inplace:
                 rewrite(made, source, undoable=False)
             return made, source if inplace else fused_copy(made, source)
         change = InPlace(made, source) if inplace else None
         target = source if inplace else fused_copy(made, source)
         try:
-            _verify(made, source, target, planner.problem, change)
+            _verify(made, source, target, planner.original, change)
             failure = planner.trials.failure(made, target, change)
         except VerificationError:
             if change is not None:
@@ -226,12 +257,13 @@ def plan(
     *,
     keep: str | Sequence[str] = (),
     calls: Sequence[Call] = (),
+    restructure: bool | str | Sequence[str] = (),
     options: Options | None = None,
 ) -> Plan:
     """Decide what :func:`fuse` would do, and change nothing.
 
     Args:
-        model, example_inputs, keep, calls, options: as for :func:`fuse`.
+        model, example_inputs, keep, calls, restructure, options: as for :func:`fuse`.
 
     Returns:
         The plan. ``print(plan)`` shows what goes and why the rest stays; ``plan.apply(model)`` carries it out.
@@ -239,7 +271,7 @@ def plan(
     Raises:
         InputError, FusionError: as for :func:`fuse`.
     """
-    return plan_observed(model, example_inputs, keep=keep, calls=calls, options=options)
+    return plan_observed(model, example_inputs, keep=keep, calls=calls, restructure=restructure, options=options)
 
 
 @one_at_a_time
@@ -249,13 +281,16 @@ def plan_observed(
     *,
     keep: str | Sequence[str] = (),
     calls: Sequence[Call] = (),
+    restructure: bool | str | Sequence[str] = (),
     options: Options | None = None,
     observer: Observer | None = None,
 ) -> Plan:
     """What :func:`plan` does, with somebody who looks on."""
     form = graph_form(model)
     if form is not None:
+        _refuse_graph(restructure)
         model, example_inputs = form.module, form.inputs(example_inputs)
+    kinds = checked_kinds(restructure)
     options, keep = checked_options(options), patterns("keep", keep)
     inner, _ = unwrap(checked(model))
     source = _in_evaluation(inner)
@@ -263,11 +298,15 @@ def plan_observed(
         contents = options.budget is not None
         named = checked_calls(calls, source)
         problem = Problem.of(source, example_inputs, options, keep, contents, named, lines=options.infer_calls)
+        witness = problem.witness()
         planner = Planner(problem)
-        made = _made(planner, options)
+        if kinds:
+            planner, made = Restructuring(problem, kinds).plan(lambda planner: _made(planner, options))
+        else:
+            made = _made(planner, options)
         if observer is not None:
             observer(planner, made, source, None)
-        made = replace(made, witness=planner.problem.witness())
+        made = replace(made, witness=witness)
         planner.release()
     report(made)
     return made
@@ -319,6 +358,13 @@ def _verify(plan: Plan, original: nn.Module, fused: nn.Module, problem: Problem,
         log.info("%s", verdict.message)
     if change is not None:
         change.redo()
+
+
+def _refuse_graph(restructure: Any) -> None:
+    if checked_kinds(restructure):
+        raise InputError(
+            "restructure= changes the modules of a model, and a graph has none: fuse the model that it was made of."
+        )
 
 
 def _suspects(plan: Plan, model: nn.Module) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.export import ExportedProgram
 
-from bnfuse.changes import Changes, Decision
+from bnfuse.changes import Changes, Decision, Unchanged
 from bnfuse.errors import FusionError
 from bnfuse.exported.forms import graph_form
 from bnfuse.model.alone import one_at_a_time
@@ -30,17 +30,25 @@ class Plan(Changes):
         unseen: what the calls that it was made from did not show, in words: arguments that were never given, norms that
             did not run. On such calls nothing is promised.
         witness: what tells whether the model has changed since, None for a plan that was carried out at once.
+        unchanged: what stays as it is of what ``restructure=`` asked for, and why.
     """
 
     model: str
     decisions: tuple[Decision, ...]
     unseen: tuple[str, ...] = ()
     witness: Witness | None = field(default=None, repr=False)
+    unchanged: tuple[Unchanged, ...] = ()
 
     @property
     def fused(self) -> tuple[Decision, ...]:
         """The norms that go."""
         return tuple(decision for decision in self.decisions if decision.fused)
+
+    @property
+    def restructuring(self) -> tuple[str, ...]:
+        """What changes in the structure of the model at which price, and what of it was asked for and cannot, in
+        words."""
+        return (*map(str, self.steps), *map(str, self.unchanged))
 
     @property
     def kept(self) -> tuple[Decision, ...]:
@@ -59,6 +67,8 @@ class Plan(Changes):
                 {"names": list(edit.names), "shape": list(edit.shape), "created": edit.created} for edit in self.edits
             ],
             "out_of_place": list(self.out_of_place),
+            "steps": [step.to_dict() for step in self.steps],
+            "unchanged": [one.to_dict() for one in self.unchanged],
             "unseen": list(self.unseen),
         }
 
@@ -116,4 +126,4 @@ class Plan(Changes):
         return all_text(self.model, self.decisions)
 
     def __str__(self) -> str:
-        return plan_text(self.model, self.decisions, self.unseen)
+        return plan_text(self.model, self.decisions, self.unseen, steps=self.restructuring)

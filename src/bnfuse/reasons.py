@@ -1056,3 +1056,57 @@ OTHER_LAYOUT = _cause(
     "The norm made a slice or transposed tensor dense, and `view` needs that, or a reshaped copy is written to.",
     "`reshape` in place of `view`; or `.contiguous()` behind the slice.",
 )
+
+_group("The structure cannot be changed")
+
+USE_WITHOUT_NORM = _cause(
+    "use-without-norm",
+    "not every use of it has a norm of its own right behind it that can go: see {place}",
+    "Untying gives each use of a shared layer a copy of its own in the place of the norm behind it, and the layer "
+    "itself becomes the identity. So each use needs such a norm, which alone reads what the layer makes.",
+    "Nothing; or build the model with a layer for each use.",
+)
+NORM_ALSO_ELSEWHERE = _cause(
+    "norm-also-elsewhere",
+    "{norm}, a norm behind it, also normalises something else",
+    "The layer would be put in the place of the norm, and run there on what never was given to it.",
+    "Nothing; or build the model with a norm for each use.",
+)
+LAYER_HAS_HOOK = _cause(
+    "layer-has-hook",
+    "a forward hook sees what it is given and makes",
+    "The hook belongs to a layer that would be another one, or see something else.",
+    "Remove the hook before fusing.",
+)
+LAYER_IS_OTHER = _cause(
+    "layer-is-other",
+    "{kind} is not one of PyTorch's convolutions and linear layers, or runs a forward of its own",
+    "Only a layer of PyTorch's can be made anew with the same settings.",
+    "Nothing; `restructure='bake'` makes such a layer of one that only computes its weight.",
+)
+LAYER_DIFFERS = _cause(
+    "layer-differs",
+    "it is another layer from one call to the next",
+    "Its stride, padding or another setting, or its weight, depends on how it is called.",
+    "Nothing.",
+)
+LAYER_IS_LOOKED_AT = _cause(
+    "layer-is-looked-at",
+    "with another module in its place the code around it does something else",
+    "The restructured model failed or gave something else, since the code reads an attribute or the class of a layer "
+    "or norm, or holds it in a place of its own.",
+    "Call the layer and do nothing else with it.",
+)
+WEIGHT_COMPUTED_AMID_OTHER_WORK = _cause(
+    "weight-computed-amid-other-work",
+    "its forward does more than computing the weight of one layer and running it",
+    "Code cannot be changed, only modules: a module whose forward is one layer with a computed weight becomes that "
+    "layer with the result.",
+    "Move the layer and its weight into a module of their own.",
+)
+GAINS_NOTHING = _cause(
+    "gains-nothing",
+    "no norm goes with it that would stay without",
+    "Each use would cost a copy of the weights, and the norms behind them stay all the same.",
+    "Nothing.",
+)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bnfuse.changes import Changes, Edit, Handler, Replacement
 from bnfuse.errors import FusionError
-from bnfuse.model import own_steps, tree
+from bnfuse.model import own_steps, placing, tree
 from bnfuse.model.ceiling import Ceiling
 from bnfuse.model.copying import copy_model, held_tensors, shared_memory
 from bnfuse.model.describe import one_line
@@ -40,6 +40,10 @@ def fused_copy(changes: Changes, model: nn.Module) -> nn.Module:
     Raises:
         FusionError, InputError: as for `rewrite` and `bnfuse.model.copying.copy_model`.
     """
+    if changes.steps:
+        copied = copy_model(model)
+        rewrite(changes, copied, undoable=False)
+        return copied
     modules = dict(tree.named_modules(model))
     held = held_tensors(model)
     shared = shared_memory(held)
@@ -99,8 +103,9 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
         FusionError: the model lacks a module or parameter that is to change, an edit overflows its dtype, or a handler
             fails. The model is then as it was.
     """
-    modules = dict(tree.named_modules(model))
     undo: list[Callable[[], None]] = []
+
+    undoable = undoable or any(step.after_fusing for step in changes.steps)
 
     def roll_back() -> None:
         while undo:
@@ -109,6 +114,10 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
 
     try:
         with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could not be trained
+            for step in changes.steps:
+                if not step.after_fusing:
+                    placing.carry_out(step, model, undo)
+            modules = dict(tree.named_modules(model))
             weights = [
                 (edit, _weight(modules, edit)) for edit in changes.edits if not edit.created and not edit.handler
             ]
@@ -137,6 +146,9 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
                 for edit, tensor in weights:
                     _check_range(tensor, edit)
                 _carry_through([write for edit, tensor in weights for write in _writes(tensor, tensor, edit)], undo)
+            for step in changes.steps:
+                if step.after_fusing:
+                    placing.carry_out(step, model, undo)
     except BaseException:
         roll_back()
         raise
@@ -445,6 +457,7 @@ def _holders(modules: _Modules) -> Mapping[int, int]:
 
 def _unknown_to_steps(changes: Changes) -> Iterator[str]:
     """The names of what a step by which a model fuses itself would not find or not take into account."""
+    yield from placing.names_of(changes.steps)
     for replacement in changes.replacements:
         yield from replacement.names
     for edit in changes.edits:

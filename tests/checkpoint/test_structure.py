@@ -247,7 +247,7 @@ GOOD = structure(bnfuse.fuse(built(plain, 0))).to_dict()
         ([], "the structure is a list"),
         (None, "the structure is a NoneType"),
         ({}, "format None"),
-        (GOOD | {"format": 2}, "install a newer bnfuse"),
+        (GOOD | {"format": 3}, "install a newer bnfuse"),
         (GOOD | {"format": "1"}, "the file is damaged"),
         (GOOD | {"removed": {}}, "removed is a dict"),
         (GOOD | {"removed": [{"names": [], "kind": "", "keep": []}]}, "names is empty"),

@@ -39,7 +39,7 @@ def find_norms(model: nn.Module, graph: Graph, also: Sequence[str] = ()) -> list
     calls: dict[int, list[ModuleCall]] = {}
     for call in graph.calls:
         calls.setdefault(id(call.module), []).append(call)
-    referenced = _referenced_elsewhere(model)
+    referenced = referenced_elsewhere(model)
     norms = [
         _module_norm(module, names[key], calls.get(key, []), referenced.get(key))
         for key, module in modules.items()
@@ -203,7 +203,7 @@ def _comes_back(site: Site) -> bool:
     return torch.equal(moved, places)
 
 
-def _referenced_elsewhere(model: nn.Module) -> dict[int, str]:
+def referenced_elsewhere(model: nn.Module) -> dict[int, str]:
     """Plain attributes that also refer to a module (in a list, as a bound method, from a function's closure), by the
     ``id`` of the module."""
     modules = dict(tree.named_modules(model))

@@ -6,6 +6,7 @@ rebuilt from it by the same code that fuses (:func:`bnfuse.transaction.rewrite`)
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +15,25 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from bnfuse.changes import Changes, Edit, Replacement
+from bnfuse.changes import (
+    LAYERS,
+    Changes,
+    Edit,
+    Former,
+    ModuleSpec,
+    NewLayer,
+    OwnTensor,
+    Placement,
+    Replacement,
+    Row,
+    Step,
+)
 from bnfuse.checkpoint.architecture import architecture
 from bnfuse.errors import CheckpointError, FusionError
 from bnfuse.model import tree
 from bnfuse.model.describe import dtype_name, first_few, one_line
-from bnfuse.model.marks import FORMAT, marked
+from bnfuse.model.marks import FORMAT, FORMAT_WITH_PLACES, marked, spec_data
+from bnfuse.model.placing import size_of
 from bnfuse.model.wrappers import unwrap
 from bnfuse.transaction import rewrite
 
@@ -57,6 +71,35 @@ class CreatedParameter:
 
 
 @dataclass(frozen=True)
+class PlacedModule:
+    """A module that stands in the place of another (``restructure=`` of :func:`bnfuse.fuse`).
+
+    Attributes:
+        names: the names of the place.
+        kind: the class of what stood there.
+        module: what it is made of: ``{"layer": class, "settings": {...}}``, ``{"former": name}`` (what stood there, or
+            a module inside of it), or ``{"row": [[name, module], ...]}``.
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    module: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class OwnParameter:
+    """A parameter that a module computed, or had in common with another, before.
+
+    Attributes:
+        names: its names.
+        shape: its shape.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Structure:
     """What fusing has changed in a model, but for the values of weights.
 
@@ -68,6 +111,8 @@ class Structure:
         modules: the class of every other module and a hash of its settings and shapes, by its name. Empty, they are
             not checked.
         bnfuse: the release that it was made by.
+        placed: the modules that stand in the places of others.
+        own: the parameters that modules computed, or had in common with others.
     """
 
     model: str
@@ -76,22 +121,29 @@ class Structure:
     out_of_place: tuple[str, ...] = ()
     modules: Mapping[str, str] | None = None
     bnfuse: str = ""
+    placed: tuple[PlacedModule, ...] = ()
+    own: tuple[OwnParameter, ...] = ()
 
     @property
     def is_fused(self) -> bool:
         """Whether there is anything that a fresh model lacks."""
-        return bool(self.removed or self.created or self.out_of_place)
+        return bool(self.removed or self.created or self.out_of_place or self.placed or self.own)
 
     @property
     def changes(self) -> tuple[object, ...]:
         """What is done to a fresh model, in a form that can be compared with that of another structure."""
         removed = frozenset((frozenset(norm.names), norm.keep, norm.ceiling) for norm in self.removed)
         created = frozenset((frozenset(made.names), made.shape) for made in self.created)
-        return removed, created, frozenset(self.out_of_place)
+        placed = frozenset((frozenset(it.names), json.dumps(it.module, sort_keys=True)) for it in self.placed)
+        own = frozenset((frozenset(it.names), it.shape) for it in self.own)
+        return removed, created, frozenset(self.out_of_place), placed, own
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {"format": FORMAT, **asdict(self), "modules": dict(self.modules or {})}
+        said = {"format": FORMAT, **asdict(self), "modules": dict(self.modules or {})}
+        if self.placed or self.own:
+            return said | {"format": FORMAT_WITH_PLACES}
+        return {name: value for name, value in said.items() if name not in ("placed", "own")}
 
     @staticmethod
     def from_dict(data: object) -> Structure:
@@ -106,10 +158,11 @@ class Structure:
         """
         whole = _dict(data, "the structure")
         made_by = whole.get("format")
-        if type(made_by) is not int or made_by != FORMAT:
+        newer = type(made_by) is int and made_by > FORMAT_WITH_PLACES
+        if type(made_by) is not int or made_by not in (FORMAT, FORMAT_WITH_PLACES):
             raise CheckpointError(
-                f"The structure has format {made_by!r:.40}, and this release of bnfuse reads {FORMAT}: "
-                f"{'install a newer bnfuse' if type(made_by) is int and made_by > FORMAT else 'the file is damaged'}."
+                f"The structure has format {made_by!r:.40}, and this release of bnfuse reads {FORMAT} and "
+                f"{FORMAT_WITH_PLACES}: {'install a newer bnfuse' if newer else 'the file is damaged'}."
             )
         modules = _dict(whole.get("modules"), "modules")
         return Structure(
@@ -131,6 +184,17 @@ class Structure:
             _texts(whole.get("out_of_place"), "out_of_place"),
             {_text(name, "modules"): _text(kind, "modules") for name, kind in modules.items()},
             _text(whole.get("bnfuse"), "bnfuse"),
+            tuple(
+                PlacedModule(
+                    _texts(it.get("names"), "names", least=1), _text(it.get("kind"), "kind"),
+                    spec_data(_spec(it.get("module"))),
+                )
+                for it in _dicts(whole.get("placed", []), "placed")
+            ),
+            tuple(
+                OwnParameter(_texts(it.get("names"), "names", least=1), _shape(it.get("shape")))
+                for it in _dicts(whole.get("own", []), "own")
+            ),
         )  # fmt: skip
 
 
@@ -150,8 +214,7 @@ def structure(model: nn.Module) -> Structure:
     """
     inner, _ = unwrap(model)
     read = Structure.from_dict(marked(inner))
-    norms = {name for norm in read.removed for name in norm.names}
-    return replace(read, modules=architecture(inner, norms, _created_places(read)))
+    return replace(read, modules=architecture(inner, _other_modules(read), _created_places(read)))
 
 
 def restructure(model: nn.Module, structure: Structure | Mapping[str, Any]) -> nn.Module:
@@ -193,18 +256,29 @@ def restructured(model: nn.Module, given: Structure | Mapping[str, Any]) -> Call
             )
         return lambda: None
     _check_architecture(inner, wanted)
+    undo: list[Callable[[], None]] = []
+
+    def take_back() -> None:
+        while undo:
+            undo.pop()()
+
     try:
-        return rewrite(_changes(inner, wanted), inner)
-    except (FusionError, AttributeError) as error:
-        raise CheckpointError(f"The structure is that of another model: {one_line(error)}") from error
+        for step in _steps(inner, wanted):
+            undo.append(rewrite(Changes(steps=(step,)), inner))
+        undo.append(rewrite(_changes(inner, wanted), inner))
+    except BaseException as error:
+        take_back()
+        if isinstance(error, (FusionError, AttributeError)):
+            raise CheckpointError(f"The structure is that of another model: {one_line(error)}") from error
+        raise
+    return take_back
 
 
 def _check_architecture(model: nn.Module, wanted: Structure) -> None:
     """Raise CheckpointError if the model is built in another way."""
     if not wanted.modules:
         return
-    norms = {name for norm in wanted.removed for name in norm.names}
-    found = architecture(model, norms, _created_places(wanted))
+    found = architecture(model, _other_modules(wanted), _created_places(wanted))
     if found == wanted.modules:
         return
     kinds = [{name: kind.partition(" ")[0] for name, kind in each.items()} for each in (found, wanted.modules)]
@@ -234,6 +308,13 @@ def _check_architecture(model: nn.Module, wanted: Structure) -> None:
     )
 
 
+def _other_modules(structure: Structure) -> set[str]:
+    """The names of modules that are others than in a freshly built model."""
+    places = {name for removed in structure.removed for name in removed.names}
+    places |= {name for placed in structure.placed for name in placed.names}
+    return places | {name.rpartition(".")[0] for it in structure.own for name in it.names}
+
+
 def _created_places(structure: Structure) -> dict[str, list[str]]:
     """The parameters that fusing creates, by the name of their module."""
     created: dict[str, list[str]] = {}
@@ -244,13 +325,38 @@ def _created_places(structure: Structure) -> dict[str, list[str]]:
     return created
 
 
+_ROOM = 64
+"""So many times the parameters of the model may all that is put into it have: no file makes us allocate at will."""
+
+
+def _steps(model: nn.Module, wanted: Structure) -> list[Step]:
+    """The modules that stand in the places of others, from the outside to the inside, and the tensors made parameters.
+
+    Raises:
+        CheckpointError: the structure is damaged.
+    """
+    steps = []
+    room = _ROOM * sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    for it in sorted(wanted.placed, key=lambda it: min(name.count(".") for name in it.names)):
+        spec = _spec(it.module)
+        if isinstance(spec, Former):
+            raise CheckpointError(f"The structure is damaged: nothing stands in the place of {it.names[0]}.")
+        room -= size_of(spec)
+        steps.append(Step(kind="", subject="", what="", placements=(Placement(it.names, spec),)))
+    tensors = tuple(OwnTensor(it.names, it.shape) for it in wanted.own)
+    room -= sum(math.prod(tensor.shape) for tensor in tensors)
+    if room < 0:
+        raise CheckpointError("The structure is damaged: it has many more parameters than the model.")
+    return [*steps, Step(kind="", subject="", what="", tensors=tensors)] if tensors else steps
+
+
 def _changes(model: nn.Module, wanted: Structure) -> Changes:
-    """The structure as changes that write no number."""
+    """The rest of the structure as changes that write no number."""
     modules = dict(tree.named_modules(model))
+    whole = sum(parameter.numel() for parameter in model.parameters())
     for norm in wanted.removed:
         if any(modules.get(name) is not modules.get(norm.names[0]) for name in norm.names):
             raise CheckpointError(f"The structure is that of another model: {' and '.join(norm.names)} are not one.")
-    whole = sum(parameter.numel() for parameter in model.parameters())
     if any(norm.ceiling and not 0 < math.prod(norm.ceiling) <= whole for norm in wanted.removed):
         raise CheckpointError("The structure is damaged: it has more bounds than the model has parameters.")
     for made in wanted.created:
@@ -303,6 +409,33 @@ def _dict(value: object, what: str) -> Mapping[str, object]:
 def _dicts(value: object, what: str) -> Iterator[Mapping[str, object]]:
     for item in _list(value, what):
         yield _dict(item, what)
+
+
+def _spec(value: object, depth: int = 0) -> ModuleSpec:
+    """A module as data."""
+    said = _dict(value, "a module")
+    if "former" in said:
+        return Former(_text(said["former"], "former"))
+    if "layer" in said:
+        kind = _text(said["layer"], "layer")
+        if kind not in LAYERS:
+            raise CheckpointError(f"The structure is damaged: {kind!r:.60} is no layer that is made anew.")
+        settings = _dict(said.get("settings"), "settings")
+        return NewLayer(kind, {_text(name, "settings"): _setting(setting) for name, setting in settings.items()})
+    parts = [_list(part, "row") for part in _list(said.get("row"), "row")]
+    if depth > _DEEPEST or any(len(part) != 2 for part in parts):
+        raise CheckpointError("The structure is damaged: a row is no list of names and modules.")
+    return Row(tuple((_text(name, "row"), _spec(part, depth + 1)) for name, part in parts))
+
+
+def _setting(value: object) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return tuple(map(_setting, _list(value, "a setting")))
+
+
+_DEEPEST = 8
+"""So many rows may stand inside one another."""
 
 
 def _shape(value: object) -> tuple[int, ...]:

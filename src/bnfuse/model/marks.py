@@ -5,19 +5,22 @@ the model, and whoever loads such a pickle needs no bnfuse:
 
 * what stands in the place of a norm: its class, and which of the norm's children stayed,
 * a layer that was given a bias or a gain: the name of that parameter,
-* an activation that no longer works in place.
+* an activation that no longer works in place,
+* a module that was put in the place of another: what it is made of, and what stood there,
+* a module that was given a parameter of its own for what it computed, or had in common with others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from bnfuse.changes import Former, ModuleSpec, NewLayer, Row
 from bnfuse.model import tree
 from bnfuse.model.describe import dtype_name
 
@@ -34,6 +37,9 @@ class Mark:
         ceiling: the shape of the bounds, where a `bnfuse.model.ceiling.Ceiling` stands there (first).
         created: the names of the parameters that the module was given.
         out_of_place: whether it worked in place before.
+        placed: what the module is made of, where it was put in the place of another; see `spec_data`.
+        place_of: the class of what stood there.
+        own: the tensors that it was given as parameters of its own, with their shapes.
     """
 
     instead_of: str = ""
@@ -41,6 +47,9 @@ class Mark:
     ceiling: tuple[int, ...] = ()
     created: tuple[str, ...] = ()
     out_of_place: bool = False
+    placed: Mapping[str, Any] | None = None
+    place_of: str = ""
+    own: Mapping[str, Any] | None = None
 
 
 _SILENT = vars(Mark())
@@ -78,10 +87,68 @@ def mark_out_of_place(module: nn.Module) -> Callable[[], None]:
     return _write(module, replace(mark_of(module), out_of_place=True))
 
 
+def mark_placed(module: nn.Module, former: nn.Module, spec: NewLayer | Row) -> Callable[[], None]:
+    """Mark a module that is put in the place of another; returns a function that takes the mark back.
+
+    Where that was put there before, the mark says what to make of what stood there first.
+    """
+    before = mark_of(former)
+    data = spec_data(spec)
+    if before.placed is not None:
+        data = _within(data, before.placed)
+    kind = before.place_of or type(former).__name__
+    undo = [_write(former, replace(before, placed=None, place_of=""))] if before.placed is not None else []
+    undo.append(_write(module, replace(mark_of(module), placed=data, place_of=kind)))
+
+    def take_back() -> None:
+        while undo:
+            undo.pop()()
+
+    return take_back
+
+
+def mark_own(module: nn.Module, name: str, tensor: Tensor) -> Callable[[], None]:
+    """Mark a module that was given a parameter of its own; returns a function that takes the mark back."""
+    mark = mark_of(module)
+    return _write(module, replace(mark, own={**(mark.own or {}), name: list(tensor.shape)}))
+
+
+def spec_data(spec: ModuleSpec) -> dict[str, Any]:
+    """A module as JSON has it, without the contents of its parameters.
+
+    >>> spec_data(Row((("layer", NewLayer("ReLU")), ("norm", Former()))))
+    {'row': [['layer', {'layer': 'ReLU', 'settings': {}}], ['norm', {'former': ''}]]}
+    """
+    if isinstance(spec, Former):
+        return {"former": spec.path}
+    if isinstance(spec, NewLayer):
+        return {"layer": spec.kind, "settings": dict(spec.settings)}
+    return {"row": [[name, spec_data(part)] for name, part in spec.parts]}
+
+
+def _within(data: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What is made of what stood in a place first, if ``data`` says what is made of ``before``, which was made of
+    that."""
+    if "row" in data:
+        return {"row": [[name, _within(part, before)] for name, part in data["row"]]}
+    if "former" not in data:
+        return dict(data)
+    found, path = before, [part for part in data["former"].split(".") if part]
+    while path and "row" in found:
+        found, *_ = (part for name, part in found["row"] if name == path[0])
+        path.pop(0)
+    if not path:
+        return dict(found)
+    return {"former": ".".join(filter(None, [found["former"], *path]))}
+
+
 def _write(module: nn.Module, mark: Mark) -> Callable[[], None]:
     before = module.__dict__.get(ATTRIBUTE)
     said = {name: value for name, value in vars(mark).items() if value != _SILENT[name]}
-    module.__dict__[ATTRIBUTE] = json.dumps(said)
+    if said:
+        module.__dict__[ATTRIBUTE] = json.dumps(said)
+    else:
+        module.__dict__.pop(ATTRIBUTE, None)
 
     def take_back() -> None:
         if before is None:
@@ -96,6 +163,9 @@ def _write(module: nn.Module, mark: Mark) -> Callable[[], None]:
 
 FORMAT = 1
 """Raised when a structure of an earlier release would be misread."""
+
+FORMAT_WITH_PLACES = 2
+"""The format of a structure in which modules stand in the places of others; an earlier release does not read it."""
 
 
 def marked(model: nn.Module) -> dict[str, Any]:
@@ -114,6 +184,8 @@ def marked(model: nn.Module) -> dict[str, Any]:
     removed: list[dict[str, Any]] = []
     created: list[dict[str, Any]] = []
     out_of_place = []
+    placed: list[dict[str, Any]] = []
+    own: list[dict[str, Any]] = []
     for key, module in known.items():
         mark, places = mark_of(module), names[key]
         if mark.instead_of:
@@ -126,14 +198,21 @@ def marked(model: nn.Module) -> dict[str, Any]:
                 created.append({"names": full, "shape": list(parameter.shape), "dtype": dtype_name(parameter.dtype)})
         if mark.out_of_place:
             out_of_place.append(places[0])
+        if mark.placed is not None:
+            placed.append({"names": places, "kind": mark.place_of, "module": dict(mark.placed)})
+        for place, shape in (mark.own or {}).items():
+            full = [f"{name}.{place}" if name else place for name in places]
+            own.append({"names": full, "shape": list(shape)})
     # A norm inside the place of another one went with it.
     gone = tuple(f"{name}." for norm in removed for name in norm["names"])
+    restructured = {"placed": placed, "own": own} if placed or own else {}
     return {
-        "format": FORMAT,
+        "format": FORMAT_WITH_PLACES if restructured else FORMAT,
         "model": type(model).__name__,
         "removed": [norm for norm in removed if not norm["names"][0].startswith(gone)],
         "created": created,
         "out_of_place": out_of_place,
+        **restructured,
         "modules": {},
         "bnfuse": _version(),
     }

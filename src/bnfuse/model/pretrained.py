@@ -170,7 +170,7 @@ def _described_mixin(config: Any, model: nn.Module) -> Any:
 def _structure(model: nn.Module) -> str:
     """The structure of a fused model on one line, empty for one that is not fused."""
     said = marked(model)
-    changed = said["removed"] or said["created"] or said["out_of_place"]
+    changed = any(said.get(what) for what in ("removed", "created", "out_of_place", "placed", "own"))
     return json.dumps(said, separators=(",", ":")) if changed else ""
 
 

@@ -57,7 +57,7 @@ def _error(planner: Planner, plan: Plan) -> float:
     """Relative L2 error of the worst output of the first call, and of those that the caller has named."""
     if not plan.fused:
         return 0.0
-    problem = planner.problem
+    problem = planner.original
     fused = fused_copy(plan, problem.model)
     call = problem.main.call
     found = [compare_outputs(problem.main.output, run(fused, call.args, call.kwargs))]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
+from bnfuse.changes import Step
 from bnfuse.fusion_plan import Plan
 from bnfuse.graph.norms import Norm
 from bnfuse.planner.assumptions import needed_in_place
 from bnfuse.planner.culprits import culprits
 from bnfuse.planner.problem import Problem
+from bnfuse.planner.steps import exact_contents, former_name, rounded_once
 from bnfuse.planner.trying_plans import Trials
 from bnfuse.reasons import (
     CALLER_KEEPS,
@@ -31,10 +34,19 @@ class Planner:
 
     Attributes:
         problem: what is solved.
+        original: what plans are for, and are tried against; another problem than that which is solved where steps make
+            a model of another structure of it first.
+        steps: these steps.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, original: Problem | None = None, steps: Sequence[Step] = ()) -> None:
+        """
+        Args:
+            problem: the model with the steps carried out.
+            original: the model without; None where there are no steps.
+        """
+        self.problem, self.original, self.steps = problem, original or problem, tuple(steps)
+        self._exact = exact_contents(self.steps)
 
     def plan(self, kept: Mapping[Norm, Reason] | None = None) -> Plan:
         """Solve, look at what the solution takes for granted, and solve again without what does not hold.
@@ -54,8 +66,9 @@ class Planner:
         names = {id(module): name for name, module in problem.model.named_modules()} if made.out_of_place else {}
         return Plan(
             model=type(problem.model).__name__,
-            decisions=made.decisions,
-            edits=made.changes.edits,
+            decisions=tuple(replace(one, norm=former_name(one.norm, self.steps)) for one in made.decisions),
+            steps=self.steps,
+            edits=tuple(rounded_once(edit, self._exact) for edit in made.changes.edits),
             replacements=made.changes.replacements,
             out_of_place=tuple(names[id(module)] for module in made.out_of_place),
             unseen=tuple(self._unseen()),
@@ -117,11 +130,12 @@ class Planner:
     @functools.cached_property
     def trials(self) -> Trials:
         """Plans are tried on the further calls."""
-        return Trials(self.problem.model, self.problem.further)
+        return Trials(self.original.model, self.original.further)
 
     def release(self) -> None:
         """Free what was recorded; no plan can be made afterwards."""
-        self.problem.graph.release()
+        for problem in (self.problem, self.original):
+            problem.graph.release()
 
 
 _TRIAL = FAILS_ON_OTHER_INPUTS.reason()  # in no plan that is handed out

@@ -92,4 +92,4 @@ class Trials:
 
     def holds(self, plan: Plan) -> bool:
         """True if the plan holds on all calls."""
-        return not plan.fused or self.failure(plan, fused_copy(plan, self._model)) is None
+        return not (plan.fused or plan.steps) or self.failure(plan, fused_copy(plan, self._model)) is None

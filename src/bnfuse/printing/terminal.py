@@ -42,21 +42,22 @@ def show(table: Table, width: int | None = None) -> None:
         console.print(rich_table(table, console.width), "")
 
 
-def show_plan(model: str, decisions: Sequence[Decision], unseen: Sequence[str] = ()) -> None:
+def show_plan(model: str, decisions: Sequence[Decision], unseen: Sequence[str] = (), steps: Sequence[str] = ()) -> None:
     """Print a plan: the norms that go as a table, those that stay grouped by why, and what was not seen.
 
     Args:
         model: the class of the model.
         decisions: one for each norm.
         unseen: what was not seen, in words.
+        steps: what changes in the structure, in words.
     """
     table, width = fused_table(model, decisions), line_width()
     console = _console() if table.rows else None
     if console is None:
-        print(plan_text(model, decisions, unseen, width), end="\n\n")
+        print(plan_text(model, decisions, unseen, width, steps), end="\n\n")
         return
     console.print(rich_table(table, console.width), "")
-    if notes := notes_text(decisions, unseen, width):
+    if notes := notes_text(decisions, unseen, width, steps):
         print(notes, end="\n\n")
 
 

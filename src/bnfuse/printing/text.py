@@ -15,7 +15,13 @@ _HANGING = 4
 _NARROWEST = 12
 
 
-def plan_text(model: str, decisions: Sequence[Decision], unseen: Sequence[str] = (), width: int = WIDTH) -> str:
+def plan_text(
+    model: str,
+    decisions: Sequence[Decision],
+    unseen: Sequence[str] = (),
+    width: int = WIDTH,
+    steps: Sequence[str] = (),
+) -> str:
     """A line with the counts, the norms that go, those that stay grouped by why, and what was not seen.
 
     Args:
@@ -23,14 +29,18 @@ def plan_text(model: str, decisions: Sequence[Decision], unseen: Sequence[str] =
         decisions: one for each norm.
         unseen: what was not seen, in words.
         width: how many characters a line may have.
+        steps: what changes in the structure, in words.
     """
-    rest = notes_text(decisions, unseen, width)
+    rest = notes_text(decisions, unseen, width, steps)
     return "\n".join(filter(None, [table_text(fused_table(model, decisions), width), rest]))
 
 
-def notes_text(decisions: Sequence[Decision], unseen: Sequence[str] = (), width: int = WIDTH) -> str:
-    """What stands below the norms that go: those that stay, grouped by why, and what was not seen."""
-    lines = []
+def notes_text(
+    decisions: Sequence[Decision], unseen: Sequence[str] = (), width: int = WIDTH, steps: Sequence[str] = ()
+) -> str:
+    """What stands below the norms that go: what changes in the structure, the norms that stay, grouped by why, and what
+    was not seen."""
+    lines = [wrapped(text, width) for text in steps]
     for group in kept_groups(decisions):
         lines.append(wrapped(group.heading, width))
         lines += [wrapped(reason, width, indent=2) for reason in group.reasons]

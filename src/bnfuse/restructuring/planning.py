@@ -1,0 +1,224 @@
+"""From a problem and the kinds that are asked for to a plan with steps, each of which is worth its price and holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from bnfuse.capture.run import Recording
+from bnfuse.changes import Changes, Step, Unchanged
+from bnfuse.fusion_plan import Plan
+from bnfuse.graph.graph import Node
+from bnfuse.graph.norms import Norm
+from bnfuse.model.copying import copy_model
+from bnfuse.planner.planner import Planner
+from bnfuse.planner.problem import Problem
+from bnfuse.planner.steps import exact_contents, former_name
+from bnfuse.planner.trying_plans import Trials
+from bnfuse.reasons import GAINS_NOTHING, LAYER_IS_LOOKED_AT, Cause
+from bnfuse.restructuring.bake import baked
+from bnfuse.restructuring.kinds import BAKE, MERGE, UNTIE
+from bnfuse.restructuring.merge import merged
+from bnfuse.restructuring.untie import untied
+from bnfuse.transaction import fused_copy, rewrite
+from bnfuse.verify.equivalence import same_outputs
+from bnfuse.verify.float64 import float64_copy
+from bnfuse.verify.reference import Reference
+
+log = logging.getLogger("bnfuse")
+
+_ROUNDS = 3
+"""So many times each kind is proposed: what one step makes may be what another needs."""
+
+
+class Restructuring:
+    """Makes plans with steps for one problem.
+
+    Attributes:
+        original: the problem.
+        kinds: what is asked for.
+    """
+
+    def __init__(self, original: Problem, kinds: Sequence[str]) -> None:
+        self.original, self.kinds = original, kinds
+        self._dropped: dict[tuple[str, str], Unchanged] = {}
+        self._unchanged: dict[tuple[str, str], Unchanged] = {}
+        self._before: set[str] | None = None
+
+    def plan(self, make: Callable[[Planner], Plan]) -> tuple[Planner, Plan]:
+        """The planner of the restructured model, and its plan.
+
+        Args:
+            make: what makes a plan of a planner.
+        """
+        while True:
+            planner, made = self._planned(make)
+            useless = self._useless(planner, made)
+            if not useless:
+                break
+            self._drop(useless, GAINS_NOTHING)
+        if MERGE in self.kinds:
+            made = self._with_merges(made)
+        unchanged = {**self._unchanged, **self._dropped}
+        return planner, replace(made, unchanged=tuple(unchanged.values()))
+
+    def drop_failing(self, made: Plan) -> bool:
+        """Drop the steps of a plan that change what the original gives, each for itself; True if there are any."""
+        before = [step for step in made.steps if not step.after_fusing]
+        after = [step for step in made.steps if step.after_fusing]
+        failing = [step for step in before if not self._holds(Changes(steps=(step,)))]
+        if not failing and after and self._holds(replace(made, steps=tuple(before))):
+            failing = [step for step in after if not self._holds(replace(made, steps=(*before, step)))] or after
+        self._drop(failing, LAYER_IS_LOOKED_AT)
+        return bool(failing)
+
+    def _planned(self, make: Callable[[Planner], Plan]) -> tuple[Planner, Plan]:
+        self._unchanged = {}
+        steps: list[Step] = []
+        problem = self.original
+        for kind in (BAKE, UNTIE):
+            for _ in range(_ROUNDS if kind in self.kinds else 0):
+                if kind == BAKE:
+                    found, unchanged = baked(problem)
+                else:
+                    found, unchanged = untied(problem, Planner(problem).plan())
+                self._unchanged.update({(one.kind, one.subject): one for one in unchanged})
+                found = [step for step in found if (step.kind, step.subject) not in self._dropped]
+                if not found:
+                    break
+                steps, problem = self._carried_out(steps, found)
+        return Planner(problem, self.original, steps), make(Planner(problem, self.original, steps))
+
+    # Carrying out ----------------------------------------------------------------------------------------------------
+
+    def _carried_out(self, steps: list[Step], found: list[Step]) -> tuple[list[Step], Problem]:
+        """The steps with those that are found, as far as the model runs in the same way with them; and the problem."""
+        whole = self._tried(steps, found)
+        if whole is None:
+            bad = [step for step in found if self._tried(steps, [step]) is None]
+            self._drop(bad or found, LAYER_IS_LOOKED_AT)
+            found = [step for step in found if step not in bad] if bad else []
+            whole = self._tried(steps, found)
+            if whole is None:
+                self._drop(found, LAYER_IS_LOOKED_AT)
+                whole = self._tried(steps, [])
+        assert whole is not None
+        return whole
+
+    def _tried(self, steps: list[Step], found: Sequence[Step]) -> tuple[list[Step], Problem] | None:
+        """The steps with their prices, and the model with them; None where its code does something else."""
+        if not steps and not found:
+            return [], self.original
+        model = copy_model(self.original.model)
+        priced = []
+        for step in (*steps, *found):
+            before = _size(model)
+            rewrite(Changes(steps=(step,)), model)
+            priced.append(replace(step, parameters=_size(model) - before))
+        problem = _problem(self.original, model, priced)
+        if problem is None or _work(problem, priced) != _work(self.original, priced):
+            return None
+        return priced, problem
+
+    def _useless(self, planner: Planner, made: Plan) -> list[Step]:
+        """The steps that untie something and let no more norms go than go without any steps."""
+        steps = [step for step in planner.steps if step.kind == UNTIE]
+        if not steps:
+            return []
+        if self._before is None:
+            self._before = {decision.norm for decision in Planner(self.original).plan().fused}
+        gone = {decision.norm for decision in made.fused}
+        return [step for step in steps if len(gone & {*step.norms}) <= len(self._before & {*step.norms})]
+
+    def _with_merges(self, made: Plan) -> Plan:
+        """The plan with the merges that follow fusing."""
+        model = fused_copy(made, self.original.model)
+        problem = _problem(self.original, model, ())
+        if problem is None:
+            return made
+        found, unchanged = merged(problem, _exact(self.original.model, made))
+        found = [step for step in found if (step.kind, step.subject) not in self._dropped]
+        self._unchanged.update({(one.kind, one.subject): one for one in unchanged})
+        priced = []
+        for step in found:
+            before = _size(model)
+            rewrite(Changes(steps=(replace(step, after_fusing=False),)), model)
+            priced.append(replace(step, parameters=_size(model) - before, after_fusing=True))
+        return replace(made, steps=(*made.steps, *priced))
+
+    # Dropping --------------------------------------------------------------------------------------------------------
+
+    def _drop(self, steps: Iterable[Step], cause: Cause) -> None:
+        for step in steps:
+            log.info("dropped %s: %s", step, cause.text)
+            self._dropped[step.kind, step.subject] = Unchanged(step.kind, step.subject, cause.reason())
+
+    def _holds(self, changes: Changes) -> bool:
+        """True if the model gives the same with the changes, on all calls."""
+        original, main = self.original.model, self.original.main
+
+        def in_float64(wide: nn.Module) -> nn.Module:
+            rewrite(changes, wide)
+            return wide
+
+        changed = fused_copy(changes, original).eval()
+        verdict = same_outputs(
+            Reference(original, *main.call.inputs, output=main.output, gradients=main.gradients), changed, in_float64
+        )
+        return verdict.equal and Trials(original, self.original.further).failure(changes, changed) is None
+
+
+def _problem(original: Problem, model: nn.Module, steps: Sequence[Step]) -> Problem | None:
+    """The same calls of a model with steps carried out as a problem; None if it does not take one of them."""
+    try:
+        recording: Recording = original.recording.again(model)
+    except Exception:  # noqa: BLE001 (whatever the code around a module raises that is another one now)
+        return None
+    problem = Problem(model, original.options, recording, (), original.further, original.unseen)
+    reasons = {norm.label: reason for norm, reason in original.kept.items()}
+    labels: dict[Norm, str] = {norm: former_name(norm.label, steps) for norm in problem.norms}
+    problem.kept = {norm: reasons[label] for norm, label in labels.items() if label in reasons}
+    for name, contents in exact_contents(steps).items():
+        if name in recording.graph.leaves:
+            recording.graph.leaves[name].tensor = contents  # plans are made from what was not yet rounded
+    return problem
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _work(problem: Problem, steps: Sequence[Step]) -> list[list[tuple[str, tuple[tuple[int, ...], ...]]]]:
+    """The operators of each run and the shapes of what they make, without those of the modules that steps change."""
+    places = {name for step in steps for placement in step.placements for name in placement.names}
+    inside = tuple(f"{name}." for name in places)
+    owners = {name.rpartition(".")[0] for step in steps for tensor in step.tensors for name in tensor.names}
+    inside += tuple(f"{name}.parametrizations.".lstrip(".") for name in owners)
+
+    def counts(node: Node) -> bool:
+        path = node.call.path
+        return path is None or not (path in places or path in owners or path.startswith(inside))
+
+    return [
+        [(node.operator, tuple(made.shape for made in node.outputs)) for node in run.nodes if counts(node)]
+        for run in problem.recording.runs
+    ]
+
+
+def _exact(model: nn.Module, made: Plan) -> Callable[[str], Tensor]:
+    """What gives the float64 contents of the parameters of a fused model, before they are rounded."""
+    fused: list[nn.Module] = []
+
+    def contents(name: str) -> Tensor:
+        if not fused:
+            wide = float64_copy(model)
+            rewrite(made, wide)
+            fused.append(wide)
+        path, _, place = name.rpartition(".")
+        tensor: Tensor = getattr(fused[0].get_submodule(path), place)
+        return tensor.detach()
+
+    return contents
