@@ -36,6 +36,8 @@ class Original:
         created: the names of parameters that layers were given.
         out_of_place: the names of activations that worked in place.
         marks: what an earlier fusing has left, by the name of the module.
+        whole: a copy of the original, where modules stand in other places since then; then nothing else is kept but
+            ``after``, of all tensors.
     """
 
     norms: dict[str, nn.Module] = field(default_factory=dict)
@@ -44,6 +46,7 @@ class Original:
     created: tuple[str, ...] = ()
     out_of_place: tuple[str, ...] = ()
     marks: dict[str, str] = field(default_factory=dict)
+    whole: nn.Module | None = None
 
 
 def keep_original(fused: nn.Module, original: nn.Module) -> None:
@@ -53,6 +56,10 @@ def keep_original(fused: nn.Module, original: nn.Module) -> None:
         original: the model before; nothing of it is shared.
     """
     said = structure(fused)
+    if said.placed or said.own:
+        after = {name: fingerprint(tensor) for name, tensor in _tensors(fused).items()}
+        fused.__dict__[ATTRIBUTE] = Original(after=after, whole=copy_model(original))
+        return
     former = dict(tree.named_modules(original))
     names = [name for norm in said.removed for name in norm.names if name in former]
     # What has a mark was fused before, and stays fused.
@@ -114,6 +121,10 @@ def _restore(model: nn.Module, kept: Original) -> None:
     modules = dict(tree.named_modules(model))
     own = _tensors(model)
     device = next(iter(own.values())).device if own else torch.device("cpu")
+    if kept.whole is not None:
+        model.__class__ = type(kept.whole)
+        object.__setattr__(model, "__dict__", kept.whole.to(device).__dict__)  # also for what refers to the copy
+        return
     with torch.no_grad():
         for name, before in kept.before.items():
             own[name].data = before.to(own[name].device)

@@ -22,6 +22,8 @@ def nothing_fused(plan: Plan, model: object) -> str:
     """
     kept = [decision for decision in plan.kept if decision.reasons[0].code != CALLER_KEEPS.code]
     name = type(model).__name__
+    if plan.steps:
+        return ""
     if not plan.decisions:
         return f"{name} holds no batch norm, so nothing was fused: the model that comes back is as it was."
     if plan.fused or not kept:

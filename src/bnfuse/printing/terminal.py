@@ -67,6 +67,12 @@ def show_unseen(unseen: Sequence[str]) -> None:
         print(wrapped(f"not seen: {text}", line_width()))
 
 
+def show_restructuring(steps: Sequence[str]) -> None:
+    """Print what changes in the structure, a text each."""
+    for text in steps:
+        print(wrapped(text, line_width()))
+
+
 def say(text: str) -> None:
     """Print a message on standard error, with the name of the program before it, in lines that fit."""
     print(message_text(f"bnfuse: {text}", line_width(sys.stderr)), file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnfuse.graph.graph import Node, Value
+from bnfuse.graph.graph import Kind, Node, Value
 
 LAYER, NORM = "layer", "norm"
 """The names of a layer and of the norm behind it, where both stand in the place of the norm."""
@@ -66,7 +66,7 @@ class Run:
 def layer_run(node: Node) -> Run | None:
     """The layer that an operator is, with a weight that does not depend on the input; None for any other operator."""
     if node.operator in _CONVOLUTIONS:
-        x, w, b = node.bound["input"], node.bound["weight"], node.argument("bias")
+        x, w, b = node.bound["input"], node.bound["weight"], _bias(node)
         transposed, axes = "transpose" in node.operator, int(node.operator[-2])
         groups = node.argument("groups", 1)
         channels = (w.shape[0], w.shape[1] * groups)
@@ -87,7 +87,7 @@ def layer_run(node: Node) -> Run | None:
         linear = node.operator == "linear"
         x = node.bound["input" if linear else "self"]
         w = node.bound["weight" if linear else "mat2" if node.operator == "mm" else "other"]
-        b, kind, turned_round = node.argument("bias") if linear else None, "Linear", not linear
+        b, kind, turned_round = _bias(node) if linear else None, "Linear", not linear
         if len(w.shape) != 2 or len(x.shape) < 2:
             return None
         sizes = w.shape if linear else w.shape[::-1]
@@ -103,6 +103,12 @@ def layer_run(node: Node) -> Run | None:
 _CONVOLUTIONS = (
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
 )  # fmt: skip
+
+
+def _bias(node: Node) -> Value | None:
+    """The bias that an operator reads; one that could be created is none yet."""
+    bias: Value | None = node.argument("bias")
+    return None if bias is None or bias.kind is Kind.ABSENT else bias
 
 
 def _for_each_axis(given: int | Sequence[int], axes: int) -> tuple[int, ...]:

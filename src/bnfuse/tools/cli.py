@@ -34,10 +34,11 @@ from bnfuse.planner.options import Options
 from bnfuse.planner.problem import captured
 from bnfuse.printing.sizes import Holding, holdings_table
 from bnfuse.printing.tables import decisions_table
-from bnfuse.printing.terminal import say, show, show_plan, show_unseen
+from bnfuse.printing.terminal import say, show, show_plan, show_restructuring, show_unseen
 from bnfuse.printing.waiting import waiting
 from bnfuse.reporting.facts import Facts
 from bnfuse.reporting.report import checked_path, write
+from bnfuse.restructuring.kinds import KINDS
 from bnfuse.tools import onnx, zoo
 from bnfuse.tools.census.ledger import OUTCOMES
 from bnfuse.tools.completion import SHELLS, PrintCompletion
@@ -175,6 +176,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="count only the calls that are named, and none that are inferred (other sizes, flags, forward_features)",
     )
+    common.add_argument(
+        "--restructure",
+        metavar="KIND",
+        action="append",
+        default=[],
+        help=f"what may change in the structure of the model, so that more norms can go: {', '.join(KINDS)}, or all; "
+        "repeat it for more",
+    )
     common.add_argument("--json", action="store_true", help="print JSON and nothing else on standard output")
     common.add_argument(
         "--report",
@@ -265,7 +274,15 @@ def _plan(options: argparse.Namespace) -> None:
     inputs = _inputs(options, model)
     calls = _calls(options, model, inputs)
     with _naming(options, calls), _waiting(options, "planning"):
-        plan = plan_observed(model, inputs, keep=options.keep, calls=calls, options=_wanted(options), observer=facts)
+        plan = plan_observed(
+            model,
+            inputs,
+            keep=options.keep,
+            calls=calls,
+            restructure=_kinds(options),
+            options=_wanted(options),
+            observer=facts,
+        )
     if facts is not None:
         write(facts, options.report)
     if options.json:
@@ -293,9 +310,10 @@ def _written(options: argparse.Namespace) -> dict[str, Any]:
 
 def _show_plan(plan: Plan, every: bool) -> None:
     if not every:
-        show_plan(plan.model, plan.decisions, plan.unseen)
+        show_plan(plan.model, plan.decisions, plan.unseen, plan.restructuring)
         return
     show(decisions_table(plan.model, plan.decisions))
+    show_restructuring(plan.restructuring)
     show_unseen(plan.unseen)
 
 
@@ -313,7 +331,13 @@ def _fuse(options: argparse.Namespace) -> None:
     calls = _calls(options, model, inputs)
     with _naming(options, calls), _waiting(options, "fusing and verifying"):
         fused, plan = fuse_with_plan(
-            model, inputs, keep=options.keep, calls=calls, options=_wanted(options), observer=facts
+            model,
+            inputs,
+            keep=options.keep,
+            calls=calls,
+            restructure=_kinds(options),
+            options=_wanted(options),
+            observer=facts,
         )
     with _waiting(options, "comparing"):
         comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls])
@@ -334,7 +358,7 @@ def _fuse(options: argparse.Namespace) -> None:
         report |= {"equivalent": True, "output": None if output is None else str(output), **_written(options)}
         _print_json(report)
         return
-    show_plan(plan.model, plan.decisions)
+    show_plan(plan.model, plan.decisions, steps=plan.restructuring)
     if warning := nothing_fused(plan, model):
         say(warning)
     show(holdings_table("What the model holds", before, after, _files(options)))
@@ -395,6 +419,11 @@ def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | 
 
 def _wanted(options: argparse.Namespace) -> Options:
     return Options(infer_calls=not options.no_infer_calls)
+
+
+def _kinds(options: argparse.Namespace) -> Sequence[str]:
+    """The kinds of restructuring that are named on the command line."""
+    return KINDS if "all" in options.restructure else options.restructure
 
 
 def _calls(options: argparse.Namespace, model: nn.Module, inputs: Any) -> list[Call]:
