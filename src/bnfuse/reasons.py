@@ -120,7 +120,8 @@ HAS_HOOK = _cause(
     "has-hook",
     "it has a forward hook, which would be lost",
     "The hook belongs to the module that would go.",
-    "Remove the hook before fusing, and register it on the layer that took the norm up.",
+    "`options=bnfuse.Options(hooks='ignore')`, if the hook need not see the same numbers; or register it on the layer "
+    "that took the norm up.",
 )
 REFERENCED_ELSEWHERE = _cause(
     "referenced-elsewhere",
@@ -260,7 +261,7 @@ HOOK_READS = _cause(
     "hook-reads",
     "a hook on {owner} reads it",
     "A hook sees the tensor, and may do anything with it.",
-    "Remove the hook before fusing.",
+    "Remove the hook before fusing; or `options=bnfuse.Options(hooks='ignore')`, if it may see other numbers.",
 )
 LEAVES_PYTORCH = _cause(
     "leaves-pytorch",

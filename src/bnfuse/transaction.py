@@ -60,8 +60,8 @@ def fused_copy(changes: Changes, model: nn.Module) -> nn.Module:
                 new_weights[edit] = stand_ins[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
         places = lenient_places(modules)
         for replacement in changes.replacements:
-            if not replacement.keep:
-                norm = _norm(modules, replacement)
+            norm = _norm(modules, replacement)
+            if not replacement.keep and not norm._forward_hooks:  # hooks are copied with the model
                 stand_ins[id(norm)] = identity = _identity(norm)
                 if is_guarded(replacement.names, places):
                     add_guard(identity, norm)
@@ -428,7 +428,8 @@ def _replace(
     """
     norm = _norm(modules, replacement)
     kept = [norm.get_submodule(name) for name in replacement.keep]
-    alone = len(kept) == 1 and holders[id(kept[0])] == 1  # a mark on a module held twice would be about two places
+    # A mark on a module held twice would be about two places, and a hook on what is kept about that alone.
+    alone = len(kept) == 1 and holders[id(kept[0])] == 1 and not norm._forward_hooks
     new: nn.Module
     if replacement.ceiling:
         ceiling = _ceiling(modules, replacement.ceiling)
@@ -436,12 +437,18 @@ def _replace(
     else:
         new = _identity(norm) if not kept else kept[0] if alone else nn.Sequential(*kept)
     undo.append(mark_norm(new, type(norm).__name__, replacement.keep, replacement.ceiling))
+    for registry in _HOOKS if norm._forward_hooks else ():
+        new.__dict__[registry] = norm.__dict__[registry]  # whoever registered one can still remove it
     if is_guarded(replacement.names, places):
         undo.append(add_guard(new, norm))
     for name in replacement.names:
         parent, place = _owner(modules, name)
         undo.append(lambda parent=parent, place=place: parent._modules.__setitem__(place, norm))  # type: ignore[misc]
         parent._modules[place] = new
+
+
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+"""The hooks on the output of a module, which are on what stands in its place then."""
 
 
 def _ceiling(modules: _Modules, shape: tuple[int, ...]) -> Ceiling:

@@ -257,3 +257,66 @@ def test_options_are_options() -> None:
     for call in (bnfuse.fuse, bnfuse.plan):
         with pytest.raises(bnfuse.InputError, match=r"options= takes bnfuse.Options"):
             call(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), options={"also": "LayerScale"})
+
+
+# Hooks ----------------------------------------------------------------------------------------------------------------
+
+
+class Hooked(nn.Module):
+    """Convolution, norm and activation, with a hook on one of them that notes what it sees and may change it."""
+
+    def __init__(self, where: str, factor: float | None = None, pre: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU()
+        self.last = nn.Conv1d(4, 2, 1)
+        layer = self.get_submodule(where)
+
+        def hook(module: nn.Module, *values: Any) -> Any:
+            NOTED.append(type(module))
+            value = values[-1][0] if pre else values[-1]
+            return None if factor is None else factor * value
+
+        self.handle = layer.register_forward_pre_hook(hook) if pre else layer.register_forward_hook(hook)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.norm(self.conv(x))))
+
+
+NOTED: list[type] = []
+LINE = torch.randn(2, 3, 7, dtype=torch.float64)
+IGNORING = bnfuse.Options(hooks="ignore")
+
+
+@pytest.mark.parametrize("factor", [None, -3.0])
+@pytest.mark.parametrize("where", ["conv", "norm", "act"])
+def test_hooks_may_see_other_numbers_with_consent(where: str, factor: float | None) -> None:
+    model = prepared(Hooked(where, factor))
+    assert bool(bnfuse.plan(model, LINE).kept) == (where != "act")  # nothing changes behind the activation
+    plan, fused = fused_and_checked(model, LINE, options=IGNORING)
+    assert not plan.kept
+    assert type(fused.norm) is nn.Identity
+    NOTED.clear()
+    fused(LINE)
+    stands_there = {"conv": nn.Conv1d, "norm": nn.Identity, "act": nn.ReLU}
+    assert [stands_there[where]] == NOTED
+
+
+def test_a_hook_moves_with_consent_in_place_and_can_still_be_removed() -> None:
+    model = prepared(Hooked("norm"))
+    expected = model(LINE)
+    assert bnfuse.fuse(model, LINE, inplace=True, options=IGNORING) is model
+    assert torch.allclose(model(LINE), expected, rtol=1e-12)
+    model.handle.remove()
+    NOTED.clear()
+    model(LINE)
+    assert NOTED == []
+
+
+def test_a_hook_before_a_norm_stays() -> None:
+    plan, _ = fused_and_checked(prepared(Hooked("norm", 2.0, pre=True)), LINE, options=IGNORING)
+    assert "has a forward hook" in reason(plan, "norm")
+
+
+def test_hooks_take_one_of_two_words() -> None:
+    with pytest.raises(bnfuse.InputError, match="'keep' or 'ignore'"):
+        bnfuse.Options(hooks="drop")

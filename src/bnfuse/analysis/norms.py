@@ -25,11 +25,12 @@ _DEPTH = 3
 """So many containers inside one another are searched for modules."""
 
 
-def find_norms(model: nn.Module, graph: Graph, also: Sequence[str] = ()) -> list[Norm]:
+def find_norms(model: nn.Module, graph: Graph, also: Sequence[str] = (), hooks_may_see: bool = False) -> list[Norm]:
     """Every batch norm that the model holds or that ran, in the order of the model.
 
     Args:
         also: patterns for the names of further classes that count as norms; upper and lower case are the same.
+        hooks_may_see: whether a norm with a hook on its output may go.
     """
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -41,7 +42,7 @@ def find_norms(model: nn.Module, graph: Graph, also: Sequence[str] = ()) -> list
         calls.setdefault(id(call.module), []).append(call)
     referenced = referenced_elsewhere(model)
     norms = [
-        _module_norm(module, names[key], calls.get(key, []), referenced.get(key))
+        _module_norm(module, names[key], calls.get(key, []), referenced.get(key), hooks_may_see)
         for key, module in modules.items()
         if is_norm(module) or (also and _matches(module, also))
     ]
@@ -75,13 +76,15 @@ def is_norm(module: nn.Module) -> bool:
     return "running_mean" in buffers or "running_mean" in parameters
 
 
-def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: str | None) -> Norm:
+def _module_norm(
+    module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: str | None, hooks_may_see: bool
+) -> Norm:
     kind = type(module).__name__
     own = [*module._parameters.values(), *module._buffers.values()]
     channels = getattr(module, "num_features", None) or max((t.numel() for t in own if t is not None), default=0)
     sites: tuple[Site, ...] = ()
     keep: tuple[str, ...] = ()
-    obstacle = _obstacle(module, names, calls, referenced)
+    obstacle = _obstacle(module, names, calls, referenced, hooks_may_see)
     if obstacle is None:
         found = _sites(calls)
         if found is None:
@@ -92,11 +95,14 @@ def _module_norm(module: nn.Module, names: list[str], calls: list[ModuleCall], r
     return Norm(tuple(names), names[0] or kind, kind, channels, sites, keep, obstacle)
 
 
-def _obstacle(module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: str | None) -> Reason | None:
+def _obstacle(
+    module: nn.Module, names: list[str], calls: list[ModuleCall], referenced: str | None, hooks_may_see: bool
+) -> Reason | None:
     """Why the module cannot be replaced, whatever its forward computes; the first reason that applies.
 
     Args:
         referenced: an attribute of the model that also refers to the module, None if there is none.
+        hooks_may_see: whether a hook on its output is no obstacle. One before it may change what it is given.
     """
     if not calls:
         return reasons.DID_NOT_RUN.reason()
@@ -107,7 +113,8 @@ def _obstacle(module: nn.Module, names: list[str], calls: list[ModuleCall], refe
     prepared = next((call.label for call in _around(calls) if rounds_its_weight(call.module)), None)
     if prepared is not None or is_watched(module):
         return reasons.IS_PREPARED.reason(place=prepared or calls[0].label)
-    if has_hooks(module) or HOOK_OF_ACCELERATE in module.__dict__:
+    hooked = module._forward_pre_hooks if hooks_may_see else has_hooks(module)
+    if hooked or HOOK_OF_ACCELERATE in module.__dict__:
         return reasons.HAS_HOOK.reason()
     if referenced is not None:
         return reasons.REFERENCED_ELSEWHERE.reason(place=referenced)

@@ -35,13 +35,19 @@ class ModuleCalls:
     """
 
     def __init__(
-        self, named: Sequence[tuple[str, nn.Module]], values: Values, ended: list[ModuleCall] | None = None
+        self,
+        named: Sequence[tuple[str, nn.Module]],
+        values: Values,
+        ended: list[ModuleCall] | None = None,
+        hooks_may_see: bool = False,
     ) -> None:
         """
         Args:
             named: every module of the model under each of its names; the first is the model itself.
             ended: is added to.
+            hooks_may_see: whether the caller's own hooks may see other numbers.
         """
+        self._hooks_may_see = hooks_may_see
         self.current = ModuleCall("", named[0][1], None)
         self.ended: list[ModuleCall] = [] if ended is None else ended
         self.hooks = False
@@ -77,7 +83,8 @@ class ModuleCalls:
             call = ModuleCall(self._paths.get(id(module)), module, self.current, [], [], values.inside(args))
             self.current = call
             if hooked or has_own_hooks(module):
-                values.expose(args, HOOK_READS, owner=call.label)
+                if not self._hooks_may_see:
+                    values.expose(args, HOOK_READS, owner=call.label)
                 self.hooks |= not hooked and id(module) not in self._hooked
             elif not module._modules and call.is_standard:
                 pause()  # it reads sizes only to check them, and no contents
@@ -96,7 +103,7 @@ class ModuleCalls:
             if len(rest) < 2:
                 return  # it raised an exception
             kwargs, output = rest
-            if hooked or has_own_hooks(module):
+            if not self._hooks_may_see and (hooked or has_own_hooks(module)):
                 values.expose((args, kwargs, output), HOOK_READS, owner=call.label)
             given = args if not kwargs else (*args, *kwargs.values()) if kwargs.keys() == {"input"} else ()
             call.plain = len(given) == 1 and isinstance(given[0], Tensor) and isinstance(output, Tensor)

@@ -149,6 +149,7 @@ class Recording:
         known: Container[str] | None = None,
         methods: Sequence[str] = (),
         lines: LineWatch | None = None,
+        hooks_may_see: bool = False,
         watcher: Watcher | None = None,
     ) -> None:
         """
@@ -158,9 +159,11 @@ class Recording:
             methods: names of methods whose results are outputs of the model too, where its forward calls them with
                 what it was given itself.
             lines: notes which lines of the model's code run.
+            hooks_may_see: whether the caller's own hooks on modules may see other numbers.
             watcher: looks at what operators make, and must neither keep nor change it.
         """
         self.model = model
+        self._hooks_may_see = hooks_may_see
         self._watch_lines = contextlib.nullcontext if lines is None else lines.watching
         self.runs: list[Run] = []
         self._known = known
@@ -244,7 +247,7 @@ class Recording:
         graph = self.graph
         run = Run(call, start=self._mark(how.begins, shapes_only))
         nodes, done = len(graph.nodes), len(graph.calls)
-        calls = ModuleCalls(self._named, values, graph.calls)
+        calls = ModuleCalls(self._named, values, graph.calls, self._hooks_may_see)
         recorder = Recorder(values, calls, state, self._known, shapes_only, graph.nodes, self._watcher)
         escapes = EscapeWatch(values, calls, state, shapes_only)
         for tensor in own.tensors:
@@ -323,7 +326,8 @@ class Recording:
         Raises:
             Exception: what `record` raises.
         """
-        other = Recording(self.model if model is None else model, self._known, self._methods)
+        model = self.model if model is None else model
+        other = Recording(model, self._known, self._methods, hooks_may_see=self._hooks_may_see)
         for runs in self.sequences:
             assert runs[0].start is not None
             calls = [run.call for run in runs]

@@ -27,6 +27,9 @@ class Options:
             Where it costs more, norms are kept, those whose folding costs most first, as few as suffice.
         infer_calls: whether calls that nobody has named count too: other sizes, flags flipped, optional arguments,
             ``forward_features`` and the like. With False only the example inputs and ``calls`` count.
+        hooks: "keep" for norms that stay where a forward hook of the caller's reads what would change, or stands on the
+            norm itself; "ignore" for hooks that may see other numbers: what the model returns stays the same. A hook
+            on a norm that goes is on what stands in its place then.
         reversible: keep in the fused model what :func:`bnfuse.unfuse` needs, which is about as large as the weights
             that change.
 
@@ -42,6 +45,7 @@ class Options:
     handlers: Mapping[type[nn.Module], Handler] | None = None
     budget: float | None = None
     infer_calls: bool = True
+    hooks: str = "keep"
     reversible: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +57,8 @@ class Options:
             raise _wrong("budget= is a relative error of the outputs", self.budget, "a number of at least 0, or None")
         if not isinstance(self.infer_calls, bool):
             raise _wrong("infer_calls= says whether calls count that nobody named", self.infer_calls, "True or False")
+        if self.hooks not in ("keep", "ignore"):
+            raise _wrong("hooks= says whether norms stay for forward hooks", self.hooks, "'keep' or 'ignore'")
         if not isinstance(self.reversible, bool):
             raise _wrong("reversible= says whether fusing can be undone later", self.reversible, "True or False")
 

@@ -72,7 +72,7 @@ class Problem:
         self.further, self.unseen = list(further), list(unseen)
         self.varying = varying(recording.runs)
         add_custom_layers(model, self.graph, options.handlers or {})
-        self.norms = find_norms(model, self.graph, options.also)
+        self.norms = find_norms(model, self.graph, options.also, options.hooks == "ignore")
         _check_also(model, options.also)
         self.kept = _kept(self.norms, keep)
         created, _ = add_missing_parameters(model, self.graph)
@@ -99,7 +99,8 @@ class Problem:
             lines: say which lines of its code did not run.
         """
         watch = LineWatch(tree.modules(model)) if lines else None
-        recording = captured(model, example_inputs, contents, options.infer_calls, watch)
+        may_see = options.hooks == "ignore"
+        recording = captured(model, example_inputs, contents, options.infer_calls, watch, hooks_may_see=may_see)
         recorder = CallRecorder(recording, contents)
         recorder.add_given(calls)
         if options.infer_calls:
@@ -131,16 +132,18 @@ def captured(
     infer_calls: bool = True,
     lines: LineWatch | None = None,
     advice: str = IN_PYTHON,
+    hooks_may_see: bool = False,
 ) -> Recording:
     """Run the model on the inputs, or on the first of the inferred ones that it takes.
 
     Args:
         advice: what the caller can write instead where none can be inferred.
+        hooks_may_see: whether the caller's own hooks on modules may see other numbers.
     """
     methods = known_methods(model) if infer_calls else []
 
     def run(call: Call) -> Recording:
-        recording = Recording(model, RULES, methods, lines)
+        recording = Recording(model, RULES, methods, lines, hooks_may_see)
         if not contents:
             with contextlib.suppress(NeedsContentsError, Exception):  # then it runs for real, and fails if it must
                 recording.record(call, shapes_only=True)
