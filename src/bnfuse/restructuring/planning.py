@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from bnfuse.capture.run import Recording
 from bnfuse.changes import Changes, Step, Unchanged
 from bnfuse.fusion_plan import Plan
-from bnfuse.graph.graph import Node
+from bnfuse.graph.graph import Node, Value
 from bnfuse.graph.norms import Norm
 from bnfuse.model.copying import copy_model
 from bnfuse.planner.planner import Planner
@@ -191,8 +192,9 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _work(problem: Problem, steps: Sequence[Step]) -> list[list[tuple[str, tuple[tuple[int, ...], ...]]]]:
-    """The operators of each run and the shapes of what they make, without those of the modules that steps change."""
+def _work(problem: Problem, steps: Sequence[Step]) -> list[list[tuple[str, Any, Any]]]:
+    """The operators of each run, their numbers and the shapes of what they make, without those of modules that steps
+    change."""
     places = {name for step in steps for placement in step.placements for name in placement.names}
     inside = tuple(f"{name}." for name in places)
     owners = {name.rpartition(".")[0] for step in steps for tensor in step.tensors for name in tensor.names}
@@ -203,9 +205,20 @@ def _work(problem: Problem, steps: Sequence[Step]) -> list[list[tuple[str, tuple
         return path is None or not (path in places or path in owners or path.startswith(inside))
 
     return [
-        [(node.operator, tuple(made.shape for made in node.outputs)) for node in run.nodes if counts(node)]
+        [
+            (node.operator, [_plain(value) for value in node.bound.values()], [made.shape for made in node.outputs])
+            for node in run.nodes
+            if counts(node)
+        ]
         for run in problem.recording.runs
     ]
+
+
+def _plain(argument: Any) -> Any:
+    """An argument of an operator without values."""
+    if isinstance(argument, (list, tuple)):
+        return [_plain(item) for item in argument]
+    return None if isinstance(argument, Value) else argument
 
 
 def _exact(model: nn.Module, made: Plan) -> Callable[[str], Tensor]:

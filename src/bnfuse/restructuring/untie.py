@@ -58,7 +58,7 @@ def untied(problem: Problem, plan: Plan) -> tuple[list[Step], list[Unchanged]]:
             continue
         group = search.group(layer)
         done.update(map(id, group))
-        if len(group) == 1 and len(search.norms_behind(layer)) < 2:
+        if len(group) == 1 and not search.has_different_uses(layer):
             continue
         found = search.step(group)
         if isinstance(found, Step):
@@ -109,6 +109,11 @@ class _Search:
             for leaf in self._leaves.get(id(module), ()):
                 found += [owner for owner in self._owners(leaf) if all(owner is not other for other in found)]
         return found
+
+    def has_different_uses(self, layer: nn.Module) -> bool:
+        """Whether what stands behind a layer, the same norm, another or none, is not the same each time."""
+        made = [value for call in self._calls.get(id(layer), ()) for value in call.outputs]
+        return len({self._sites[value][0] if value in self._sites else None for value in made}) > 1
 
     def norms_behind(self, layer: nn.Module) -> list[Norm]:
         """The different norms that read what a layer makes."""
