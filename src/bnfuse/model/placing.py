@@ -78,7 +78,10 @@ def _module_of(modules: Mapping[str, nn.Module], former: nn.Module, spec: Module
     if isinstance(spec, NewLayer):
         made = _layer(modules, former, spec)
     else:
-        made = nn.Sequential(OrderedDict((name, _module_of(modules, former, part)) for name, part in spec.parts))
+        parts = OrderedDict((name, _module_of(modules, former, part)) for name, part in spec.parts)
+        if len(parts) < len(spec.parts) or any("." in name or not name for name in parts):
+            raise FusionError(f"A row cannot be made of {', '.join(repr(name) for name, _ in spec.parts)}.")
+        made = nn.Sequential(parts)
     made.training = former.training
     return made
 
@@ -225,6 +228,7 @@ def _stop_computing(module: nn.Module, places: Iterable[str]) -> None:
             kind = parametrize.type_before_parametrizations(module)
             del module._modules["parametrizations"]
             module.__class__ = kind
+            _drop(module._load_state_dict_pre_hooks, _reads_older_files)
         elif parametrized & set(places):
             raise FusionError(f"{type(module).__name__} computes other tensors too: {', '.join(sorted(parametrized))}.")
     for key, hook in list(module._forward_pre_hooks.items()):
@@ -236,11 +240,25 @@ def _stop_computing(module: nn.Module, places: Iterable[str]) -> None:
             module._parameters.pop(place + suffix, None)
             module._buffers.pop(place + suffix, None)
         for registry in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-            for number, other in list(registry.items()):
-                if getattr(getattr(other, "hook", other), "fn", None) is hook:
-                    del registry[number]
+            _drop(registry, lambda other, hook=hook: getattr(_inner(other), "fn", None) is hook)  # type: ignore[misc]
     for place in places:
         module.__dict__.pop(place, None)
+
+
+def _drop(registry: dict[int, Any], chosen: Callable[[Any], bool]) -> None:
+    for number, hook in list(registry.items()):
+        if chosen(hook):
+            del registry[number]
+
+
+def _inner(hook: Any) -> Any:
+    """The function that PyTorch has wrapped to register it."""
+    return getattr(hook, "hook", hook)
+
+
+def _reads_older_files(hook: Any) -> bool:
+    """Whether a hook renames what an older release has saved of a parametrised tensor."""
+    return getattr(_inner(hook), "__module__", "") == "torch.nn.utils.parametrizations"
 
 
 def _name_of(hook: Any) -> str | None:

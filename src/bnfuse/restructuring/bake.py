@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from bnfuse.analysis.norms import referenced_elsewhere
 from bnfuse.capture.module_calls import has_hooks
 from bnfuse.changes import NewLayer, OwnTensor, Placement, Source, Step, Unchanged
-from bnfuse.graph.graph import Kind, ModuleCall
+from bnfuse.graph.graph import Kind, ModuleCall, Node
 from bnfuse.model import tree
 from bnfuse.model.placing import computed_tensors
 from bnfuse.planner.problem import Problem
@@ -106,6 +106,8 @@ class _Search:
         runs = [run for call in calls if (run := _computing(call)) is not None]
         if not runs:
             return None
+        if has_hooks(module) and not module._modules:
+            return LAYER_HAS_HOOK.reason()
         if len(runs) < len(calls) or not all(map(_is_all, calls, runs)):
             return WEIGHT_COMPUTED_AMID_OTHER_WORK.reason() if any(map(_is_worth_a_word, runs)) else None
         if any((run.kind, run.settings) != (runs[0].kind, runs[0].settings) for run in runs):
@@ -116,12 +118,9 @@ class _Search:
             return LAYER_HAS_HOOK.reason()
         if id(module) in self._referenced:
             return REFERENCED_ELSEWHERE.reason(place=self._referenced[id(module)])
-        own = {node for call in calls for node in call.all_nodes}
-        prefixes = tuple(f"{name}." for name in names)
-        for name, leaf in self.graph.leaves.items():
-            reader = next((node for node in leaf.consumers if node not in own), None)
-            if reader is not None and name.startswith(prefixes):
-                return PARAMETERS_READ_ELSEWHERE.reason(reader=reader)
+        reader = self._other_reader(calls, tuple(f"{name}." for name in names))
+        if reader is not None:
+            return PARAMETERS_READ_ELSEWHERE.reason(reader=reader)
         try:
             contents = [{place: self._network.content(value) for place, value in run.tensors.items()} for run in runs]
         except Refusal as refusal:
@@ -140,6 +139,17 @@ class _Search:
             what=f"the weight that {type(module).__name__} computes, in a {layer.kind}",
             placements=(Placement(tuple(names), layer),),
         )
+
+    def _other_reader(self, calls: list[ModuleCall], prefixes: tuple[str, ...]) -> Node | None:
+        """What reads a tensor of a module outside of its calls; another module that holds it too may read its own."""
+        own = {node for call in calls for node in call.all_nodes}
+        for leaf in {id(it): it for name, it in self.graph.leaves.items() if name.startswith(prefixes)}.values():
+            holders = {name.rpartition(".")[0] for name in leaf.names if not name.startswith(prefixes)}
+            others = {id(self.model.get_submodule(holder)) for holder in holders}
+            for node in leaf.consumers:
+                if node not in own and id(node.call.module) not in others:
+                    return node
+        return None
 
     def _like(self, module: nn.Module, name: str, run: Run) -> str | None:
         """The name of a parameter, of the module if it has any, of the dtype of the weight that it computes."""
