@@ -123,6 +123,8 @@ def test_a_table_of_one_size_fits_hardly_another_size() -> None:
         (3, 3, 16, 16),
         (8, 3, 16, 16),
         (2, 3, 15, 15),  # which the stride makes the same
+        (2, 3, 14, 14),
+        (2, 3, 13, 13),
         (2, 3, 17, 16),
         (2, 3, 16, 17),
         (2, 4, 16, 16),
@@ -301,3 +303,26 @@ def test_a_count_that_only_a_larger_batch_shows() -> None:
     other = torch.rand(5, 3, dtype=torch.float64)
     with torch.no_grad():
         assert (model(other) - fused(other)).abs().max() < 1e-9
+
+
+class Broadcast(nn.Module):
+    """Takes its own length, and the one at which a product with a table is a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 3, 4), nn.BatchNorm1d(3)
+        self.table = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.tanh())
+        y: Tensor = torch.tensordot(self.conv(-x if x.shape[2] == 6 else 1 + x.relu()), self.table, 1)
+        return y
+
+
+def test_a_length_that_fits_by_broadcasting() -> None:
+    model = prepared(Broadcast())
+    fused = bnfuse.fuse(model, torch.randn(2, 3, 6, dtype=torch.float64))
+    with torch.no_grad():
+        for length in (6, 4):
+            other = torch.randn(2, 3, length, dtype=torch.float64)
+            assert (model(other) - fused(other)).abs().max() < 1e-9, length

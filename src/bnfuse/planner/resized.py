@@ -85,6 +85,7 @@ def resizings(call: Call, thresholds: Sequence[int] = (), divisors: Sequence[int
     trailing = frozenset(range(2, rank))
     both = trailing | {0}
     batch = frozenset({0})
+    small = max((size for tensor in filter(is_dense, call.tensors) for size in tensor.shape[2:]), default=0) <= _SMALL
     found = []
     if trailing:
         found += [
@@ -93,7 +94,7 @@ def resizings(call: Call, thresholds: Sequence[int] = (), divisors: Sequence[int
             Resizing("larger", trailing, _more(1), "larger"),
             Resizing("larger", trailing, lambda axis, size: 2 * size, "larger"),
         ]
-        if max((size for tensor in filter(is_dense, call.tensors) for size in tensor.shape[2:]), default=0) <= _SMALL:
+        if small:
             found.append(Resizing("twice as large", trailing, lambda axis, size: 2 * size, "twice"))
             found += [  # numbers in the code where a size was meant may fit one of them
                 Resizing("larger", trailing, way, "larger") for way in (_more(2), _more(3), lambda axis, size: 3 * size)
@@ -107,6 +108,7 @@ def resizings(call: Call, thresholds: Sequence[int] = (), divisors: Sequence[int
             Resizing("smaller", trailing, _round_down, "smaller"),
             Resizing("smaller", trailing, _less, "smaller", anyway=True),
         ]
+        found += [Resizing("smaller", trailing, _by(-count), "smaller", anyway=True) for count in (2, 3) if small]
     for number in divisors:
         if trailing:
             found += [Resizing("larger", trailing, _by(way * number), "larger") for way in (1, 2)]
