@@ -122,12 +122,14 @@ class Layouts {
   /** Where a browser allows no worker from a file, the same library answers in the page itself. */
   unthreaded(address) {
     return new Promise((resolve, reject) => {
-      window.module = { exports: {} };
+      window.exports = {};
+      window.module = { exports: window.exports };
       const script = element("script", { src: address });
       script.onerror = () => reject(new Error("the layout library did not load"));
       script.onload = () => {
         const { Worker: InPage } = window.module.exports;
         delete window.module;
+        delete window.exports;
         const worker = new InPage();
         worker.onmessage = (event) => this.answer(event.data);
         worker.postMessage({ id: -1, cmd: "register", algorithms: ["layered"] });

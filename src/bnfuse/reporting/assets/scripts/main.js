@@ -31,9 +31,9 @@ function networked(facts) {
 }
 
 /** Let the browser show what is there before more is made. */
-function breath() {
+function pause(milliseconds) {
   return new Promise((resolve) => {
-    setTimeout(resolve, 0);
+    setTimeout(resolve, milliseconds);
   });
 }
 
@@ -44,15 +44,16 @@ async function drawn() {
   const { made, picture } = networked(facts);
   report.append(summarised(facts), made);
   let state = "ready";
-  // The worker lays the network out while the rest is drawn here.
   const shown = picture.network.operators.size ? picture.show() : Promise.resolve();
   const seen = shown.then(
     () => performance.mark("picture"),
     () => { state = "failed"; },
   );
+  // The picture is waited for; the rest lies below it, and comes when it is there, or takes long.
+  await Promise.race([seen, pause(1000)]);
   for (const part of [decided, erring, ranging]) {
-    await breath();
     report.append(part(facts, picture));
+    await pause(0);
   }
   await seen;
   document.documentElement.dataset.state = state;

@@ -108,6 +108,13 @@ class Pane {
     }
     const ordered = [...this.view.boxes.values()].sort((one, other) => this.order(one) - this.order(other));
     for (const item of ordered) this.box(item);
+    // In reading order; what stands there already is not touched, since moving an element takes its focus.
+    let next = this.layers.boxes.firstChild;
+    for (const { key } of ordered) {
+      const place = this.places.get(key);
+      if (place === next) next = next.nextSibling;
+      else this.layers.boxes.insertBefore(place, next);
+    }
     for (const [key, back] of this.backs) {
       if (!this.view.boxes.has(key) || !this.picture.open.has(key)) {
         back.remove();
@@ -124,10 +131,11 @@ class Pane {
     );
     this.arrows();
     this.drawMap();
-    const lost = holding && !this.places.has(holding);
     if (!this.current || !this.places.has(this.current)) this.current = ordered.length ? this.inOrder()[0] : null;
     for (const [key, place] of this.places) place.setAttribute("tabindex", key === this.current ? "0" : "-1");
-    if (lost && this.current) this.places.get(this.current).focus({ preventScroll: true });
+    if (holding && !this.drawing.contains(document.activeElement) && this.current) {
+      this.places.get(this.places.has(holding) ? holding : this.current).focus({ preventScroll: true });
+    }
     this.light(this.picture.lit);
     this.choose(this.picture.chosen);
   }
@@ -154,7 +162,6 @@ class Pane {
       this.places.set(item.key, place);
       place.style.transform = `translate(${x}px,${y}px)`;
     }
-    this.layers.boxes.append(place); // in reading order
     place.style.transform = `translate(${x}px,${y}px)`;
     if (open) {
       let back = this.backs.get(item.key);

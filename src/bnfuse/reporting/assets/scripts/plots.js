@@ -176,7 +176,7 @@ function erring(facts, picture) {
     lines: (layer) => [
       layer.module || "–",
       layer.relative === null ? "not measured" : layer.relative === 0 ? "the same bits" : `difference ${digits(layer.relative, 2)}`,
-      layer.rounding === null ? "no rounding level" : `rounding ${digits(layer.rounding, 2)}${layer.relative > 0 && layer.rounding > 0 ? ` (${digits(layer.relative / layer.rounding, 2)} times)` : ""}`,
+      layer.rounding === null ? "no rounding level" : `rounding ${digits(layer.rounding, 2)}${layer.relative > 0 && layer.rounding > 0 ? ` (${digits(layer.relative / layer.rounding, 2)}×)` : ""}`,
     ],
     jump: jumper(picture),
   });
