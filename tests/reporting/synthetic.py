@@ -30,6 +30,7 @@ class Network:
         self.modules: dict[str, dict[str, Any]] = {"": {"name": "", "class": model, "parent": None}}
         self.decisions: list[dict[str, Any]] = []
         self.model = model
+        self.kept = 0
 
     def module(self, name: str, kind: str) -> str:
         """Enter a module and the containers on the way to it."""
@@ -84,8 +85,9 @@ class Network:
         )
         reason = None
         if into is None:
+            self.kept += 1
             reason = {
-                "code": "no-negative-scale" if decision % 2 else "is-an-output",
+                "code": "no-negative-scale" if self.kept % 2 else "nothing-passes",
                 "text": f"max_pool2d in stages.{decision}: a maximum passes no negative scale",
                 "meaning": "A maximum of negated numbers is a minimum.",
                 "advice": "Nothing, unless the pooling can run before the norm.",
@@ -162,7 +164,7 @@ class Network:
                 {
                     "module": node["module"],
                     "node": node["id"],
-                    "relative": 0.0 if place % 7 == 0 else 1e-7 * (1 + place % 5),
+                    "relative": 0.0 if place % 7 == 0 else 0.5e-7 * (1 + place % 5),
                     "rounding": 1e-7 * (1 + place % 3),
                 }
                 for place, node in enumerate(layers)
