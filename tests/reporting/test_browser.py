@@ -165,7 +165,7 @@ def test_a_kept_norm_shows_who_refused(report: Browser) -> None:
     details = report.text(".details")
     assert "a maximum passes no negative scale" in details
     assert "What to do: Nothing, unless the pooling can run before the norm." in details
-    report.run("arguments[0].click()", report.one(".details ul.refused button"))
+    report.run("arguments[0].click()", report.one(".details ul.refused a"))
     report.settled()
     assert str(report.focused("aria-label")).startswith("max_pool2d")
 
@@ -306,7 +306,7 @@ def test_reasons_are_grouped_and_choose_rows(report: Browser) -> None:
 def test_a_row_jumps_to_its_norm(report: Browser) -> None:
     for _ in range(3):
         report.click('[aria-label^="Close the innermost"]')
-    report.one("#decisions tbody tr:last-child td:first-child button").click()
+    report.one("#decisions tbody tr:last-child td:first-child a").click()
     last = network(60)["decisions"][-1]["norm"]
     report.until(lambda: last in str(report.focused("aria-label")))
     assert report.text(".details h3") == "batch_norm 64"
@@ -335,7 +335,7 @@ def test_plots_say_their_numbers_and_jump(report: Browser) -> None:
     def marks() -> str:
         return str(report.run("return document.querySelector('#ranges .sheet').innerHTML"))
 
-    layers = [one for one in network(60)["ranges"]]
+    layers = network(60)["ranges"]
     assert len(report.all("#ranges .plot:first-of-type .place")) == len(layers)
     weights = marks()
     report.click('#ranges [data-value="activation"]')

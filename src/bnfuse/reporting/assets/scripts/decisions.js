@@ -8,7 +8,7 @@ function decided(facts, picture) {
   const normLink = (decision) => {
     const id = (decision.norm_nodes || []).find((node) => picture.network.operators.has(node));
     if (id === undefined) return named(decision.norm);
-    return element("button", { type: "button", class: "link", on: { click: () => picture.reveal(`n${id}`) } }, named(decision.norm));
+    return jumping(() => picture.reveal(`n${id}`), named(decision.norm));
   };
   const places = new Map(decisions.map((decision, place) => [decision, place]));
   const refusing = (decision) => (decision.reason?.refused_by || []).map(link).filter(Boolean);
@@ -30,12 +30,11 @@ function decided(facts, picture) {
     "Decisions",
     [
       { title: "Norm", class: "long", value: (decision) => places.get(decision), cell: normLink },
-      { title: "Name", value: (decision) => decision.norm, skip: true },
       { title: "Class", class: "short", value: (decision) => decision.class || "", cell: (decision) => named(decision.class || "–") },
       { title: "Channels", numeric: true, value: (decision) => decision.channels ?? null, cell: (decision) => (decision.channels == null ? "–" : count(decision.channels)) },
       { title: "Decision", value: (decision) => (decision.removed ? "removed" : "kept"), cell: (decision) => badge(decision.removed ? "removed" : "kept", decision.removed ? "removed" : "kept") },
-      { title: plan ? "Would be taken up by" : "Taken up by", value: (decision) => (decision.into || []).join(", "), cell: target },
-      { title: "Reason", class: "reason", value: (decision) => decision.reason?.text || "", cell: reason },
+      { title: plan ? "Would be taken up by" : "Taken up by", class: "long", value: (decision) => (decision.into || []).join(", "), cell: target },
+      { title: "Reason", class: "reason", value: (decision) => decision.reason?.text || "", cell: reason, skip: !decisions.some((decision) => decision.reason) },
     ].filter((column) => !column.skip),
     decisions,
   );

@@ -18,6 +18,8 @@ function reasonLines(reason, link) {
   ];
 }
 
+const WAYS = { backward: "into what stands before it", forward: "into what stands after it", both: "into both sides", beside: "into what stands beside it" };
+
 class Details {
   constructor(picture) {
     this.picture = picture;
@@ -29,7 +31,7 @@ class Details {
     const item = this.picture.network.operators.get(id);
     if (!item) return null;
     const text = item.node.kind === "operator" || !item.node.module ? [item.node.operator, item.node.module].filter(Boolean).join(" in ") : item.node.module;
-    return element("button", { type: "button", class: "link", on: { click: () => this.picture.reveal(item.key) } }, named(text));
+    return jumping(() => this.picture.reveal(item.key), named(text));
   }
 
   show(item) {
@@ -96,6 +98,7 @@ class Details {
         ["class", node.class ? named(node.class) : null],
         ["operator", named(node.operator)],
         ["output", [node.dtype, shapeText(node.shape)].filter(Boolean).join(" ")],
+        ["way", WAYS[decision?.direction]],
         ["channels", decision?.channels ? count(decision.channels) : null],
         ["parameters", (node.parameters || []).length ? element("ul", { class: "plain" }, node.parameters.map((name) => element("li", {}, named(name)))) : null],
         ["created", (node.created || []).length ? element("ul", { class: "plain" }, node.created.map((name) => element("li", {}, named(name)))) : null],

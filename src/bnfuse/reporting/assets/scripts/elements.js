@@ -45,6 +45,15 @@ function prose(text) {
   return element("bdi", { class: "prose" }, parts.map((part, place) => (place % 2 ? element("code", {}, part) : part)));
 }
 
+/** A link to a place in this page, which `does` brings into sight. */
+function jumping(does, ...children) {
+  const follow = (event) => {
+    event.preventDefault();
+    does();
+  };
+  return element("a", { href: "#network", class: "link", on: { click: follow } }, ...children);
+}
+
 /** A section of the report with its heading. */
 function section(id, heading, ...children) {
   return element("section", { id, "aria-labelledby": `${id}-heading` }, element("h2", { id: `${id}-heading` }, heading), ...children);

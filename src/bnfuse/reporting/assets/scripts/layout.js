@@ -39,7 +39,7 @@ function boxOf(network, item) {
     note = `${item.kind && name ? `${item.kind} · ` : ""}${counted(item.tally.operators, "operator")}`;
   } else {
     title = item.node.label || item.node.operator;
-    note = [name, shapeText(item.node.shape)].filter(Boolean).join(" · ");
+    note = shapeText(item.node.shape);
   }
   const icons = item.children
     ? ["removed", "kept", "changed"].filter((mark) => item.tally[mark]).map((mark) => [mark, item.tally[mark]])
@@ -47,7 +47,12 @@ function boxOf(network, item) {
   const iconWidth = icons.reduce((sum, [, number]) => sum + 20 + (number === null ? 0 : textWidth(String(number), NAME_FONT) + 8), 0);
   const left = item.children ? 28 : 10;
   const titleFits = fitted(title, LABEL_FONT, MOST_TEXT);
-  const noteFits = fitted(note, NAME_FONT, MOST_TEXT);
+  let noteFits = fitted(note, NAME_FONT, MOST_TEXT);
+  if (!item.children && name) {
+    // The name is cut, not the shape; it stands between signs that keep its direction to itself.
+    const rest = noteFits ? ` · ${noteFits}` : "";
+    noteFits = `\u2068${fitted(name, NAME_FONT, Math.max(60, MOST_TEXT - textWidth(rest, NAME_FONT)))}\u2069${rest}`;
+  }
   const texts = Math.max(textWidth(titleFits, LABEL_FONT), textWidth(noteFits, NAME_FONT));
   item.box = {
     title: titleFits,
@@ -57,7 +62,7 @@ function boxOf(network, item) {
     left,
     width: Math.ceil(Math.max(72, left + texts + (icons.length ? iconWidth + 8 : 0) + 12)),
     headerWidth: Math.ceil(left + textWidth(titleFits, LABEL_FONT) + textWidth(noteFits, NAME_FONT) + iconWidth + 34),
-    height: note ? 42 : 28,
+    height: noteFits ? 42 : 28,
   };
   return item.box;
 }

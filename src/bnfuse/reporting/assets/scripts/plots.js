@@ -1,6 +1,6 @@
 // Plots along the run: one place for each layer, in the order in which the layers ran.
 
-const LEAST_STEP = 11;
+const PAPER = 600; // the width that a sheet of paper leaves, in pixels
 const MOST_STEP = 84;
 const PLOT = { height: 260, top: 26, bottom: 18, left: 64 };
 
@@ -22,7 +22,7 @@ function powerText(power) {
  * layers: what stands along the run, with `module`; ticks: pairs of a height in pixels and a text; draw(place): the
  * marks at a place, given its middle.
  */
-function alongTheRun({ label, layers, ticks, height = PLOT.height, marks, behind = () => [], lines, jump }) {
+function alongTheRun({ label, layers, ticks, height = PLOT.height, least, marks, behind = () => [], lines, jump }) {
   const host = element("div", { class: "plot", role: "group", "aria-label": label });
   const axis = shape("svg", { class: "axis", width: PLOT.left, height, "aria-hidden": "true" }, ticks.map(([y, text]) => shape("text", { x: PLOT.left - 8, y: y + 4, "text-anchor": "end" }, text)));
   const sheet = shape("svg", { class: "sheet", height, role: "group", "aria-label": `${label}; arrow keys go from layer to layer` });
@@ -38,9 +38,9 @@ function alongTheRun({ label, layers, ticks, height = PLOT.height, marks, behind
     if (box.right > view.right) scroll.scrollLeft += box.right - view.right + 40;
     showTip(lines(layers[place]), places[place].getBoundingClientRect());
   };
-  const draw = () => {
-    const room = (scroll.clientWidth || 800) - 2;
-    const step = Math.max(LEAST_STEP, Math.min(MOST_STEP, room / layers.length));
+  const draw = (paper = null) => {
+    const room = paper || (scroll.clientWidth || 800) - 2;
+    const step = Math.max(paper ? 0 : least, Math.min(MOST_STEP, room / layers.length));
     const width = Math.max(room, step * layers.length);
     sheet.setAttribute("width", width);
     sheet.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -100,6 +100,8 @@ function alongTheRun({ label, layers, ticks, height = PLOT.height, marks, behind
     }
   }).observe(scroll);
   draw();
+  window.addEventListener("beforeprint", () => host.isConnected && draw(PAPER));
+  window.addEventListener("afterprint", () => host.isConnected && draw());
   return host;
 }
 
@@ -166,6 +168,7 @@ function erring(facts, picture) {
   const peak = (x, at) => shape("path", { class: "loud", d: `M${x},${at - 5}L${x + 5},${at + 4}H${x - 5}Z` });
   const plot = alongTheRun({
     label: "Difference and rounding at each layer",
+    least: 4,
     layers,
     ticks: [...decades(least, most).map((power) => [y(10 ** power), powerText(power)]), [floor, "0"]],
     behind: (middle, step) => {
@@ -192,6 +195,7 @@ function erring(facts, picture) {
       key(peak(0, 0), `more than ${ABOVE} times the rounding level (${counted(over, "layer")})`),
       key(zero(0, 0), "no difference at all"),
       key(shape("line", { class: "rounding", x1: -9, x2: 9, y1: 0, y2: 0 }), "rounding level"),
+      element("li", {}, `${counted(layers.length, "layer")} in the order of the run`),
     ),
     plot,
     numbers("The numbers as a table", () =>
@@ -209,6 +213,7 @@ function erring(facts, picture) {
   );
 }
 
+const RANGE_STEP = 18; // so that two boxes beside each other can be told apart; the plot scrolls
 const QUANTILES = ["minimum", "q01", "q25", "median", "q75", "q99", "maximum"];
 
 function range(raw) {
@@ -286,6 +291,7 @@ function rangesOf(layers, { what, scale }, picture) {
   const jump = jumper(picture);
   const plot = alongTheRun({
     label: `Ranges of ${what}s at each layer, before and after`,
+    least: RANGE_STEP,
     layers,
     ticks,
     height,
@@ -301,6 +307,7 @@ function rangesOf(layers, { what, scale }, picture) {
       "ul",
       { class: "legend" },
       ...["before", "after"].map((when) => key(boxSample(when), `${when} (${when === "before" ? "left, hollow" : "right, filled"})`)),
+      element("li", {}, `${counted(layers.length, "layer")} in the order of the run`),
     ),
     plot,
   ];
@@ -313,6 +320,7 @@ function rangesOf(layers, { what, scale }, picture) {
       element("h3", {}, "Widest channel over the usual one"),
       alongTheRun({
         label: `Spread of the channels of ${what}s, before and after`,
+        least: RANGE_STEP,
         layers,
         ticks: wanted.filter((value, number) => wanted.length < 7 || number % 3 === 0 || value >= 1e3).map((value) => [place(value), `${digits(value)}×`]),
         height: tall,

@@ -16,7 +16,7 @@ function sortable(caption, columns, rows, sortedBy = null) {
   const heads = columns.map((column, place) =>
     element(
       "th",
-      { scope: "col", class: column.numeric ? "number" : null, "aria-sort": "none" },
+      { scope: "col", class: column.numeric ? "number" : column.class, "aria-sort": "none" },
       element("button", { type: "button", on: { click: () => sort(place) } }, column.title, element("span", { class: "direction", "aria-hidden": "true" })),
     ),
   );
@@ -63,6 +63,15 @@ function sortable(caption, columns, rows, sortedBy = null) {
     draw();
     return shown.length;
   };
+  let held = most;
+  window.addEventListener("beforeprint", () => {
+    [held, most] = [most, Infinity];
+    draw();
+  });
+  window.addEventListener("afterprint", () => {
+    most = held;
+    draw();
+  });
   draw();
   return whole;
 }
