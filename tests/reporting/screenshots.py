@@ -31,15 +31,15 @@ def main(folder: Path, reports: list[Path]) -> None:
             for width in WIDTHS:
                 for theme in THEMES:
                     browser.window(width, theme=theme)
-                    browser.open(report)
                     name = f"{report.stem}-{width}-{theme}"
-                    picture(browser, folder / f"{name}.png", whole=True)
+                    browser.open(report)
                     browser.run("document.querySelector('#network').scrollIntoView()")
-                    norm = browser.all('[data-which="before"] .box.removed')
-                    if norm:
-                        browser.run("arguments[0].dispatchEvent(new MouseEvent('click', { bubbles: true }))", norm[0])
-                        browser.hover(norm[0])
+                    for norm in browser.all('[data-which="before"] .box.removed')[:1]:
+                        norm.click()
+                        browser.hover(norm)
                     picture(browser, folder / f"{name}-network.png", whole=False)
+                    browser.open(report)
+                    picture(browser, folder / f"{name}.png", whole=True)
             print(report.stem, *browser.errors())
 
 

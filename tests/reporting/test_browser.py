@@ -562,11 +562,26 @@ def test_print(report: Browser) -> None:
     assert not report.one('[data-which="before"] .drawing').get_attribute("viewBox")
     report.window(1440, theme="dark")
     report.command("Emulation.setEmulatedMedia", media="print")
+    report.run("window.dispatchEvent(new Event('beforeprint'))")
     try:
         assert report.texts(".bar, .toolbar, .hint, .map") == []
         assert len(report.texts("#decisions tbody tr")) == len(facts["decisions"])
         cut = "return [...document.querySelectorAll('.table, .plot .scroll')].filter((one) => one.scrollHeight > one.clientHeight + 2 && getComputedStyle(one).overflow !== 'visible').length"
         assert report.run(cut) == 0
         assert report.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert all(report.run("return [...document.querySelectorAll('details.group')].map((group) => group.open)"))
+        assert (
+            max(report.run("return [...document.querySelectorAll('.sheet')].map((sheet) => sheet.clientWidth)")) <= 600
+        )
+        whole = report.run(
+            "return [...document.querySelector('.drawing').viewBox.baseVal ? ['x', 'y', 'width', 'height'].map((name) => document.querySelector('.drawing').viewBox.baseVal[name]) : []]"
+        )
+        content = report.run(
+            "const { width, height } = document.querySelector('.stage').getBBox(); return [width, height]"
+        )
+        assert whole[2] >= content[0]
+        assert whole[3] >= content[1]
     finally:
+        report.run("window.dispatchEvent(new Event('afterprint'))")
         report.command("Emulation.setEmulatedMedia", media="")
+    assert not any(report.run("return [...document.querySelectorAll('details.group')].map((group) => group.open)"))

@@ -89,6 +89,15 @@ function decided(facts, picture) {
       element("p", {}, element("button", { type: "button", on: { click: only } }, "Only these in the table"), " ", element("span", { class: "code" }, named(code))),
     );
   });
+  const closed = new Set();
+  window.addEventListener("beforeprint", () => {
+    for (const card of cards) if (!card.open) closed.add(card);
+    for (const card of closed) card.open = true;
+  });
+  window.addEventListener("afterprint", () => {
+    for (const card of closed) card.open = false;
+    closed.clear();
+  });
   apply();
   return section(
     "decisions",

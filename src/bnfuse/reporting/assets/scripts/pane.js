@@ -518,7 +518,7 @@ class Pane {
       const key = this.keyOf(event.target);
       if (pointers.size) return;
       this.picture.light(key);
-      if (key) showTip(this.tip(this.network.item(key)), this.places.get(key).getBoundingClientRect());
+      if (key) showTip(this.tip(this.network.item(key)), this.places.get(key).getBoundingClientRect(), true);
       else hideTip();
     });
     drawing.addEventListener("pointerleave", () => {

@@ -38,9 +38,10 @@ function alongTheRun({ label, layers, ticks, height = PLOT.height, least, marks,
     if (box.right > view.right) scroll.scrollLeft += box.right - view.right + 40;
     showTip(lines(layers[place]), places[place].getBoundingClientRect());
   };
-  const draw = (paper = null) => {
-    const room = paper || (scroll.clientWidth || 800) - 2;
-    const step = Math.max(paper ? 0 : least, Math.min(MOST_STEP, room / layers.length));
+  let printed = false;
+  const draw = () => {
+    const room = printed ? PAPER : (scroll.clientWidth || 800) - 2;
+    const step = Math.max(printed ? 0 : least, Math.min(MOST_STEP, room / layers.length));
     const width = Math.max(room, step * layers.length);
     sheet.setAttribute("width", width);
     sheet.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -100,8 +101,12 @@ function alongTheRun({ label, layers, ticks, height = PLOT.height, least, marks,
     }
   }).observe(scroll);
   draw();
-  window.addEventListener("beforeprint", () => host.isConnected && draw(PAPER));
-  window.addEventListener("afterprint", () => host.isConnected && draw());
+  for (const [event, starts] of [["beforeprint", true], ["afterprint", false]]) {
+    window.addEventListener(event, () => {
+      printed = starts;
+      if (host.isConnected) draw();
+    });
+  }
   return host;
 }
 
