@@ -2,7 +2,8 @@
 
     python tests/reporting/screenshots.py FOLDER REPORT.html...
 
-For each report: the whole page, and the window with the picture while a norm is lit. FOLDER/NAME-1440-light.png, ...
+For each report: the whole page (FOLDER/NAME-1440-light.png, ...), the window with the picture while a norm is lit
+(NAME-1440-light-network.png, ...), and its beginning for whoever has not seen one (NAME-report.png).
 """
 
 from __future__ import annotations
@@ -33,13 +34,21 @@ def main(folder: Path, reports: list[Path]) -> None:
                     browser.window(width, theme=theme)
                     name = f"{report.stem}-{width}-{theme}"
                     browser.open(report)
-                    browser.run("document.querySelector('#network').scrollIntoView()")
                     for norm in browser.all('[data-which="before"] .box.removed')[:1]:
                         norm.click()
                         browser.hover(norm)
+                    browser.run("document.querySelector('#network').scrollIntoView()")
                     picture(browser, folder / f"{name}-network.png", whole=False)
                     browser.open(report)
                     picture(browser, folder / f"{name}.png", whole=True)
+            browser.window(1440, 1480)
+            browser.open(report)
+            for norm in browser.all('[data-which="before"] .box.removed')[:1]:
+                browser.run("arguments[0].focus({ preventScroll: true })", norm)
+                browser.run(
+                    "arguments[0].dispatchEvent(new MouseEvent('click', { bubbles: true })); scroll(0, 0)", norm
+                )
+            picture(browser, folder / f"{report.stem}-report.png", whole=False)
             print(report.stem, *browser.errors())
 
 

@@ -343,7 +343,7 @@ def test_plots_say_their_numbers_and_jump(report: Browser) -> None:
     report.click('#ranges [data-value="linear"]')
     assert len({weights, activations, marks()}) == 3
     report.one("#ranges details summary").click()
-    assert len(report.texts("#ranges tbody tr")) == len(layers)
+    report.until(lambda: len(report.texts("#ranges tbody tr")) == len(layers))
 
 
 def test_loud_layers_have_a_shape_of_their_own(browser: Browser, folder: Path) -> None:

@@ -79,21 +79,23 @@ function choice(label, options, chosen, choose) {
 
 const tooltip = document.getElementById("tooltip");
 
-/** Show lines above or below a place on the screen, or to the left of it, where they hide nothing that belongs to it. */
-function showTip(lines, box, left = false) {
+/** Show lines above a place on the screen; or to the left of it or below, where they hide nothing that belongs to it. */
+function showTip(lines, box, aside = false) {
   tooltip.replaceChildren(...lines.map((line) => element("div", {}, visible(line))));
   tooltip.hidden = false;
   const { width, height } = tooltip.getBoundingClientRect();
   const within = (value, most) => Math.min(Math.max(8, value), most - 8);
-  const beside = left && box.left - width - 14 > 8;
+  const beside = aside && box.left - width - 14 > 8;
   const above = box.top - height - 8;
   tooltip.style.left = `${beside ? box.left - width - 14 : within(box.left + box.width / 2 - width / 2, window.innerWidth - width)}px`;
-  tooltip.style.top = `${beside ? within(box.top + box.height / 2 - height / 2, window.innerHeight - height) : above > 8 ? above : within(box.bottom + 8, window.innerHeight - height)}px`;
+  tooltip.style.top = `${beside ? within(box.top + box.height / 2 - height / 2, window.innerHeight - height) : above > 8 && !aside ? above : within(box.bottom + 8, window.innerHeight - height)}px`;
 }
 
 function hideTip() {
   tooltip.hidden = true;
 }
+
+window.addEventListener("scroll", hideTip, { passive: true });
 
 /** Say something to whoever listens rather than looks. */
 function say(text) {

@@ -458,6 +458,12 @@ class Pane {
     return target.closest?.("[data-key]")?.dataset.key || null;
   }
 
+  /** The box that has the focus: it is lit while the pointer is on none. */
+  resting() {
+    const at = document.activeElement;
+    return at && this.drawing.contains(at) ? this.keyOf(at) : null;
+  }
+
   focus(key) {
     if (!this.places.has(key)) return;
     this.places.get(this.current)?.setAttribute("tabindex", "-1");
@@ -517,13 +523,13 @@ class Pane {
     drawing.addEventListener("pointerover", (event) => {
       const key = this.keyOf(event.target);
       if (pointers.size) return;
-      this.picture.light(key);
+      this.picture.light(key || this.resting());
       if (key) showTip(this.tip(this.network.item(key)), this.places.get(key).getBoundingClientRect(), true);
       else hideTip();
     });
     drawing.addEventListener("pointerleave", () => {
       hideTip();
-      this.picture.light(this.keyOf(document.activeElement || drawing));
+      this.picture.light(this.resting());
     });
     drawing.addEventListener("focusin", (event) => {
       const key = this.keyOf(event.target);
