@@ -41,13 +41,13 @@ def main(folder: Path, reports: list[Path]) -> None:
                     picture(browser, folder / f"{name}-network.png", whole=False)
                     browser.open(report)
                     picture(browser, folder / f"{name}.png", whole=True)
-            browser.window(1440, 1480)
+            browser.window(1440, 1440)
             browser.open(report)
+            browser.click('.choice [data-value="both"]')
             for norm in browser.all('[data-which="before"] .box.removed')[:1]:
-                browser.run("arguments[0].focus({ preventScroll: true })", norm)
-                browser.run(
-                    "arguments[0].dispatchEvent(new MouseEvent('click', { bubbles: true })); scroll(0, 0)", norm
-                )
+                browser.run("arguments[0].dispatchEvent(new MouseEvent('click', { bubbles: true }))", norm)
+                browser.hover(norm)
+            browser.run("scroll(0, 0); window.dispatchEvent(new Event('scroll'))")  # the words beside the norm go
             picture(browser, folder / f"{report.stem}-report.png", whole=False)
             print(report.stem, *browser.errors())
 

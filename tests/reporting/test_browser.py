@@ -148,7 +148,7 @@ def test_hover_and_focus_light_the_way_of_a_norm(report: Browser) -> None:
         assert lit(report, ".arrow.lit") == [" 0 "]
         assert len(report.all('[data-which="before"] .wire.lit')) == 1
         faint = report.box("add, stages.0.blocks.0,")
-        report.until(lambda faint=faint: float(faint.value_of_css_property("opacity")) < 0.5)
+        report.until(lambda faint=faint: float(faint.value_of_css_property("opacity")) < 0.6)
         report.run("document.activeElement.blur()")
         report.hover(report.one("h1"))
         assert not lit(report)
