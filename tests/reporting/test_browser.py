@@ -424,6 +424,64 @@ def test_absent_facts_are_left_out(browser: Browser, folder: Path, facts: dict[s
     assert "There is no batch norm." in browser.text("#decisions")
 
 
+def test_facts_that_were_not_measured_are_left_out(browser: Browser, folder: Path) -> None:
+    facts = network(40)
+    for entry in facts["graph"]["nodes"]:
+        entry.update(label=None, shape=None, dtype=None, parameters=None, created=None)
+        entry["class"] = None
+    for entry in facts["decisions"]:
+        entry.update(channels=None, path=None, reason=None)
+        entry["class"] = None
+    facts["decisions"][0].update(into=None, into_nodes=None, norm_nodes=None)
+    for entry in facts["errors"]:
+        entry.update(relative=None, rounding=None)
+    for entry in facts["ranges"]:
+        entry["weight"].update(after=None)
+        entry.update(activation={"before": None, "after": None})
+        entry["weight"]["before"].update(channel_spread=None)
+    facts["summary"].update(difference=None, assumed=None, unseen=None)
+    for row in facts["summary"]["rows"]:
+        row.update(after=None)
+    browser.open(written(folder, "sparse", facts))
+    assert browser.run("return document.documentElement.dataset.state") == "ready"
+    browser.click('[aria-label^="Open every module"]')
+    browser.click('.choice [data-value="both"]')
+    for box in browser.all('[data-which="before"] .box'):
+        browser.run("arguments[0].focus(); arguments[0].dispatchEvent(new MouseEvent('click', { bubbles: true }))", box)
+    browser.click('#ranges [data-value="activation"]')
+    assert "Not measured." in browser.text("#ranges")
+    seen = browser.text("main")
+    assert not re.search(r"\b(null|undefined|NaN)\b|\[object", seen)
+
+
+def test_a_layout_that_takes_long_can_be_stopped(browser: Browser, folder: Path) -> None:
+    never = """
+        const post = Worker.prototype.postMessage;
+        let layouts = 0;
+        Worker.prototype.postMessage = function (message) {
+            if (message.cmd === "layout") layouts += 1;
+            if (message.cmd !== "layout" || layouts !== 2) post.call(this, message);
+        };
+    """
+    added = browser.command("Page.addScriptToEvaluateOnNewDocument", source=never)
+    try:
+        browser.open(written(folder, "stopped", network(1000)))
+        before = browser.boxes()
+        browser.run(
+            "document.querySelector('.box.closed .chevron').dispatchEvent(new MouseEvent('click', { bubbles: true }))"
+        )
+        browser.until(lambda: browser.texts(".waiting button") == ["Stop"])
+        browser.click(".waiting button")
+        assert browser.boxes() == before
+        assert "stays as it was" in browser.text("#status")
+        browser.run(
+            "document.querySelector('.box.closed .chevron').dispatchEvent(new MouseEvent('click', { bubbles: true }))"
+        )
+        browser.until(lambda: len(browser.boxes()) > len(before))
+    finally:
+        browser.command("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
+
+
 def test_without_workers_the_page_lays_out_itself(browser: Browser, folder: Path) -> None:
     added = browser.command(
         "Page.addScriptToEvaluateOnNewDocument",
