@@ -144,7 +144,13 @@ class Network:
                     {"name": "buffers", "before": 83769, "after": 41800, "unit": ""},
                     {"name": "multiply-adds", "before": 2865000000, "after": 2834000000, "unit": "multiply-adds"},
                     {"name": "parameters and buffers", "before": 32250500, "after": 31916736, "unit": "bytes"},
-                    {"name": "latency (median)", "before": 0.0912, "after": 0.0801, "unit": "s"},
+                    {
+                        "name": "latency",
+                        "before": 0.0912,
+                        "after": 0.0801,
+                        "unit": "s",
+                        "quartiles": {"before": [0.0902, 0.0922], "after": [0.0797, 0.0805]},
+                    },
                     {"name": "file", "before": 32412512, "after": None, "unit": "bytes"},
                 ],
                 "difference": {

@@ -346,6 +346,30 @@ def test_plots_say_their_numbers_and_jump(report: Browser) -> None:
     report.until(lambda: len(report.texts("#ranges tbody tr")) == len(layers))
 
 
+def test_a_change_within_the_spread_of_the_calls_is_none(browser: Browser, folder: Path) -> None:
+    facts = network(20)
+    [latency] = [row for row in facts["summary"]["rows"] if row["name"] == "latency"]
+    browser.open(written(folder, "clear", facts))
+    assert "Latency−12 %91.20 ms → 80.10 ms" in browser.texts(".tile")
+    assert "within the spread" not in browser.text("#summary")
+    latency["quartiles"]["before"] = [0.0802, 0.0922]
+    browser.open(written(folder, "unclear", facts))
+    [tile] = [text for text in browser.texts(".tile") if text.startswith("Latency")]
+    assert tile == "Latencyno clear change91.20 ms → 80.10 ms; the calls of one model differ by 12.00 ms"
+    assert "within the spread of the calls" in browser.text("#summary table")
+
+
+def test_the_largest_difference_is_said_in_words(browser: Browser, folder: Path) -> None:
+    facts = network(20)
+    browser.open(written(folder, "equal", facts))
+    assert browser.text(".tile:nth-child(2)") == (
+        "Outputs, before and after✓equallargest difference 7.1e-6, relative 1.4e-6, 0.7 times what rounding alone makes"
+    )
+    facts["summary"]["difference"].update(equal=False, largest=math.inf, relative=math.nan)
+    browser.open(written(folder, "different", facts))
+    assert browser.text(".tile.bad") == "Outputs, before and after!differentlargest difference Infinity, relative NaN"
+
+
 def test_loud_layers_have_a_shape_of_their_own(browser: Browser, folder: Path) -> None:
     facts = network(40)
     facts["errors"][2].update(relative=1e-3)
@@ -446,8 +470,14 @@ def test_facts_that_were_not_measured_are_left_out(browser: Browser, folder: Pat
     assert browser.run("return document.documentElement.dataset.state") == "ready"
     browser.click('[aria-label^="Open every module"]')
     browser.click('.choice [data-value="both"]')
-    for box in browser.all('[data-which="before"] .box'):
-        browser.run("arguments[0].focus(); arguments[0].dispatchEvent(new MouseEvent('click', { bubbles: true }))", box)
+    browser.run(
+        """
+        for (const box of document.querySelectorAll("[data-which=before] .box")) {
+            box.focus();
+            box.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+        }
+        """
+    )
     browser.click('#ranges [data-value="activation"]')
     assert "Not measured." in browser.text("#ranges")
     seen = browser.text("main")
@@ -465,7 +495,7 @@ def test_a_layout_that_takes_long_can_be_stopped(browser: Browser, folder: Path)
     """
     added = browser.command("Page.addScriptToEvaluateOnNewDocument", source=never)
     try:
-        browser.open(written(folder, "stopped", network(1000)))
+        browser.open(written(folder, "stopped", network(150)))
         before = browser.boxes()
         browser.run(
             "document.querySelector('.box.closed .chevron').dispatchEvent(new MouseEvent('click', { bubbles: true }))"

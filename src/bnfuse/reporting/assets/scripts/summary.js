@@ -30,11 +30,28 @@ function differenceTile(difference) {
   return tile("Outputs, before and after", [badge(equal ? "good" : "bad", ""), figure], parts.join(", "), equal ? "" : "bad");
 }
 
+/** How far the quartiles of the calls are apart, of the model whose calls differ more; 0 if that is not known. */
+function spreadOf(row) {
+  return Math.max(0, ...[row.quartiles?.before, row.quartiles?.after].map((pair) => (pair ? numeric(pair[1]) - numeric(pair[0]) : 0)));
+}
+
+/** Whether a change is smaller than the calls differ among themselves. */
+function unclear(row) {
+  return Math.abs(numeric(row.after) - numeric(row.before)) < spreadOf(row);
+}
+
 function changeTile(row, plan) {
   const [before, after] = [numeric(row.before), numeric(row.after)];
+  if (after !== null && unclear(row)) {
+    return tile(row.name[0].toUpperCase() + row.name.slice(1), "no clear change", `${quantity(before, row.unit)} → ${quantity(after, row.unit)}; the calls of one model differ by ${quantity(spreadOf(row), row.unit)}`);
+  }
   const figure = after === null ? quantity(before, row.unit) : before ? percentage((after - before) / before) : difference(before, after, row.unit);
   const note = after === null ? (plan ? "before; nothing was fused yet" : "before; not measured after") : `${quantity(before, row.unit)} → ${quantity(after, row.unit)}`;
   return tile(row.name[0].toUpperCase() + row.name.slice(1), after === before ? "unchanged" : figure, note);
+}
+
+function quartiles(pair, unit) {
+  return pair ? element("div", { class: "fine" }, `quartiles ${quantity(numeric(pair[0]), unit)}, ${quantity(numeric(pair[1]), unit)}`) : null;
 }
 
 function summarised(facts) {
@@ -51,9 +68,9 @@ function summarised(facts) {
   const cells = (row) => {
     const [before, after] = [numeric(row.before), numeric(row.after)];
     return [
-      element("td", { class: "number", title: before === null ? null : String(before) }, quantity(before, row.unit)),
-      element("td", { class: "number", title: after === null ? null : String(after) }, quantity(after, row.unit)),
-      element("td", { class: "number" }, before === null || after === null ? "–" : difference(before, after, row.unit)),
+      element("td", { class: "number", title: before === null ? null : String(before) }, quantity(before, row.unit), quartiles(row.quartiles?.before, row.unit)),
+      element("td", { class: "number", title: after === null ? null : String(after) }, quantity(after, row.unit), quartiles(row.quartiles?.after, row.unit)),
+      element("td", { class: "number" }, before === null || after === null ? "–" : difference(before, after, row.unit), unclear(row) ? element("div", { class: "fine" }, "within the spread of the calls") : null),
     ];
   };
   const table = rows.length
