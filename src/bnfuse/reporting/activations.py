@@ -36,7 +36,7 @@ from bnfuse.planner.problem import Problem
 from bnfuse.reporting.dataflow import Dataflow
 from bnfuse.rules import RULES
 from bnfuse.rules.layers import LAYERS, layer_of
-from bnfuse.solve.search import Solution
+from bnfuse.solve.search import Removal, Solution
 from bnfuse.units import Unit
 from bnfuse.verify.float64 import InFloat64, float64_copy, to_float64
 from bnfuse.verify.measure import compare_outputs
@@ -59,7 +59,7 @@ was in the run."""
 
 @dataclass(eq=False)
 class Layer:
-    """One layer, or norm that stays.
+    """One layer, or norm that stays; or the sum of a layer and a norm.
 
     Attributes:
         step: the number of its box.
@@ -177,17 +177,18 @@ def measured(
 
 
 def _layers(problem: Problem, dataflow: Dataflow, solution: Solution | None) -> list[Layer]:
-    """The layers of the first call that make floating numbers, and the norms that stay."""
+    """The layers of the first call that make floating numbers, the norms that stay, and the sums behind layers that
+    have taken up a norm beside them."""
     places = _places_of(problem.main.nodes)
-    removals = [] if solution is None else solution.removals
+    removals = () if solution is None else solution.removals
     gone = {node for removal in removals for site in removal.norm.sites for node in site.nodes}
     behind = {site.x: site.y for removal in removals for site in removal.norm.sites}
-    beside = {node for removal in removals if removal.is_beside for value in removal.edited for node in value.consumers}
+    changed, sums = _beside(removals)
     staying = {nodes[-1] for nodes in dataflow.norm_steps if nodes and nodes[-1] not in dataflow.removed}
     found = []
     for node, step in dataflow.steps.items():
-        looked_at = dataflow.kind(node) == "layer" or node in staying
-        if not looked_at or node not in places or not node.outputs or not node.outputs[0].dtype.is_floating_point:
+        looked_at = dataflow.kind(node) == "layer" or node in staying or node in sums
+        if not looked_at or not node.outputs or not node.outputs[0].dtype.is_floating_point:
             continue
         value = counterpart = node.outputs[0]
         while counterpart.pinned is None and counterpart.consumers and gone.issuperset(counterpart.consumers):
@@ -195,12 +196,36 @@ def _layers(problem: Problem, dataflow: Dataflow, solution: Solution | None) -> 
             if after is None:
                 break
             counterpart = after
-        maker = counterpart.producer
-        known = solution is not None and node not in beside and maker is not None
-        source = places.get(node if counterpart is value else maker) if known and maker is not None else None
+        maker = node if counterpart is value else counterpart.producer
+        source = None if solution is None or node in changed or maker is None else places.get(maker)
         units = tuple(removal.units[counterpart] for removal in removals if counterpart in removal.units)
-        module = node.call.path or ""
-        found.append(Layer(step, module, places[node], value, counterpart, source, units, _axis(node)))
+        found.append(Layer(step, node.call.path or "", places[node], value, counterpart, source, units, _axis(node)))
+    return found
+
+
+def _beside(removals: Sequence[Removal]) -> tuple[set[Node], set[Node]]:
+    """Where norms are taken up by layers beside them: the operators whose results are then others, and not in other
+    units, from each layer and norm to the sum of both; and the sums, which are again the same."""
+    changed: set[Node] = set()
+    sums: set[Node] = set()
+    for removal in removals:
+        layers = {node for value in removal.edited for node in value.consumers} if removal.is_beside else set()
+        for site in removal.norm.sites if layers else ():
+            from_norm = _chain(site.nodes[-1])
+            for layer in layers:
+                from_layer = _chain(layer)
+                there = next((node for node in from_layer if node in from_norm), None)
+                if there is not None:
+                    changed.update(from_layer[: from_layer.index(there)], from_norm[: from_norm.index(there)])
+                    sums.add(there)
+    return changed, sums - changed
+
+
+def _chain(node: Node) -> list[Node]:
+    """An operator and those behind it, as long as nothing else reads what they make."""
+    found = [node]
+    while len(found[-1].outputs) == 1 and len(found[-1].outputs[0].consumers) == 1:
+        found.append(found[-1].outputs[0].consumers[0])
     return found
 
 

@@ -20,6 +20,7 @@ from bnfuse.model.describe import dtype_name, shape_text
 from bnfuse.operators import shape_of
 from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.planner import Planner
+from bnfuse.planner.problem import Problem
 from bnfuse.printing.sizes import Holding
 from bnfuse.reporting.activations import Measured, measured
 from bnfuse.reporting.cost import latencies, multiply_adds
@@ -66,7 +67,7 @@ class Facts:
             "model": plan.model,
             "spec": self._spec,
             "inputs": _inputs(problem.main.call),
-            "calls": list(dict.fromkeys(_call(run.call) for run in problem.recording.runs)),
+            "calls": _calls(problem),
             "machine": _machine(),
             "summary": {
                 "norms": len(plan.decisions),
@@ -183,6 +184,13 @@ def _inputs(call: Call) -> list[str]:
         for name, value in given
         for _, tensor in pytree.tensors(value)
     ]
+
+
+def _calls(problem: Problem) -> list[str]:
+    """The calls that do something else than those before them, and those that the caller has named, in words."""
+    calls = [run.call for run in problem.recording.runs]
+    calls += [call for further in problem.further if further.given for call in further.calls]
+    return list(dict.fromkeys(map(_call, calls)))
 
 
 def _call(call: Call) -> str:
