@@ -50,6 +50,9 @@ _MOST, _FEWEST = 1 << 16, 1 << 10
 _SORTED = 1 << 14
 """So many elements at most are sorted for quantiles."""
 
+_WIDEST = 1 << 29
+"""A larger model, in parameters, is not copied in float64."""
+
 _QUANTILES = {"q01": 0.01, "q25": 0.25, "median": 0.5, "q75": 0.75, "q99": 0.99}
 
 Place = tuple[str | None, str, int]
@@ -165,13 +168,14 @@ def measured(
 
     rounding = None
     output = _watched(original, call, _Watch({*by_place, *by_source}, look_at_original))
-    if fused is not None:
+    if fused is not None and sum(parameter.numel() for parameter in original.parameters()) <= _WIDEST:
         with contextlib.suppress(Exception):  # whatever a model raises that cannot run in float64
             exact = float64_copy(original)
             wide = _watched(exact, call.map(to_float64), _Watch(by_source, look_at_exact), InFloat64())
             found = [one.relative_l2 for one in compare_outputs(wide, output).outputs if not one.exact]
             rounding = max(found, default=None)
             del exact, wide
+    if fused is not None:
         _watched(fused, call, _Watch(by_place, look_at_fused))
     return Measured(layers, rounding)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import platform
@@ -157,16 +158,19 @@ def _after(plan: Plan, model: nn.Module, before: Holding) -> Holding:
     parameters = left(model.named_parameters(remove_duplicate=False))
     buffers = left(model.named_buffers(remove_duplicate=False))
     created = [edit for edit in plan.edits if edit.created]
-    added = sum(math.prod(edit.shape) for edit in created)
-    sizes = {name: tensor.element_size() for name, tensor in model.named_parameters()}
-    width = {name.rpartition(".")[0]: size for name, size in sizes.items()}
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
     return Holding(
         len(plan.kept),
-        sum(tensor.numel() for tensor in parameters) + added,
+        sum(tensor.numel() for tensor in parameters) + sum(math.prod(edit.shape) for edit in created),
         sum(tensor.numel() for tensor in buffers),
-        sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *buffers))
-        + sum(math.prod(edit.shape) * width.get(edit.names[0].rpartition(".")[0], 4) for edit in created),
+        held + sum(math.prod(edit.shape) * _width(model, edit.names[0]) for edit in created),
     )
+
+
+def _width(model: nn.Module, name: str) -> int:
+    """The bytes of each number of a parameter that is created: as of what else its layer holds."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    return next(itertools.chain(layer.parameters(), layer.buffers())).element_size()
 
 
 def _is_of(name: str, gone: set[str], staying: tuple[str, ...]) -> bool:
