@@ -85,7 +85,7 @@ def latencies(original: nn.Module, fused: nn.Module, call: Call, seconds: float)
     Args:
         original, fused: neither may write to its parameters or buffers.
         call: is made with copies of its tensors.
-        seconds: to spend in all; one round is run even if it takes longer, and one before it, which does not count.
+        seconds: to spend in all; one round is run even if it takes longer.
     """
     models = (original, fused)
     modules = list({id(module): module for model in models for module in tree.modules(model)}.values())
@@ -99,9 +99,9 @@ def latencies(original: nn.Module, fused: nn.Module, call: Call, seconds: float)
                 own.run(models[place])
                 _wait(own)
                 times[place].append(time.perf_counter() - started)
-            if time.perf_counter() > end and turn:
+            if time.perf_counter() > end:
                 break
-    before, after = (statistics.median(found[1:]) for found in times)
+    before, after = (statistics.median(found[1:] or found) for found in times)  # the first call warms up
     return before, after
 
 
