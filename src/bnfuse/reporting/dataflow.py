@@ -296,6 +296,8 @@ def label(node: Node) -> str:
         layer = layer_of(node)
         if layer is None:
             return name
+        if node.operator == "linear":  # a nested input has no sizes
+            return f"{name} {layer.w.shape[1]}→{layer.w.shape[0]}"
         words = [name, f"{layer.channels_in}→{layer.channels_out}"]
         if node.operator.startswith(_CONVOLUTIONS):
             words.append(shape_text(layer.w.shape[2:]))
