@@ -13,9 +13,11 @@ from support import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import bnfuse
+from bnfuse.api import fuse_with_plan
 from bnfuse.capture.run import Recording
 from bnfuse.model.calls import Call
 from bnfuse.printing.sizes import Holding
+from bnfuse.reporting import facts
 from bnfuse.reporting.cost import multiply_adds
 from bnfuse.reporting.dataflow import is_layer
 from bnfuse.reporting.page import page
@@ -98,7 +100,7 @@ def test_what_a_plan_foretells_comes_true(example: Example) -> None:
     model, inputs = example.model(), example.given()
     planned, _ = planned_facts(model, inputs)
     found, fused, plan = fused_facts(model, inputs)
-    assert planned["kind"], found["kind"] == ("plan", "fuse")
+    assert (planned["kind"], found["kind"]) == ("plan", "fuse")
     actual = rows(found)
     latency = actual.pop("latency")
     assert min(latency) > 0
@@ -236,16 +238,28 @@ def test_without_measuring_nothing_is_run_again() -> None:
     model = randomise_(Net(forward, u=conv(), n=norm())).eval()
     counts = []
     for measure in (False, True):
-        facts = bnfuse.reporting.facts.Facts(measure=measure)
+        observer = facts.Facts(measure=measure)
         runs.clear()
-        bnfuse.api.fuse_with_plan(model, images(), observer=facts)
+        fuse_with_plan(model, images(), observer=observer)
         counts.append(len(runs))
-        assert bool(facts.finished()["errors"]) == measure
-        assert bool(facts.finished()["ranges"]) == measure
-        assert ("latency" in rows(facts.finished())) == measure
+        found = observer.finished()
+        assert bool(found["errors"]) == bool(found["ranges"]) == ("latency" in rows(found)) == measure
     runs.clear()
     bnfuse.fuse(model, images())
     assert counts[0] == len(runs) < counts[1]
+
+
+def test_latency_has_its_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = EXAMPLES["named input"]
+    monkeypatch.setattr(facts, "SECONDS", 5.0)  # far more than fifty rounds take
+    found, _, _ = fused_facts(example.model(), example.given())
+    [row] = [row for row in found["summary"]["rows"] if row["name"] == "latency"]
+    for when in ("before", "after"):
+        low, high = row["quartiles"][when]
+        assert 0 < low <= row[when] <= high
+    monkeypatch.setattr(facts, "SECONDS", 0.0)
+    found, _, _ = fused_facts(example.model(), example.given())
+    assert found["summary"]["rows"][-1]["quartiles"] == {"before": None, "after": None}
 
 
 def test_a_model_that_remembers_is_not_timed() -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 _ROUNDS = 50
+_FEWEST = 4
 
 
 def multiply_adds(nodes: Iterable[Node], norms: Collection[Node]) -> int:
@@ -79,8 +81,34 @@ def _letters(node: Node) -> int:
     return math.prod(sizes.values())
 
 
-def latencies(original: nn.Module, fused: nn.Module, call: Call, seconds: float) -> tuple[float, float]:
-    """The median time of a call of each model, in seconds. They take turns, and each round begins with the other.
+@dataclass(frozen=True)
+class Latency:
+    """How long a call takes, in seconds.
+
+    Attributes:
+        median: of all calls but the first.
+        quartiles: the first and the third; None of fewer than four calls.
+    """
+
+    median: float
+    quartiles: tuple[float, float] | None
+
+    @staticmethod
+    def of(times: Sequence[float]) -> Latency:
+        """Of the times of calls, the first of which warms up.
+
+        >>> Latency.of([9.0, 1.0, 2.0, 3.0, 4.0, 5.0])
+        Latency(median=3.0, quartiles=(2.0, 4.0))
+        """
+        counted = times[1:] or times
+        if len(counted) < _FEWEST:
+            return Latency(statistics.median(counted), None)
+        low, middle, high = statistics.quantiles(counted, n=4, method="inclusive")
+        return Latency(middle, (low, high))
+
+
+def latencies(original: nn.Module, fused: nn.Module, call: Call, seconds: float) -> tuple[Latency, Latency]:
+    """The time of a call of each model. They take turns, and each round begins with the other.
 
     Args:
         original, fused: neither may write to its parameters or buffers.
@@ -101,7 +129,7 @@ def latencies(original: nn.Module, fused: nn.Module, call: Call, seconds: float)
                 times[place].append(time.perf_counter() - started)
             if time.perf_counter() > end:
                 break
-    before, after = (statistics.median(found[1:] or found) for found in times)  # the first call warms up
+    before, after = map(Latency.of, times)
     return before, after
 
 

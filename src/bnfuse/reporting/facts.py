@@ -104,7 +104,9 @@ class Facts:
         main = planner.problem.main
         if self._measure and fused is not None and not (main.stateful or main.gradients):
             with _said("how long a call takes"):
-                rows.append(_row("latency", *latencies(original, fused, main.call, SECONDS), "s"))
+                one, other = latencies(original, fused, main.call, SECONDS)
+                quartiles = {"before": one.quartiles, "after": other.quartiles}
+                rows.append(_row("latency", one.median, other.median, "s") | {"quartiles": quartiles})
         return rows
 
     def add_comparison(self, comparison: Comparison) -> None:
