@@ -25,8 +25,11 @@ from bnfuse.tools.census.run import sampled
 
 ROWS = Path(__file__).parents[1] / "docs" / "census"
 ZOOS = ("torchvision", "timm")
-SECONDS = 600.0
-"""For all tools on one model."""
+SECONDS = 600
+"""Of processor time, for all tools on one model."""
+
+_PATIENCE = 10
+"""So many times as long may they take by the clock."""
 
 RIGHT, WRONG, FAILS = "right", "wrong", "fails"
 BNFUSE = "bnfuse"
@@ -73,11 +76,12 @@ def _models(settings: Settings) -> Iterator[tuple[str, str]]:
             yield f"{zoo}:{name}", rows[name].family
 
 
-def examined(spec: str, family: str, seconds: float = SECONDS) -> list[Finding]:
+def examined(spec: str, family: str) -> list[Finding]:
     """Every tool on one model, in a process of its own: some end it."""
-    command = [sys.executable, "-m", "bench.other_tools", spec, family]
+    command = [sys.executable, "-m", "bench.other_tools", spec, family, str(SECONDS)]
+    limit = SECONDS * _PATIENCE
     try:
-        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=seconds).stdout
+        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=limit).stdout
         how = "ended the process"
     except subprocess.TimeoutExpired as late:
         said, how = late.stdout or b"", "took too long"

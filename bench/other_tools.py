@@ -1,10 +1,11 @@
-"""``python -m bench.other_tools SPEC FAMILY``: every tool that is installed on one model, a line of JSON for each."""
+"""``python -m bench.other_tools SPEC FAMILY SECONDS``: every tool that is installed on one model, a line for each."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import json
+import resource
 import sys
 import tempfile
 import warnings
@@ -152,12 +153,13 @@ def judged(tool: Tool, case: Case) -> dict[str, Any]:
     return {"norms": case.norms, "left": left, "verdict": "right", "why": why}
 
 
-def main(spec: str, family: str) -> int:
-    """Print a line for each tool.
+def main(spec: str, family: str, seconds: str) -> int:
+    """Print a line for each tool, and end after so many seconds of processor time.
 
-    The models are in float64 where a tool takes that: a detector, which sorts and drops boxes, may give others for
+    The models are in float64 where they and a tool take that: a detector, which sorts and drops boxes, may give others for
     another rounding.
     """
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     here = Visit(Job(spec, family), Settings(), lambda phase: None)
@@ -167,7 +169,10 @@ def main(spec: str, family: str) -> int:
     args = running(here, model, form).args
     with torch.no_grad():
         narrow = Case.of(model, args)
-        wide = Case.of(float64_copy(model), pytree.map_tensors(args, to_float64))
+        try:
+            wide = Case.of(float64_copy(model), pytree.map_tensors(args, to_float64))
+        except RuntimeError:  # its code makes tensors of float32
+            wide = narrow
         for name, tool in TOOLS.items():
             if tool.version():
                 print(json.dumps({"tool": name, **judged(tool, wide if tool.wide else narrow)}), flush=True)
