@@ -214,7 +214,6 @@ def test_a_terminal_without_rich_gets_plain_text_and_a_hint(
     ("text", "lines"),
     [
         ("too long for a line of twenty", ["too long for a line", "    of twenty"]),
-        ("short\n  got:      one_two_three_four, five\nshort", ["short", "  got:      one_two_three_four, five", "short"]),
         ("it is 'one quoted text of words' here", ["it is", "    'one quoted text of words'", "    here"]),
         ("the model's own and the file's own", ["the model's own and", "    the file's own"]),
         ("say bnfuse.fuse(model, (x, y), inplace=True) now", ["say", "    bnfuse.fuse(model, (x, y), inplace=True)", "    now"]),
@@ -230,6 +229,24 @@ def test_messages_are_wrapped_and_what_is_to_be_copied_is_not(text: str, lines: 
     assert message_text(text, 20).split("\n") == lines
     assert message_text(text, 200) == text
     assert re.sub("\n    ", " ", message_text(text, 20)) == text
+
+
+def test_indented_lines_are_wrapped_behind_their_labels() -> None:
+    text = """first line
+  got:      a value that is long
+  expected: quite another one
+  f(x, g(h(i(1, 2), 3), 4), 5)
+  as long as it goes on and on"""
+    lines = """first line
+  got:      a value that
+            is long
+  expected: quite
+            another one
+  f(x, g(h(i(1, 2), 3), 4), 5)
+  as long as it goes on
+    and on"""
+    assert message_text(text, 24) == lines
+    assert message_text(text, 80) == text
 
 
 def test_wide_characters_take_two_columns() -> None:

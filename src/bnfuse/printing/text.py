@@ -78,23 +78,33 @@ def message_text(text: str, width: int = WIDTH) -> str:
         bnfuse.fuse(model, inputs, inplace=True).
 
     Args:
-        text: words. Its own lines begin anew, and indented ones are left as they are. Quoted text, calls, commands,
-            options with their values and words without spaces are not broken, also where they are longer than a line.
+        text: words. Its own lines begin anew; what stands behind a label such as ``got:`` stays behind it. Quoted text,
+            calls, commands, options with their values and words without spaces are not broken, also where they are
+            longer than a line.
         width: how many characters a line may have.
     """
     lines: list[str] = []
     for line in text.split("\n"):
-        if line[:1].isspace() or cells(line) <= width:
+        if cells(line) <= width:
             lines.append(line)
-        else:
-            lines += _lines(_pieces(line), max(width, _NARROWEST), "", " " * _HANGING, breaking=False)
+            continue
+        indent, label = (len(part) for part in _LABEL.match(line).groups())  # type: ignore[union-attr]
+        first = line[: indent + label]
+        hanging = indent + (label or (_HANGING // 2 if indent else _HANGING))
+        lines += _lines(_pieces(line[len(first) :]), max(width, _NARROWEST), first, " " * hanging, breaking=False)
     return "\n".join(lines)
 
 
+_LABEL = re.compile(r"( *)((?<= )[a-z ]{1,12}: +|)")
+"""How a line begins: with spaces, and then perhaps a label."""
+
+_ARGUMENTS = r"[^()]*"
+for _ in range(4):
+    _ARGUMENTS = rf"(?:[^()]|\({_ARGUMENTS}\))*"
 _UNBROKEN = re.compile(
-    r"""
+    rf"""
       (?<!\w)(?P<quote>['"`])[^'"`]*(?P=quote)     # quoted
-    | [\w.]+\((?:[^()]|\([^()]*\))*\)              # a call
+    | [\w.]+\({_ARGUMENTS}\)                       # a call
     | --[\w-]+[ ](?:'[^']*'|[\w.:/=*-]*\d[\w.:/=*-]*|[A-Z]+\b)  # an option with its value
     | (?:pip[ ]install|python[ ]-m|bnfuse[ ](?:plan|fuse|census|demo))[ ][^,;]*  # a command, to the end of the sentence
     """,
