@@ -63,7 +63,9 @@ def linked(text: str) -> str:
 
     def replaced(found: re.Match[str]) -> str:
         words, target = found["words"], found["target"]
-        if target is None or target.endswith((".md", ".png")) or not (ROOT / "docs" / target).exists():
+        if target is None:
+            return re.sub(r"\n\n+```$", "\n```", found[0])  # an empty line ends the output of an example
+        if target.endswith((".md", ".png")) or not (ROOT / "docs" / target).exists():
             return found[0]  # what leads nowhere stops the build
         path = posixpath.normpath(posixpath.join("docs", target))
         return words if "`" in words else f"{words} (`{path}`)"

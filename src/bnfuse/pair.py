@@ -24,7 +24,7 @@ def fuse_pair(layer: nn.Module, norm: nn.Module, inplace: bool = False) -> nn.Mo
         inplace: change ``layer`` itself instead of a copy.
 
     Returns:
-        A layer of the same class that computes ``norm(layer(x))``:
+        A layer of the same class that computes ``norm(layer(x))``, with
         ``weight' = weight * a``, ``bias' = bias * a + c`` with ``a = gamma / sqrt(running_var + eps)`` and
         ``c = beta - running_mean * a`` (``torch.nn.utils.fuse_conv_bn_eval``).
 
