@@ -44,7 +44,10 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 CONTENTS = {
-    "Use": ("Start <self>", "recipes", "production", "command-line", "Promise <promise>", "extending", "api"),
+    "Use": (
+        *("Start <self>", "recipes", "report", "production", "restructuring", "command-line", "Promise <promise>"),
+        *("extending", "api"),
+    ),
     "How it works": ("how-it-works", "Removals <removals>", "Operators <operators>", "Reasons <reasons>"),
     "Measured": ("census", "beside", "speed", "precision", "adversary"),
     "The project": ("contributing", "changelog"),
