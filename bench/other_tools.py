@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import resource
 import sys
 import tempfile
 import warnings
@@ -159,6 +158,8 @@ def main(spec: str, family: str, seconds: str) -> int:
     The models are in float64 where they and a tool take that: a detector, which sorts and drops boxes, may give others for
     another rounding.
     """
+    import resource  # not on every system
+
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
