@@ -155,8 +155,8 @@ def judged(tool: Tool, case: Case) -> dict[str, Any]:
 def main(spec: str, family: str, seconds: str) -> int:
     """Print a line for each tool, and end after so many seconds of processor time.
 
-    The models are in float64 where they and a tool take that: a detector, which sorts and drops boxes, may give others for
-    another rounding.
+    The models are in float64 where they and a tool take that: a detector, which sorts and drops boxes, may give others
+    for another rounding.
     """
     import resource  # not on every system
 
