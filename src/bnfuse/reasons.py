@@ -1111,3 +1111,10 @@ GAINS_NOTHING = _cause(
     "Each use would cost a copy of the weights, and the norms behind them stay all the same.",
     "Nothing.",
 )
+LOADS_WITHOUT_A_WORD = _cause(
+    "loads-without-a-word",
+    "the library that keeps the model in a folder would load a file of the new one into the old one without a word",
+    "transformers and `PyTorchModelHubMixin` are lenient about names. What stands in the place of a norm has a tensor "
+    "that keeps them from it, and no norm goes here.",
+    "Nothing; or bake the weights yourself.",
+)

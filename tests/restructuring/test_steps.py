@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from restructuring.test_bake import Masked, both_parametrized, conv
 from restructuring.test_untie import IMAGE, Head, Net, SharedModules, norm, norms, tied
 from support import assert_untouched, prepared, snapshot
@@ -170,6 +171,30 @@ def test_damaged_tensors_are_refused() -> None:
         with pytest.raises(bnfuse.CheckpointError, match=said):
             bnfuse.restructure(model, GOOD | {"placed": [], "removed": [], "created": [], "modules": {}, "own": [own]})
         assert_untouched(model, before)
+
+
+class Kept(SharedModules, PyTorchModelHubMixin):
+    """A model that a library keeps in a folder."""
+
+
+class KeptInside(nn.Module, PyTorchModelHubMixin):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = Masked(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(x)
+
+
+def test_a_folder_of_a_library_that_is_lenient_about_names(tmp_path: Path) -> None:
+    fused = bnfuse.fuse(prepared(Kept()).float(), IMAGE.float(), restructure=True)
+    fused.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Kept.from_pretrained(tmp_path)
+    assert_same(bnfuse.from_pretrained(Kept, tmp_path), fused, IMAGE.float())
+    plan = bnfuse.plan(prepared(KeptInside()), IMAGE, restructure=True)
+    assert not plan.steps
+    assert "without a word" in str(plan)
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------

@@ -86,8 +86,10 @@ def fitted(structure: Structure, model: nn.Module, prefix: str) -> Structure:
     transformers loads the folder of a classifier into a bare backbone, and that of a backbone into a classifier.
     """
     own = {name for name, _ in tree.named_modules(model)}
-    norms = [name for norm in structure.removed for name in norm.names]
-    if not prefix or all(name in own for name in norms):
+    places = [name for placed in structure.placed for name in placed.names]
+    made = tuple(f"{name}." for name in places)  # what is inside of these is not there yet
+    places += [name for norm in structure.removed for name in norm.names if not name.startswith(made)]
+    if not prefix or all(name in own for name in places):
         return structure
     start = f"{prefix}."
     if prefix in own:
@@ -101,6 +103,8 @@ def _renamed(structure: Structure, new_name: Callable[[str], str | None]) -> Str
     def named(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(new for name in names if (new := new_name(name)) is not None)
 
+    placed = [replace(it, names=named(it.names)) for it in structure.placed]
+    held = [replace(it, names=named(it.names)) for it in structure.own]
     removed = [RemovedNorm(named(norm.names), norm.kind, norm.keep) for norm in structure.removed]
     created = [CreatedParameter(named(made.names), made.shape, made.dtype) for made in structure.created]
     return replace(
@@ -108,4 +112,6 @@ def _renamed(structure: Structure, new_name: Callable[[str], str | None]) -> Str
         removed=tuple(norm for norm in removed if norm.names),
         created=tuple(made for made in created if made.names),
         out_of_place=named(structure.out_of_place),
+        placed=tuple(it for it in placed if it.names),
+        own=tuple(it for it in held if it.names),
     )

@@ -23,6 +23,7 @@ from bnfuse.errors import FusionError
 from bnfuse.model import tree
 from bnfuse.model.describe import one_line
 from bnfuse.model.marks import mark_own, mark_placed
+from bnfuse.model.pretrained import add_guard, is_guarded, lenient_places
 
 _REGISTRIES = (
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_forward_pre_hooks",
@@ -45,7 +46,10 @@ def carry_out(step: Step, model: nn.Module, undo: list[Callable[[], None]]) -> N
         made = [(placement, _built(modules, placement)) for placement in step.placements]
         owned = [(tensor, _own(modules, tensor)) for tensor in step.tensors]
         _give(modules, owned, undo)
+        places = lenient_places(modules)
         for placement, module in made:
+            if is_guarded(placement.names, places):
+                undo.append(add_guard(module, modules[placement.names[0]]))
             _put(modules, placement, module, undo)
 
 

@@ -14,12 +14,14 @@ from bnfuse.changes import Changes, Step, Unchanged
 from bnfuse.fusion_plan import Plan
 from bnfuse.graph.graph import Node, Value
 from bnfuse.graph.norms import Norm
+from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
+from bnfuse.model.pretrained import is_guarded, lenient_places
 from bnfuse.planner.planner import Planner
 from bnfuse.planner.problem import Problem
 from bnfuse.planner.steps import exact_contents, former_name
 from bnfuse.planner.trying_plans import Trials
-from bnfuse.reasons import GAINS_NOTHING, LAYER_IS_LOOKED_AT, Cause
+from bnfuse.reasons import GAINS_NOTHING, LAYER_IS_LOOKED_AT, LOADS_WITHOUT_A_WORD, Cause
 from bnfuse.restructuring.bake import baked
 from bnfuse.restructuring.kinds import BAKE, MERGE, UNTIE
 from bnfuse.restructuring.merge import merged
@@ -47,7 +49,7 @@ class Restructuring:
         self.original, self.kinds = original, kinds
         self._dropped: dict[tuple[str, str], Unchanged] = {}
         self._unchanged: dict[tuple[str, str], Unchanged] = {}
-        self._before: set[str] | None = None
+        self._before: Plan | None = None
 
     def plan(self, make: Callable[[Planner], Plan]) -> tuple[Planner, Plan]:
         """The planner of the restructured model, and its plan.
@@ -58,9 +60,11 @@ class Restructuring:
         while True:
             planner, made = self._planned(make)
             useless = self._useless(planner, made)
-            if not useless:
-                break
             self._drop(useless, GAINS_NOTHING)
+            unguarded = [] if useless else self._unguarded(made)
+            self._drop(unguarded, LOADS_WITHOUT_A_WORD)
+            if not (useless or unguarded):
+                break
         if MERGE in self.kinds:
             made = self._with_merges(made)
         unchanged = {**self._unchanged, **self._dropped}
@@ -85,7 +89,7 @@ class Restructuring:
                 if kind == BAKE:
                     found, unchanged = baked(problem)
                 else:
-                    found, unchanged = untied(problem, Planner(problem).plan())
+                    found, unchanged = untied(problem, lambda problem=problem: self._plain(problem))  # type: ignore[misc]
                 self._unchanged.update({(one.kind, one.subject): one for one in unchanged})
                 found = [step for step in found if (step.kind, step.subject) not in self._dropped]
                 if not found:
@@ -129,10 +133,24 @@ class Restructuring:
         steps = [step for step in planner.steps if step.kind == UNTIE]
         if not steps:
             return []
+        before, gone = ({one.norm for one in plan.fused} for plan in (self._plain(self.original), made))
+        return [step for step in steps if len(gone & {*step.norms}) <= len(before & {*step.norms})]
+
+    def _unguarded(self, made: Plan) -> list[Step]:
+        """The steps, where nothing would keep a library that is lenient about names from loading a file of the model
+        into one of another structure: see :mod:`bnfuse.model.pretrained`."""
+        places = lenient_places(dict(tree.named_modules(self.original.model)))
+        if not places or any(is_guarded(replacement.names, places) for replacement in made.replacements):
+            return []
+        return list(made.steps)
+
+    def _plain(self, problem: Problem) -> Plan:
+        """The plan of a problem as it is; that of the original is kept."""
+        if problem is not self.original:
+            return Planner(problem).plan()
         if self._before is None:
-            self._before = {decision.norm for decision in Planner(self.original).plan().fused}
-        gone = {decision.norm for decision in made.fused}
-        return [step for step in steps if len(gone & {*step.norms}) <= len(self._before & {*step.norms})]
+            self._before = Planner(problem).plan()
+        return self._before
 
     def _with_merges(self, made: Plan) -> Plan:
         """The plan with the merges that follow fusing."""

@@ -15,7 +15,7 @@ Where one weight belongs to several modules, each with one norm behind it, each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 
@@ -40,15 +40,17 @@ from bnfuse.restructuring.kinds import UNTIE
 from bnfuse.restructuring.layers import LAYER, NORM, settings_of
 
 
-def untied(problem: Problem, plan: Plan) -> tuple[list[Step], list[Unchanged]]:
+def untied(problem: Problem, plan: Callable[[], Plan]) -> tuple[list[Step], list[Unchanged]]:
     """Steps that untie shared layers behind which norms stay, and the shared layers for which there is none.
 
     Args:
         problem: the model.
-        plan: what fusing it does as it is.
+        plan: makes the plan of fusing it as it is; asked for only if a layer is shared.
     """
-    staying = [norm for norm, one in zip(problem.norms, plan.decisions, strict=True) if not one.fused]
     search = _Search(problem)
+    if not any(map(search.is_shared, search.layers)):
+        return [], []
+    staying = [norm for norm, one in zip(problem.norms, plan().decisions, strict=True) if not one.fused]
     steps: list[Step] = []
     unchanged: list[Unchanged] = []
     done: set[int] = set()
@@ -58,7 +60,7 @@ def untied(problem: Problem, plan: Plan) -> tuple[list[Step], list[Unchanged]]:
             continue
         group = search.group(layer)
         done.update(map(id, group))
-        if len(group) == 1 and not search.has_different_uses(layer):
+        if not search.is_shared(layer):
             continue
         found = search.step(group)
         if isinstance(found, Step):
@@ -110,8 +112,16 @@ class _Search:
                 found += [owner for owner in self._owners(leaf) if all(owner is not other for other in found)]
         return found
 
-    def has_different_uses(self, layer: nn.Module) -> bool:
-        """Whether what stands behind a layer, the same norm, another or none, is not the same each time."""
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The modules with parameters that ran."""
+        return [self._modules[key] for key in self._leaves if key in self._calls]
+
+    def is_shared(self, layer: nn.Module) -> bool:
+        """Whether a layer has a weight in common with another, or different things stand behind its uses: norms, or
+        none."""
+        if len(self.group(layer)) > 1:
+            return True
         made = [value for call in self._calls.get(id(layer), ()) for value in call.outputs]
         return len({self._sites[value][0] if value in self._sites else None for value in made}) > 1
 
