@@ -37,7 +37,7 @@ from bnfuse.reasons import (
 )
 from bnfuse.restructuring.kinds import BAKE
 from bnfuse.restructuring.layers import Run, layer_run
-from bnfuse.rules.shapes import is_rearrangement
+from bnfuse.rules.registry import FAMILIES, Family
 from bnfuse.solve.network import Network, Refusal
 from bnfuse.verify.float64 import InFloat64, float64_copy
 
@@ -177,11 +177,14 @@ def _is_all(call: ModuleCall, run: Run) -> bool:
 
 
 def _is_worth_a_word(run: Run) -> bool:
-    """Whether it is a layer whose weight is more than a parameter in another shape."""
+    """Whether it is a layer whose weight is more than a parameter in another shape, or a part of one."""
     value = run.tensors["weight"]
-    while value.producer is not None and is_rearrangement(value.producer):
+    while value.producer is not None and FAMILIES.get(value.producer.operator) in _MOVES:
         value = value.producer.inputs[0]
     return run.kind != "Linear" and value.kind is Kind.COMPUTED
+
+
+_MOVES = (Family.REARRANGEMENT, Family.PARTITION)
 
 
 def _computed(module: nn.Module, places: list[str]) -> dict[str, Tensor]:
