@@ -7,7 +7,7 @@ import re
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bnfuse
+from bnfuse.api import fuse_with_plan
 from bnfuse.changes import Decision
 from bnfuse.fusion_plan import Plan
 from bnfuse.planner.trying_plans import Trials
@@ -48,6 +49,7 @@ class Outcome:
         failure: a class of failure that is stable under shrinking, empty if all is well.
         detail: the failure in full.
         skipped: True if the outputs differ, but no more than rounding alone would make them.
+        steps: how many changes of the structure were made.
         reasons: how many norms stayed, by reason.
     """
 
@@ -57,6 +59,7 @@ class Outcome:
     detail: str = ""
     skipped: bool = False
     sizes: int = 0
+    steps: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
 
@@ -66,34 +69,40 @@ class Failed(Exception):
         self.failure, self.detail = failure, detail
 
 
-def check(program: Program, thorough: bool = False) -> Outcome:
+def check(program: Program, thorough: bool = False, restructure: Sequence[str] = ()) -> Outcome:
     """Fuse the network and see.
 
     Args:
         program: the network.
         thorough: also fuse with verification, in place, and by ``Plan.apply``.
+        restructure: kinds of restructuring. Then networks are fused with verification, which is a part of it: a step
+            of the structure may fall to it.
     """
     outcome = Outcome()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            _check(program, thorough, outcome)
+            _check(program, thorough, outcome, restructure)
         except Failed as failed:
             outcome.failure, outcome.detail = failed.failure, failed.detail
     return outcome
 
 
-def _check(program: Program, thorough: bool, outcome: Outcome) -> None:
+def _check(program: Program, thorough: bool, outcome: Outcome, restructure: Sequence[str]) -> None:
     model = program.build()
     model.train(program.seed % 3 == 0)
     inputs = program.arguments(0)
     before = Snapshot(model)
     with _reported("plan"):
-        plan = bnfuse.plan(model, inputs)
+        plan = bnfuse.plan(model, inputs, restructure=restructure)
     before.compare("plan")
     with _reported("fuse"):
-        fused = bnfuse.fuse(model, inputs, verify=False)
+        fused, carried_out = fuse_with_plan(model, inputs, verify=bool(restructure), restructure=restructure)
+    if restructure:
+        _forget(model)
+        plan, before = carried_out, Snapshot(model)
     before.compare("fuse")
+    outcome.steps += len(plan.steps)
     outcome.norms, outcome.removed = len(plan.decisions), len(plan.fused)
     for decision in plan.kept:
         outcome.reasons[reason_class(decision)] += 1
@@ -103,7 +112,7 @@ def _check(program: Program, thorough: bool, outcome: Outcome) -> None:
     if thorough:
         _forget(model)
         with _reported("fuse(verify=True)"):
-            verified = bnfuse.fuse(model, inputs)
+            verified = bnfuse.fuse(model, inputs, restructure=restructure)
         _check_left_behind(model, verified)
         before = Snapshot(model)
         with _reported("plan.apply"):
@@ -113,12 +122,13 @@ def _check(program: Program, thorough: bool, outcome: Outcome) -> None:
         _check_outputs(program, model, applied, outcome)
         identities = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
         with _reported("fuse(inplace=True)"):
-            same = bnfuse.fuse(model, inputs, inplace=True, verify=program.seed % 2 == 0)
+            verify = bool(restructure) or program.seed % 2 == 0
+            same = bnfuse.fuse(model, inputs, inplace=True, verify=verify, restructure=restructure)
         _forget(model)
         if same is not model:
             raise Failed("inplace returns another model")
         changed = [n for n, p in model.named_parameters(remove_duplicate=False) if identities.get(n, id(p)) != id(p)]
-        if changed:
+        if changed and not plan.steps:
             raise Failed("inplace changes the identity of a parameter", str(changed))
         _check_outputs(program, program.build(), model, outcome)
 
@@ -237,8 +247,15 @@ def _check_decisions(model: nn.Module, fused: nn.Module, plan: Plan) -> None:
                 raise Failed("decision: a norm that should be gone is there", str(decision))
         elif not decision.reasons or not all(reason.text for reason in decision.reasons):
             raise Failed("decision: a kept norm has no reason", str(decision))
-        elif decision.norm in before and type(after.get(decision.norm)) is not type(before[decision.norm]):
+        elif decision.norm in before and not (
+            _is_same_kind(after.get(decision.norm), before[decision.norm])
+            or _is_same_kind(after.get(f"{decision.norm}.norm"), before[decision.norm])  # behind a layer of its own
+        ):
             raise Failed("decision: a norm that should be there is gone", str(decision))
+
+
+def _is_same_kind(module: nn.Module | None, other: nn.Module) -> bool:
+    return type(module) is type(other)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -11,11 +11,12 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from bnfuse.restructuring.kinds import KINDS
 from fuzz import files
 from fuzz.calls_command import show_calls, try_calls
 from fuzz.check import Outcome, bare_algebra, check
@@ -42,6 +43,8 @@ class Tally:
     skipped: int = 0
     sizes: int = 0
     steps: int = 0
+    changes: int = 0
+    restructured: int = 0
     partly: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     failures: dict[str, list[tuple[int, str, str]]] = field(default_factory=dict)
@@ -54,6 +57,8 @@ class Tally:
         self.partly += outcome.removed > 0
         self.sizes += outcome.sizes
         self.steps += steps
+        self.changes += outcome.steps
+        self.restructured += outcome.steps > 0
         self.skipped += outcome.skipped
         self.reasons += outcome.reasons
         if outcome.failure:
@@ -70,24 +75,26 @@ class Tally:
         )
 
 
-def shrunk(program: Program, failure: str, thorough: bool, seconds: float) -> Program:
+def shrunk(program: Program, failure: str, thorough: bool, seconds: float, restructure: Sequence[str] = ()) -> Program:
     """The failing network made small."""
-    return shrink(program, lambda candidate: _fails(candidate, failure, thorough), seconds)
+    return shrink(program, lambda candidate: _fails(candidate, failure, thorough, restructure), seconds)
 
 
-def _fails(candidate: Program, failure: str, thorough: bool) -> bool:
+def _fails(candidate: Program, failure: str, thorough: bool, restructure: Sequence[str]) -> bool:
     net = candidate.build()
     with torch.no_grad():
         net(*candidate.arguments(0))
-    return check(candidate, thorough).failure == failure
+    return check(candidate, thorough, restructure).failure == failure
 
 
-def _job(seed: int, without: str | None = None, bare: bool = False) -> tuple[int, int, Outcome | None]:
+def _job(
+    seed: int, without: str | None = None, bare: bool = False, restructure: Sequence[str] = ()
+) -> tuple[int, int, Outcome | None]:
     program = draw(seed)
     if without and re.search(without, program.source):
         return seed, 0, None
     with bare_algebra() if bare else contextlib.nullcontext():
-        return seed, len(program.steps), check(program, seed % THOROUGH_EVERY == 0)
+        return seed, len(program.steps), check(program, seed % THOROUGH_EVERY == 0, restructure)
 
 
 def _start() -> None:
@@ -96,10 +103,10 @@ def _start() -> None:
 
 
 def outcomes(
-    seeds: range, jobs: int, without: str | None = None, bare: bool = False
+    seeds: range, jobs: int, without: str | None = None, bare: bool = False, restructure: Sequence[str] = ()
 ) -> Iterator[tuple[int, int, Outcome | None]]:
     """Seed, number of steps and outcome of each network, None for one that is left out."""
-    job = functools.partial(_job, without=without, bare=bare)
+    job = functools.partial(_job, without=without, bare=bare, restructure=restructure)
     if jobs < 2:
         yield from map(job, seeds)
         return
@@ -118,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shrink", type=float, default=20.0, help="time for making a failure small (s)")
     parser.add_argument("--without", help="leave out networks whose program matches this expression")
     parser.add_argument("--bare", action="store_true", help="do not let plans be tried on other inputs")
+    parser.add_argument(
+        "--restructure", action="append", default=[], choices=KINDS, help="fuse with this kind of restructuring, too"
+    )
     parser.add_argument("--coverage", action="store_true", help="count what crossed which rule (one process)")
     parser.add_argument("--calls", action="store_true", help="networks that go by more than the recorded call")
     parser.add_argument("--files", action="store_true", help="damaged files of fused models instead of networks")
@@ -130,12 +140,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.calls:
         return show_calls(options.seed) if options.show else _try_calls(options, options.count)
     if options.show:
-        return _show(options.seed)
+        return _show(options.seed, options.restructure)
     if options.coverage:
         return _coverage(range(options.seed, options.seed + options.count))
     tally, begun, told = Tally(), time.monotonic(), time.monotonic()
     seeds = range(options.seed, options.seed + options.count)
-    for seed, steps, outcome in outcomes(seeds, options.jobs, options.without, options.bare):
+    for seed, steps, outcome in outcomes(seeds, options.jobs, options.without, options.bare, options.restructure):
         now = time.monotonic()
         if now - begun > options.seconds:
             break
@@ -144,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         tally.add(seed, outcome, steps)
         if outcome.failure and tally.counts[outcome.failure] <= options.failures:
             with bare_algebra() if options.bare else contextlib.nullcontext():
-                _report(seed, outcome, options.shrink)
+                _report(seed, outcome, options.shrink, options.restructure)
         if now - told > 10:
             told = now
             _say(f"... {tally} ({tally.networks / (now - begun):.0f}/s)", sys.stderr)
@@ -158,10 +168,10 @@ def _try_calls(options: argparse.Namespace, count: int) -> int:
     return try_calls(seeds, options.jobs, options.seconds, options.shrink, options.failures, options.kind)
 
 
-def _report(seed: int, outcome: Outcome, seconds: float) -> None:
+def _report(seed: int, outcome: Outcome, seconds: float, restructure: Sequence[str]) -> None:
     thorough = seed % THOROUGH_EVERY == 0
-    small = shrunk(draw(seed), outcome.failure, thorough, seconds)
-    again = check(small, thorough)
+    small = shrunk(draw(seed), outcome.failure, thorough, seconds, restructure)
+    again = check(small, thorough, restructure)
     _say(f"\n=== seed {seed}: {outcome.failure}\n{small}\n--- {again.detail or outcome.detail}\n")
 
 
@@ -173,6 +183,8 @@ def _summary(tally: Tally, seconds: float) -> None:
     _say(
         f"a norm goes in {100 * tally.partly / networks:.0f} % of the networks; {tally.sizes / networks:.1f} sizes compared for each"
     )
+    if tally.changes:
+        _say(f"{tally.changes} changes of the structure, in {tally.restructured} networks")
     _say(f"kept: {norms - tally.removed} norms, by reason:")
     for reason, count in tally.reasons.most_common(25):
         _say(f"  {count:6d}  {reason}")
@@ -181,13 +193,13 @@ def _summary(tally: Tally, seconds: float) -> None:
     _say(str(tally))
 
 
-def _show(seed: int) -> int:
+def _show(seed: int, restructure: Sequence[str]) -> int:
     import bnfuse
 
     program = draw(seed)
     _say(str(program))
-    _say(str(bnfuse.plan(program.build(), program.arguments(0))))
-    outcome = check(program, thorough=True)
+    _say(str(bnfuse.plan(program.build(), program.arguments(0), restructure=restructure)))
+    outcome = check(program, thorough=True, restructure=restructure)
     _say(f"{outcome.failure or 'right'}\n{outcome.detail}")
     return 1 if outcome.failure else 0
 
