@@ -317,6 +317,50 @@ def test_what_cannot_be_baked_says_why(name: str) -> None:
     assert (not plan.unchanged) if why is None else any(why in str(one) for one in plan.unchanged), plan.unchanged
 
 
+class FakeQuantizeBase(nn.Module):
+    """By the name by which what rounds a weight is recognised."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return (8 * weight).round() / 8
+
+
+class Rounded(nn.Conv2d):
+    """As a layer of quantisation-aware training."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.weight_fake_quant = FakeQuantizeBase()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight_fake_quant(self.weight), self.bias)
+
+
+def test_what_is_prepared_for_quantisation_stays_so() -> None:
+    for layer in (Rounded(4, 4, 3), parametrized(conv(), FakeQuantizeBase())):
+        plan, fused = fused_and_checked(prepared(behind(layer)), IMAGE, restructure="bake")
+        assert not plan.steps
+        assert "prepared for quantisation" in str(plan.unchanged[0])
+        assert type(fused.c) is type(layer)
+
+
+def test_what_is_compiled_stays_so() -> None:
+    with pytest.warns(Warning, match="deprecated"):
+        layer = torch.jit.script(Standardised(4, 4, 3).eval())
+    net = Net(lambda m, x: torch.sin(m.n(m.c(x))), c=layer, n=norm())
+    plan = bnfuse.plan(net.double().eval(), IMAGE, restructure="bake")
+    assert not plan.steps
+
+
+def test_layers_that_are_not_named_stay() -> None:
+    model = prepared(behind(Standardised(4, 4, 3)))
+    options = bnfuse.Options(layers=nn.Linear)
+    plan, _ = fused_and_checked(model, IMAGE, restructure="bake", options=options)
+    assert not plan.steps
+    assert "layers= does not name Standardised" in str(plan.unchanged[0])
+    options = bnfuse.Options(layers=nn.Conv2d)
+    assert fused_and_checked(model, IMAGE, restructure="bake", options=options)[0].fused
+
+
 def test_a_layer_that_is_another_from_call_to_call() -> None:
     model = prepared(behind(Flagged(4, 4, 3)))
     net = Net(lambda m, x: (m.c(x), m.c(x)), c=model)

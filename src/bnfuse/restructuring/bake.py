@@ -24,12 +24,17 @@ from bnfuse.changes import NewLayer, OwnTensor, Placement, Source, Step, Unchang
 from bnfuse.graph.graph import Kind, ModuleCall, Node
 from bnfuse.model import tree
 from bnfuse.model.placing import computed_tensors
+from bnfuse.model.quantisation import is_watcher
+from bnfuse.model.wrappers import HOOK_OF_ACCELERATE
 from bnfuse.planner.problem import Problem
 from bnfuse.reasons import (
     CONTENTS_DEPEND_ON_RUN,
+    IS_PREPARED,
+    IS_SCRIPTED,
     IS_THE_MODEL,
     LAYER_DIFFERS,
     LAYER_HAS_HOOK,
+    LAYER_NOT_NAMED,
     PARAMETERS_READ_ELSEWHERE,
     REFERENCED_ELSEWHERE,
     WEIGHT_COMPUTED_AMID_OTHER_WORK,
@@ -77,11 +82,15 @@ class _Search:
         for call in self.graph.calls:
             self._calls.setdefault(id(call.module), []).append(call)
         self._referenced = referenced_elsewhere(problem.model)
+        self._layers = None if problem.options.layers is None else tuple(problem.options.layers)
 
     def without_computation(self, module: nn.Module) -> Step | Reason | None:
         """What makes parameters of the tensors that parametrisations and hooks of PyTorch's compute."""
         names = self.names[id(module)][1]
         places = computed_tensors(module)
+        refused = self._refusal(module)
+        if refused is not None:
+            return refused
         try:
             contents = _computed(module, places)
         except Exception:  # noqa: BLE001 (whatever the code of a parametrisation raises)
@@ -114,7 +123,10 @@ class _Search:
             return LAYER_DIFFERS.reason()
         if "" in names:
             return IS_THE_MODEL.reason()
-        if has_hooks(module):
+        refused = self._refusal(module)
+        if refused is not None:
+            return refused
+        if has_hooks(module) or HOOK_OF_ACCELERATE in module.__dict__:
             return LAYER_HAS_HOOK.reason()
         if id(module) in self._referenced:
             return REFERENCED_ELSEWHERE.reason(place=self._referenced[id(module)])
@@ -139,6 +151,16 @@ class _Search:
             what=f"the weight that {type(module).__name__} computes, in a {layer.kind}",
             placements=(Placement(tuple(names), layer),),
         )
+
+    def _refusal(self, module: nn.Module) -> Reason | None:
+        """Why a module stays as it is, whatever it computes."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return IS_SCRIPTED.reason()
+        if any(map(is_watcher, tree.modules(module))):
+            return IS_PREPARED.reason(place=self.names[id(module)][1][0] or type(module).__name__)
+        if self._layers is not None and not isinstance(module, self._layers):
+            return LAYER_NOT_NAMED.reason(kind=type(module).__name__)
+        return None
 
     def _other_reader(self, calls: list[ModuleCall], prefixes: tuple[str, ...]) -> Node | None:
         """What reads a tensor of a module outside of its calls; another module that holds it too may read its own."""
