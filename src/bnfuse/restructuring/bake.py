@@ -82,6 +82,7 @@ class _Search:
         for call in self.graph.calls:
             self._calls.setdefault(id(call.module), []).append(call)
         self._referenced = referenced_elsewhere(problem.model)
+        self._norms = problem.norms
         self._layers = None if problem.options.layers is None else tuple(problem.options.layers)
 
     def without_computation(self, module: nn.Module) -> Step | Reason | None:
@@ -150,6 +151,9 @@ class _Search:
             subject=names[0],
             what=f"the weight that {type(module).__name__} computes, in a {layer.kind}",
             placements=(Placement(tuple(names), layer),),
+            norms=tuple(
+                norm.names[0] for norm in self._norms if norm.names and norm.names[0].startswith(f"{names[0]}.")
+            ),
         )
 
     def _refusal(self, module: nn.Module) -> Reason | None:
