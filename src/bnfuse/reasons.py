@@ -1062,14 +1062,14 @@ _group("The structure cannot be changed")
 
 USE_WITHOUT_NORM = _cause(
     "use-without-norm",
-    "not every use of it has a norm of its own right behind it that can go: see {place}",
-    "Untying gives each use of a shared layer a copy of its own in the place of the norm behind it, and the layer "
-    "itself becomes the identity. So each use needs such a norm, which alone reads what the layer makes.",
+    "not every use of it has a norm of its own right {side} it that can go: see {place}",
+    "Untying gives each use of a shared layer a copy of its own in the place of the norm beside it, and the layer "
+    "itself becomes the identity. So each use needs such a norm, with nothing and nobody between the two.",
     "Nothing; or build the model with a layer for each use.",
 )
 NORM_ALSO_ELSEWHERE = _cause(
     "norm-also-elsewhere",
-    "{norm}, a norm behind it, also normalises something else",
+    "{norm}, a norm beside it, also normalises something else",
     "The layer would be put in the place of the norm, and run there on what never was given to it.",
     "Nothing; or build the model with a norm for each use.",
 )

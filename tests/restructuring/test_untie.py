@@ -112,6 +112,11 @@ def tied(count: int, uses: int = 1) -> Net:
     return net
 
 
+def tie(net: nn.Module) -> nn.Module:
+    net.a.weight = net.c.weight
+    return net
+
+
 @dataclass
 class Case:
     """A network, how many of its norms go when it is untied, and the parameters that it costs."""
@@ -149,6 +154,13 @@ UNTIED = {
     "a weight tied between two modules": Case(lambda: tied(2), 2, W),
     "a weight tied in three places": Case(lambda: tied(3), 3, 2 * W),
     "tied in two places, each called twice": Case(lambda: tied(2, uses=2), 4, 3 * W + 2 * B),
+    "tied, one of them without a norm": Case(
+        lambda: tie(Net(lambda m, x: m.a(m.n(m.c(x)).sin()), c=conv(), a=conv(), n=norm())), 1, W),
+    "tied to a layer that does not run": Case(
+        lambda: tie(Net(lambda m, x: m.n(m.c(x)).sin(), c=conv(), a=conv(), n=norm())), 1, W),
+    "norms before a shared layer": Case(
+        lambda: Net(lambda m, x: [m.c(n(y.sin())) for n, y in zip(m.n, levels(x, 2), strict=True)],
+                    c=conv(padding=0, bias=True), n=norms(2)), 2, W + B),
     "tied, all in one module": Case(lambda: Net(lambda m, x: m.s(x), s=Head(1)), 3, 2 * (16 + 4)),
 }  # fmt: skip
 
@@ -269,6 +281,11 @@ REFUSED = {
     "a hook on the layer": (hooked, "a forward hook"),
     "a forward of its own": (lambda: two(lambda m, x: (m.a(m.c(x)).sin(), m.b(m.c(-x)).sin()),
                                          c=Padded(4, 4, 3, bias=False)), "Padded is not one"),
+    "norms before it, and a use without one": (
+        lambda: two(lambda m, x: (m.c(m.a(x.sin())), m.c(m.b(x.cos())), m.c(x.exp())), c=conv(padding=0)),
+        "right before it that can go: see exp"),
+    "a norm before it that is also read": (
+        lambda: two(lambda m, x: (m.c(y := m.a(x.sin())), y.exp(), m.c(m.b(x.cos()))), c=conv(padding=0)), "see exp"),
     "held in a list": (Listed, "also refers to it from also"),
     "a flag that returns the result": (Optional, "an output"),
     "a norm that did not run": (Domains, "which did not run, may read it"),
@@ -377,3 +394,18 @@ def test_a_failed_fuse_in_place_leaves_the_model_as_it_was() -> None:
     assert bnfuse.fuse(model, IMAGE, inplace=True, restructure="untie") is model
     assert all(map(torch.allclose, model(IMAGE), expected))
     assert type(model.c) is nn.Conv2d
+
+
+def test_a_tied_weight_that_is_read_without_a_name_of_its_own() -> None:
+    net = Net(lambda m, x: m.a(m.n(m.c(x)).sin()) + F.conv2d(x, m.c.weight, padding=1), c=conv(), a=conv(), n=norm())
+    plan, fused = fused_and_checked(prepared(tie(net)), IMAGE, restructure="untie")
+    assert not plan.steps
+    assert "no untie of c.weight: its parameters are also read by conv2d in Net" in str(plan.unchanged[0])
+    assert fused.c.weight is fused.a.weight
+
+
+def test_a_tie_that_costs_no_norm_stays() -> None:
+    net = tie(Net(lambda m, x: m.a(m.c(x)).sin() + m.n(m.d(x)).cos(), c=conv(), a=conv(), d=conv(), n=norm()))
+    plan, fused = fused_and_checked(prepared(net), IMAGE, restructure="untie")
+    assert not plan.steps
+    assert fused.c.weight is fused.a.weight

@@ -1,4 +1,4 @@
-"""Untying: a weight that serves several places with different norms behind them becomes one weight for each.
+"""Untying: a weight that serves several places with different norms around them becomes one weight for each.
 
 A head that is shared by several levels computes ``n_i(L(x_i))`` with one layer ``L`` and a norm ``n_i`` for each
 level. Folding ``n_1`` into ``L`` would change what ``n_2`` reads. No code need change to give each level a layer of its
@@ -8,20 +8,23 @@ is the same,
     n_i(L(x_i))  =  (L_i then n_i)(identity(x_i)),
 
 if ``n_i`` reads what ``L`` made, nobody else does, and every use of ``L`` has such a norm. Then ``n_i`` folds into
-``L_i``. The price are the weights of all copies but one; the arithmetic stays the same.
+``L_i``. Norms before a shared layer are the mirror image: ``L(n_i(x_i)) = identity((n_i then L_i)(x_i))``, if ``L``
+alone reads what ``n_i`` made. The price are the weights of all copies but one; the arithmetic stays the same.
 
-Where one weight belongs to several modules, each with one norm behind it, each of them gets a parameter of its own.
+Where one weight belongs to several modules, no module need move: each of them gets a parameter of its own, if each
+reads the weight under its own name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from bnfuse.analysis.norms import referenced_elsewhere
 from bnfuse.capture.module_calls import has_hooks
-from bnfuse.changes import Former, NewLayer, OwnTensor, Placement, Row, Source, Step, Unchanged
+from bnfuse.changes import Decision, Former, NewLayer, OwnTensor, Placement, Row, Source, Step, Unchanged
 from bnfuse.fusion_plan import Plan
 from bnfuse.graph.graph import Kind, ModuleCall, Value
 from bnfuse.graph.norms import Norm, Site
@@ -30,9 +33,11 @@ from bnfuse.planner.problem import Problem
 from bnfuse.reasons import (
     LAYER_HAS_HOOK,
     LAYER_IS_OTHER,
+    MODULE_DID_NOT_RUN,
     NORM_ALSO_ELSEWHERE,
     PARAMETERS_READ_ELSEWHERE,
     REFERENCED_ELSEWHERE,
+    SHARED_WEIGHT,
     USE_WITHOUT_NORM,
     Reason,
 )
@@ -41,37 +46,52 @@ from bnfuse.restructuring.layers import LAYER, NORM, settings_of
 
 
 def untied(problem: Problem, plan: Callable[[], Plan]) -> tuple[list[Step], list[Unchanged]]:
-    """Steps that untie shared layers behind which norms stay, and the shared layers for which there is none.
+    """Steps that untie shared weights for which norms stay, and the shared weights for which there is none.
 
     Args:
         problem: the model.
-        plan: makes the plan of fusing it as it is; asked for only if a layer is shared.
+        plan: makes the plan of fusing it as it is; asked for only if a weight is shared.
     """
     search = _Search(problem)
-    if not any(map(search.is_shared, search.layers)):
+    if not search.anything_shared:
         return [], []
-    staying = [norm for norm, one in zip(problem.norms, plan().decisions, strict=True) if not one.fused]
-    steps: list[Step] = []
-    unchanged: list[Unchanged] = []
-    done: set[int] = set()
-    for norm in staying:
-        layer = search.layer_before(norm)
-        if layer is None or id(layer) in done or norm.obstacle is not None or norm in problem.kept:
-            continue
-        group = search.group(layer)
-        done.update(map(id, group))
-        if not search.is_shared(layer):
-            continue
-        found = search.step(group)
-        if isinstance(found, Step):
-            steps.append(found)
-        else:
-            unchanged.append(Unchanged(UNTIE, search.name(layer), found))
-    return steps, unchanged
+    staying = {
+        norm: decision
+        for norm, decision in zip(problem.norms, plan().decisions, strict=True)
+        if not decision.fused and norm.obstacle is None and norm not in problem.kept
+    }
+    found = [*search.tied_weights(staying), *search.shared_layers(list(staying))]
+    steps = [one for one in found if isinstance(one, Step)]
+    return steps, [one for one in found if isinstance(one, Unchanged)]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Where the norms of a layer stand.
+
+    Attributes:
+        sites: the norms, and the places where they are applied, by the value between them and the layer.
+        behind: whether the norm comes after the layer.
+    """
+
+    sites: dict[Value, tuple[Norm, Site]]
+    behind: bool
+
+    @property
+    def name(self) -> str:
+        return "behind" if self.behind else "before"
+
+    def values(self, calls: Sequence[ModuleCall]) -> list[Value]:
+        """What a layer hands over to a norm or gets from one, in each of its calls."""
+        return [value for call in calls for value in (call.outputs if self.behind else call.inputs)[:1]]
+
+    def of(self, site: Site) -> Value:
+        """The value between a norm and a layer on this side."""
+        return site.x if self.behind else site.y
 
 
 class _Search:
-    """What is known of the layers of a model and the norms behind them."""
+    """What is known of the layers of a model and the norms around them."""
 
     def __init__(self, problem: Problem) -> None:
         self.model, self.graph = problem.model, problem.graph
@@ -81,144 +101,161 @@ class _Search:
             self._names.setdefault(id(module), []).append(name)
         for call in self.graph.calls:
             self._calls.setdefault(id(call.module), []).append(call)
-        self._sites: dict[Value, tuple[Norm, Site]] = {}
-        for norm in problem.norms:
-            if norm.names and norm.obstacle is None and norm not in problem.kept:
-                self._sites.update({site.x: (norm, site) for site in norm.sites})
-        self._modules = {id(module): module for module in tree.modules(problem.model)}
+        able = [norm for norm in problem.norms if norm.names and norm.obstacle is None and norm not in problem.kept]
+        self._sides = (
+            _Side({site.x: (norm, site) for norm in able for site in norm.sites}, behind=True),
+            _Side({site.y: (norm, site) for norm in able if not norm.keep for site in norm.sites}, behind=False),
+        )
         self._referenced = referenced_elsewhere(problem.model)
+        self._owners: dict[Value, list[nn.Module]] = {}
         self._leaves: dict[int, list[Value]] = {}
         for leaf in dict.fromkeys(self.graph.leaves.values()):
-            for owner in self._owners(leaf):
+            holders = (self.model.get_submodule(name.rpartition(".")[0]) for name in leaf.names)
+            self._owners[leaf] = list({id(owner): owner for owner in holders}.values())
+            for owner in self._owners[leaf]:
                 self._leaves.setdefault(id(owner), []).append(leaf)
 
-    def name(self, module: nn.Module) -> str:
-        return self._names[id(module)][0]
+    @property
+    def anything_shared(self) -> bool:
+        """Whether some weight has several owners, or a layer different norms around its uses."""
+        if any(len(owners) > 1 for owners in self._owners.values()):
+            return True
+        layers = (owners[0] for owners in self._owners.values())
+        return any(self._has_different_uses(layer, side) for layer in layers for side in self._sides)
 
-    def layer_before(self, norm: Norm) -> nn.Module | None:
-        """The module of the model with parameters that makes what a norm reads, and whose call does nothing else."""
+    # A weight with several owners ------------------------------------------------------------------------------------
+
+    def tied_weights(self, staying: dict[Norm, Decision]) -> Iterator[Step | Unchanged]:
+        """What becomes of the weights with several owners for which norms stay."""
+        for leaf, owners in self._owners.items():
+            if len(owners) < 2:
+                continue
+            norms = [norm for norm, decision in staying.items() if any(_is_about(leaf, it) for it in decision.reasons)]
+            if not norms:
+                continue
+            refused = self._reader_without_a_name(leaf, owners)
+            if refused is not None:
+                yield Unchanged(UNTIE, leaf.names[0], refused)
+                continue
+            idle = [owner for owner in owners if id(owner) not in self._calls]
+            first = (idle or owners)[0]  # the others leave it what it has
+            rest = [owner for owner in owners if owner is not first and owner not in idle]
+            tensors = []
+            for owner in rest:
+                names = tuple(name for name in leaf.names if self.model.get_submodule(name.rpartition(".")[0]) is owner)
+                tensors.append(OwnTensor(names, leaf.shape, Source(names[0])))
+            yield Step(
+                kind=UNTIE,
+                subject=leaf.names[0],
+                what=f"{len(owners)} weights, one for each of its modules",
+                tensors=tuple(tensors),
+                norms=tuple(norm.names[0] for norm in norms),
+            )
+
+    def _reader_without_a_name(self, leaf: Value, owners: Sequence[nn.Module]) -> Reason | None:
+        """Why the owners of a weight cannot each have their own: somebody else reads it, under whichever name."""
+        if leaf.kind is not Kind.PARAMETER:
+            return LAYER_IS_OTHER.reason(kind=type(owners[0]).__name__)
+        if leaf.pinned is not None and leaf.pinned.code != MODULE_DID_NOT_RUN.code:
+            return leaf.pinned
+        inside = {node for owner in owners for call in self._calls.get(id(owner), ()) for node in call.all_nodes}
+        reader = next((node for node in leaf.consumers if node not in inside), None)
+        return None if reader is None else PARAMETERS_READ_ELSEWHERE.reason(reader=reader)
+
+    # A layer with several uses ---------------------------------------------------------------------------------------
+
+    def shared_layers(self, staying: Sequence[Norm]) -> Iterator[Step | Unchanged]:
+        """What becomes of the layers with different norms around their uses, some of which stay."""
+        done: dict[int, Unchanged | None] = {}
+        for side in self._sides:
+            for norm in staying:
+                layer = self._layer_at(norm, side)
+                if layer is None or done.get(id(layer), layer) is None or not self._has_different_uses(layer, side):
+                    continue
+                refused = self._refusal(layer, side)
+                if refused is None:
+                    done[id(layer)] = None
+                    yield self._step(layer, side)
+                else:
+                    done.setdefault(id(layer), Unchanged(UNTIE, self._names[id(layer)][0], refused))
+        yield from filter(None, done.values())
+
+    def _layer_at(self, norm: Norm, side: _Side) -> nn.Module | None:
+        """The module of the model with parameters of one owner that makes what a norm reads, or reads what it makes."""
         for site in norm.sites:
-            node = site.x.producer
-            call = None if node is None else node.call
-            if call is not None and call.outputs == [site.x] and self._leaves.get(id(call.module)):
-                return call.module
+            value = side.of(site)
+            nodes = ([] if value.producer is None else [value.producer]) if side.behind else value.consumers
+            for call in (node.call for node in nodes):
+                leaves = self._leaves.get(id(call.module), ())
+                if leaves and side.values([call]) == [value] and all(len(self._owners[leaf]) == 1 for leaf in leaves):
+                    return call.module
         return None
 
-    def group(self, layer: nn.Module) -> list[nn.Module]:
-        """The modules that have a parameter in common with a layer, itself first."""
-        found = [layer]
-        for module in found:
-            for leaf in self._leaves.get(id(module), ()):
-                found += [owner for owner in self._owners(leaf) if all(owner is not other for other in found)]
-        return found
+    def _has_different_uses(self, layer: nn.Module, side: _Side) -> bool:
+        """Whether different norms stand on one side of the uses of a layer, or one and none."""
+        values = side.values(self._calls.get(id(layer), ()))
+        return len({side.sites[value][0] if value in side.sites else None for value in values}) > 1
 
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The modules with parameters that ran."""
-        return [self._modules[key] for key in self._leaves if key in self._calls]
-
-    def is_shared(self, layer: nn.Module) -> bool:
-        """Whether a layer has a weight in common with another, or different things stand behind its uses: norms, or
-        none."""
-        if len(self.group(layer)) > 1:
-            return True
-        made = [value for call in self._calls.get(id(layer), ()) for value in call.outputs]
-        return len({self._sites[value][0] if value in self._sites else None for value in made}) > 1
-
-    def norms_behind(self, layer: nn.Module) -> list[Norm]:
-        """The different norms that read what a layer makes."""
-        made = [value for call in self._calls.get(id(layer), ()) for value in call.outputs]
-        return list(dict.fromkeys(self._sites[value][0] for value in made if value in self._sites))
-
-    def step(self, group: Sequence[nn.Module]) -> Step | Reason:
-        """What gives each norm behind a group of layers a weight of its own; or why not."""
-        for layer in group:
-            refused = self._refusal(layer)
-            if refused is not None:
-                return refused
-        uses = [(layer, self.norms_behind(layer)) for layer in group]
-        norms = [norm for _, behind in uses for norm in behind]
-        shared = next((norm for norm in norms if norms.count(norm) > 1), None)
-        if shared is not None:
-            return NORM_ALSO_ELSEWHERE.reason(norm=shared.label)
-        placements: list[Placement] = []
-        tensors: list[OwnTensor] = []
-        held: set[int] = set()  # the tensors that stay where they are
-        copies = 0
-        for layer, behind in uses:
-            copies += len(behind)
-            if len(behind) > 1:
-                placements += self._placements(layer, behind)
-                continue
-            for place, tensor in layer.named_parameters():
-                if id(tensor) in held:
-                    names = tuple(f"{name}.{place}" for name in self._names[id(layer)])
-                    tensors.append(OwnTensor(names, tuple(tensor.shape), Source(names[0])))
-            held.update(map(id, layer.parameters()))
-        where = "in the places of the norms behind it" if placements else "of its weight, one for each module"
-        return Step(
-            kind=UNTIE,
-            subject=self.name(group[0]),
-            what=f"{copies} copies {where}",
-            placements=tuple(placements),
-            tensors=tuple(tensors),
-            norms=tuple(norm.names[0] for norm in norms),
-        )
-
-    def _refusal(self, layer: nn.Module) -> Reason | None:
-        """Why a layer cannot be moved behind each of its uses."""
-        names, calls = self._names[id(layer)], self._calls.get(id(layer), [])
+    def _refusal(self, layer: nn.Module, side: _Side) -> Reason | None:
+        """Why a layer cannot be put in the places of the norms on one side of it."""
+        calls, kind = self._calls[id(layer)], type(layer).__name__
+        names = self._names.get(id(layer), [""])
         if "" in names or settings_of(layer) is None or not all(call.is_standard and call.plain for call in calls):
-            return LAYER_IS_OTHER.reason(kind=type(layer).__name__)
+            return LAYER_IS_OTHER.reason(kind=kind)
         if has_hooks(layer):
             return LAYER_HAS_HOOK.reason()
         if id(layer) in self._referenced:
             return REFERENCED_ELSEWHERE.reason(place=self._referenced[id(layer)])
         own = {node for call in calls for node in call.all_nodes}
-        owners = {id(owner) for leaf in self._leaves[id(layer)] for owner in self._owners(leaf)}
         for leaf in self._leaves[id(layer)]:
             if leaf.kind is not Kind.PARAMETER or leaf.pinned is not None:
-                return leaf.pinned or LAYER_IS_OTHER.reason(kind=type(layer).__name__)
-            for node in leaf.consumers:
-                if node not in own and id(node.call.module) not in owners:
-                    return PARAMETERS_READ_ELSEWHERE.reason(reader=node)
-        if not calls:
-            return USE_WITHOUT_NORM.reason(place=names[0])
-        inside = {id(value) for call in calls for value in call.outputs}
-        for call in calls:
-            if len(call.inputs) != 1 or len(call.outputs) != 1:
-                return LAYER_IS_OTHER.reason(kind=type(layer).__name__)
-            value = call.outputs[0]
-            norm, site = self._sites.get(value, (None, None))
+                return leaf.pinned or LAYER_IS_OTHER.reason(kind=kind)
+            reader = next((node for node in leaf.consumers if node not in own), None)
+            if reader is not None:
+                return PARAMETERS_READ_ELSEWHERE.reason(reader=reader)
+        values = side.values(calls)
+        if any(len(call.inputs) != 1 or len(call.outputs) != 1 for call in calls):
+            return LAYER_IS_OTHER.reason(kind=kind)
+        for value in values:
+            norm, site = side.sites.get(value, (None, None))
             if norm is None or site is None:
-                return USE_WITHOUT_NORM.reason(place=_place_of(value))
+                return USE_WITHOUT_NORM.reason(side=side.name, place=_place_of(value, side))
             if value.pinned is not None:
                 return value.pinned
-            if any(reader not in site.nodes for reader in value.consumers):
-                other = next(reader for reader in value.consumers if reader not in site.nodes)
-                return USE_WITHOUT_NORM.reason(place=other)
-            if any(id(site.x) not in inside for site in norm.sites):
+            readers = site.nodes if side.behind else own
+            other = next((reader for reader in value.consumers if reader not in readers), None)
+            if other is not None:
+                return USE_WITHOUT_NORM.reason(side=side.name, place=other)
+            if any(side.of(site) not in values for site in norm.sites):
                 return NORM_ALSO_ELSEWHERE.reason(norm=norm.label)
         return None
 
-    def _placements(self, layer: nn.Module, norms: Sequence[Norm]) -> Iterator[Placement]:
+    def _step(self, layer: nn.Module, side: _Side) -> Step:
         settings = settings_of(layer)
         assert settings is not None
         kind, arguments = settings
-        first = self.name(layer)
-        copy = NewLayer(kind, arguments, {place: Source(f"{first}.{place}") for place, _ in layer.named_parameters()})
-        for norm in norms:
-            yield Placement(norm.names, Row(((LAYER, copy), (NORM, Former()))))
-        yield Placement(tuple(self._names[id(layer)]), NewLayer("Identity"))
+        names = self._names[id(layer)]
+        norms = list(dict.fromkeys(side.sites[value][0] for value in side.values(self._calls[id(layer)])))
+        sources = {place: Source(f"{names[0]}.{place}") for place, _ in layer.named_parameters()}
+        copy, norm = (LAYER, NewLayer(kind, arguments, sources)), (NORM, Former())
+        row = Row((copy, norm) if side.behind else (norm, copy))
+        return Step(
+            kind=UNTIE,
+            subject=names[0],
+            what=f"{len(norms)} copies in the places of the norms {side.name} it",
+            placements=(*(Placement(norm.names, row) for norm in norms), Placement(tuple(names), NewLayer("Identity"))),
+            norms=tuple(norm.names[0] for norm in norms),
+        )
 
-    def _owners(self, leaf: Value) -> list[nn.Module]:
-        """The modules that hold a parameter."""
-        owners = (self.model.get_submodule(name.rpartition(".")[0]) for name in leaf.names)
-        return list({id(owner): owner for owner in owners}.values())
+
+def _is_about(leaf: Value, reason: Reason) -> bool:
+    """Whether a norm stays since a weight is shared."""
+    if reason.code == SHARED_WEIGHT.code:
+        return any(reason.text.startswith(f"{name} ") for name in leaf.names)
+    return reason.code == MODULE_DID_NOT_RUN.code and leaf.pinned is not None and leaf.pinned.code == reason.code
 
 
-def _place_of(value: Value) -> str:
-    """Where something is read, for a message."""
-    if value.consumers:
-        return str(value.consumers[0])
-    return "an output of the model"
+def _place_of(value: Value, side: _Side) -> str:
+    """What is on the other side of a value, for a message."""
+    node = (value.consumers[0] if value.consumers else None) if side.behind else value.producer
+    return str(node) if node is not None else f"an {'output' if side.behind else 'input'} of the model"
