@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
 
 with warnings.catch_warnings():
@@ -20,9 +20,10 @@ with warnings.catch_warnings():
     from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 
 __all__ = [
-    "BatchNormAct2d", "BiasBlindConv", "Combined", "DetectronFrozenNorm", "DoublingNorm", "F", "FrozenBatchNorm2d",
-    "FrozenBatchNormAct2d", "NormWithActivation", "PartedConv", "ScaledConv", "Scaling", "SquashingNorm", "StandardisedConv",
-    "SummedConv", "drawn", "fill", "functional_norm", "lazy_norm", "nn", "spectral_norm", "torch", "weight_norm", "weight_norm_by_hook",
+    "BatchConv", "BatchNormAct2d", "BiasBlindConv", "Combined", "DetectronFrozenNorm", "DoublingNorm", "F", "FactoredConv",
+    "FrozenBatchNorm2d", "FrozenBatchNormAct2d", "MaskedConv", "NormWithActivation", "PartedConv", "ScaledConv", "Scaling",
+    "SquashingNorm", "StandardisedConv", "SummedConv", "drawn", "fill", "functional_norm", "lazy_norm", "nn", "orthogonal",
+    "pruned", "spectral_norm", "torch", "weight_norm", "weight_norm_by_hook",
 ]  # fmt: skip
 
 DRESSINGS = (
@@ -31,6 +32,7 @@ DRESSINGS = (
 )  # fmt: skip
 """How the numbers of a norm may be drawn; see :func:`fill`."""
 
+orthogonal = parametrizations.orthogonal
 spectral_norm = parametrizations.spectral_norm
 weight_norm = parametrizations.weight_norm
 
@@ -65,6 +67,59 @@ class ScaledConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight * self.gain, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class MaskedConv(nn.Conv2d):
+    """A convolution with a mask of the weight, that is no parameter."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mask", torch.ones(self.weight.shape, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * (self.mask * self.weight > -0.1)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class FactoredConv(nn.Module):
+    """A convolution whose weight is a product of two factors, and whose bias is computed too."""
+
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride: int = 1, padding: int = 0, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.ones(outputs, 2))
+        self.v = nn.Parameter(torch.ones(2, inputs * size**2))
+        self.b = nn.Parameter(torch.ones(outputs)) if bias else None
+        self.options, self.shape = (stride, padding), (outputs, inputs, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.b is None else self.b.tanh()
+        return F.conv2d(x, (self.u @ self.v).reshape(self.shape), bias, *self.options)
+
+
+class BatchConv(nn.Conv2d):
+    """A convolution that folds a norm of its own into its weight, in each call."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.inner = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner
+        factor = inner.weight / (inner.running_var + inner.eps).sqrt()
+        bias = inner.bias - factor * inner.running_mean
+        if self.bias is not None:
+            bias = bias + factor * self.bias
+        weight = self.weight * factor[:, None, None, None]
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    """Every other element of the weight is masked by a hook."""
+    mask = torch.arange(layer.weight.numel()).reshape(layer.weight.shape) % 2
+    prune.custom_from_mask(layer, "weight", mask)
+    return layer
 
 
 class BiasBlindConv(nn.Conv2d):
