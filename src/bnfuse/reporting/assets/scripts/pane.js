@@ -69,8 +69,8 @@ class Pane {
 
   // What is drawn
 
-  /** Draw what is seen now. */
-  async show() {
+  /** Lay out what is seen now; gives what draws it, so that two panes change together. */
+  async prepared() {
     const turn = (this.turn += 1);
     const view = this.network.view(this.which, this.picture.open);
     const stop = element("button", { type: "button", hidden: true, on: { click: () => this.picture.layouts.stop() } }, "Stop");
@@ -86,14 +86,16 @@ class Pane {
     } finally {
       clearTimeout(patience);
     }
-    if (turn !== this.turn) return;
-    this.note.hidden = true;
-    const first = this.layout === null;
-    this.view = view;
-    this.layout = layout;
-    this.draw();
-    if (first) this.open();
-    this.place();
+    return () => {
+      if (turn !== this.turn) return; // something else is to be seen by now
+      this.note.hidden = true;
+      const first = this.layout === null;
+      this.view = view;
+      this.layout = layout;
+      this.draw();
+      if (first) this.open();
+      this.place();
+    };
   }
 
   draw() {

@@ -87,7 +87,8 @@ class Picture {
   }
 
   async show() {
-    await Promise.all(this.shown().map((pane) => pane.show()));
+    const draws = await Promise.all(this.shown().map((pane) => pane.prepared()));
+    for (const draw of draws) draw();
     this.drawn = new Set(this.open);
     this.marked();
   }
