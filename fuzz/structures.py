@@ -85,6 +85,8 @@ def computed_by_a_layer(g: Builder) -> None:
         options = options.replace(", padding=1", "")
     layer = g.layer("c", g.one_of(*COMPUTED).format(f"{channels}, {width(g)}, {size}{options}"))
     y = g.apply(layer, x)
+    if g.chance(0.08):
+        g.emit(f"$0 * {layer}.weight.abs().sum()", x)
     if g.chance(0.4):
         _uses(g, layer, x, y)
         return
