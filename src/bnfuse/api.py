@@ -197,13 +197,12 @@ def _restructured(
     while True:
         planner, made = restructuring.plan(lambda planner: _made(planner, options))
         try:
-            unchanged = made.unchanged
             made, target = carry_out(made, problem.model, planner, verify, inplace)
         except VerificationError:
             if not restructuring.drop_failing(made):
                 raise
         else:
-            return planner, replace(made, unchanged=unchanged), target
+            return planner, restructuring.complete(made), target
 
 
 def carry_out(
@@ -301,7 +300,9 @@ def plan_observed(
         witness = problem.witness()
         planner = Planner(problem)
         if kinds:
-            planner, made = Restructuring(problem, kinds).plan(lambda planner: _made(planner, options))
+            restructuring = Restructuring(problem, kinds)
+            planner, made = restructuring.plan(lambda planner: _made(planner, options))
+            made = restructuring.complete(made)
         else:
             made = _made(planner, options)
         if observer is not None:

@@ -26,7 +26,8 @@ class Decision:
         channels: how many channels it normalises.
         fused: True if it goes.
         direction: "backward" (into what comes before it), "forward", "both" (the scale one way, the shift the other)
-            or "beside" (into a layer that reads what the norm reads), None if it stays.
+            or "beside" (into a layer that reads what the norm reads), "bake" or "merge" for one that such a step took
+            along; None if it stays.
         into: the names of the layers whose parameters take it up.
         reasons: why it stays, one for each way that was tried; empty if it goes.
     """
@@ -143,7 +144,8 @@ ModuleSpec = NewLayer | Former | Row
 LAYERS = frozenset(
     {
         "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear", "Identity",
-        "ReLU", "ZeroPad2d",
+        "ReLU", "ZeroPad2d", "ReLU6", "SiLU", "GELU", "Sigmoid", "Tanh", "Hardswish", "Hardsigmoid", "Mish",
+        "LeakyReLU", "ELU", "Nothing",
     }
 )  # fmt: skip
 """The classes of layers that may be made anew."""

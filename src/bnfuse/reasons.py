@@ -1118,3 +1118,17 @@ LOADS_WITHOUT_A_WORD = _cause(
     "that keeps them from it, and no norm goes here.",
     "Nothing; or bake the weights yourself.",
 )
+BLOCK_DOES_MORE = _cause(
+    "block-does-more",
+    "its forward does more than to add up branches that read one tensor",
+    "A block is replaced as a whole, so all that it does must be its branches, their sum, and children or activations "
+    "before and after it.",
+    "Move the branches and their sum into a module of their own.",
+)
+BLOCK_IS_SHARED = _cause(
+    "block-is-shared",
+    "{place} also serves something else, or did not run",
+    "A part of what would become one layer is also called or held elsewhere, or its parameter is tied to another one, "
+    "or was not read by any call.",
+    "Nothing; or build the model with a copy of it for each use.",
+)

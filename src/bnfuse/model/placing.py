@@ -23,6 +23,7 @@ from bnfuse.errors import FusionError
 from bnfuse.model import tree
 from bnfuse.model.describe import one_line
 from bnfuse.model.marks import mark_own, mark_placed
+from bnfuse.model.nothing import Nothing
 from bnfuse.model.pretrained import add_guard, is_guarded, lenient_places
 
 _REGISTRIES = (
@@ -107,7 +108,7 @@ def _empty(spec: NewLayer) -> nn.Module:
     """A layer whose parameters have no contents."""
     if spec.kind not in LAYERS:
         raise FusionError(f"{spec.kind} is no layer that is made anew.")
-    kind: Any = getattr(nn, spec.kind)
+    kind: Any = Nothing if spec.kind == "Nothing" else getattr(nn, spec.kind)
     where = {"device": "meta"} if spec.kind.startswith(("Conv", "Linear")) else {}
     try:
         return kind(**spec.settings, **where)  # type: ignore[no-any-return]

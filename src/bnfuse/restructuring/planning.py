@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from bnfuse.capture.run import Recording
-from bnfuse.changes import Changes, Step, Unchanged
+from bnfuse.changes import Changes, Decision, Step, Unchanged
 from bnfuse.fusion_plan import Plan
 from bnfuse.graph.graph import Node, Value
 from bnfuse.graph.norms import Norm
@@ -28,7 +29,6 @@ from bnfuse.restructuring.merge import merged
 from bnfuse.restructuring.untie import untied
 from bnfuse.transaction import fused_copy, rewrite
 from bnfuse.verify.equivalence import same_outputs
-from bnfuse.verify.float64 import float64_copy
 from bnfuse.verify.reference import Reference
 
 log = logging.getLogger("bnfuse")
@@ -65,10 +65,28 @@ class Restructuring:
             self._drop(unguarded, LOADS_WITHOUT_A_WORD)
             if not (useless or unguarded):
                 break
-        if MERGE in self.kinds:
-            made = self._with_merges(made)
+        return planner, made
+
+    def complete(self, made: Plan) -> Plan:
+        """The plan with a decision for every norm of the original, also for those that a step took away."""
+        taken = {
+            former_name(norm, made.steps[:place]): step
+            for place, step in enumerate(made.steps)
+            for norm in (step.norms if step.kind != UNTIE else ())
+        }
+        rest: dict[str, list[Decision]] = {}
+        for decision in made.decisions:
+            rest.setdefault(decision.norm, []).append(decision)
+        decisions = []
+        for norm in self.original.norms:
+            step = taken.get(norm.label)
+            if rest.get(norm.label):
+                decisions.append(rest[norm.label].pop(0))
+            elif step is not None:
+                decisions.append(Decision(norm.label, norm.kind, norm.channels, True, step.kind, (step.subject,)))
+        decisions += [decision for others in rest.values() for decision in others]
         unchanged = {**self._unchanged, **self._dropped}
-        return planner, replace(made, unchanged=tuple(unchanged.values()))
+        return replace(made, decisions=tuple(decisions), unchanged=tuple(unchanged.values()))
 
     def drop_failing(self, made: Plan) -> bool:
         """Drop the steps of a plan that change what the original gives, each for itself; True if there are any."""
@@ -84,10 +102,12 @@ class Restructuring:
         self._unchanged = {}
         steps: list[Step] = []
         problem = self.original
-        for kind in (BAKE, UNTIE):
+        for kind in (BAKE, UNTIE, MERGE):
             for _ in range(_ROUNDS if kind in self.kinds else 0):
                 if kind == BAKE:
                     found, unchanged = baked(problem)
+                elif kind == MERGE:
+                    found, unchanged = merged(problem)
                 else:
                     found, unchanged = untied(problem, lambda problem=problem: self._plain(problem))  # type: ignore[misc]
                 self._unchanged.update({(one.kind, one.subject): one for one in unchanged})
@@ -124,7 +144,7 @@ class Restructuring:
             rewrite(Changes(steps=(step,)), model)
             priced.append(replace(step, parameters=_size(model) - before))
         problem = _problem(self.original, model, priced)
-        if problem is None or _work(problem, priced) != _work(self.original, priced):
+        if problem is None or not _is_same_work(_work(self.original, priced), _work(problem, priced)):
             return None
         return priced, problem
 
@@ -133,7 +153,7 @@ class Restructuring:
         steps = [step for step in planner.steps if step.kind == UNTIE]
         if not steps:
             return []
-        before, gone = ({one.norm for one in plan.fused} for plan in (self._plain(self.original), made))
+        before, gone = ({one.norm for one in plan.fused} for plan in (self._plain(self.original), self.complete(made)))
         return [step for step in steps if len(gone & {*step.norms}) <= len(before & {*step.norms})]
 
     def _unguarded(self, made: Plan) -> list[Step]:
@@ -151,22 +171,6 @@ class Restructuring:
         if self._before is None:
             self._before = Planner(problem).plan()
         return self._before
-
-    def _with_merges(self, made: Plan) -> Plan:
-        """The plan with the merges that follow fusing."""
-        model = fused_copy(made, self.original.model)
-        problem = _problem(self.original, model, ())
-        if problem is None:
-            return made
-        found, unchanged = merged(problem, _exact(self.original.model, made))
-        found = [step for step in found if (step.kind, step.subject) not in self._dropped]
-        self._unchanged.update({(one.kind, one.subject): one for one in unchanged})
-        priced = []
-        for step in found:
-            before = _size(model)
-            rewrite(Changes(steps=(replace(step, after_fusing=False),)), model)
-            priced.append(replace(step, parameters=_size(model) - before, after_fusing=True))
-        return replace(made, steps=(*made.steps, *priced))
 
     # Dropping --------------------------------------------------------------------------------------------------------
 
@@ -232,24 +236,16 @@ def _work(problem: Problem, steps: Sequence[Step]) -> list[list[tuple[str, Any, 
     ]
 
 
+def _is_same_work(before: list[list[tuple[str, Any, Any]]], after: list[list[tuple[str, Any, Any]]]) -> bool:
+    """Whether runs did the same, where a branch that gives nothing may make a single number of a tensor."""
+    if [len(run) for run in before] != [len(run) for run in after]:
+        return False
+    pairs = zip(itertools.chain(*before), itertools.chain(*after), strict=True)
+    return all(one[:2] == other[:2] and (one[2] == other[2] or other[2] == [()]) for one, other in pairs)
+
+
 def _plain(argument: Any) -> Any:
     """An argument of an operator without values."""
     if isinstance(argument, (list, tuple)):
         return [_plain(item) for item in argument]
     return None if isinstance(argument, Value) else argument
-
-
-def _exact(model: nn.Module, made: Plan) -> Callable[[str], Tensor]:
-    """What gives the float64 contents of the parameters of a fused model, before they are rounded."""
-    fused: list[nn.Module] = []
-
-    def contents(name: str) -> Tensor:
-        if not fused:
-            wide = float64_copy(model)
-            rewrite(made, wide)
-            fused.append(wide)
-        path, _, place = name.rpartition(".")
-        tensor: Tensor = getattr(fused[0].get_submodule(path), place)
-        return tensor.detach()
-
-    return contents
