@@ -90,7 +90,7 @@ def _fails(candidate: Program, failure: str, thorough: bool, restructure: Sequen
 def _job(
     seed: int, without: str | None = None, bare: bool = False, restructure: Sequence[str] = ()
 ) -> tuple[int, int, Outcome | None]:
-    program = draw(seed, bool(restructure))
+    program = draw(seed, bool(restructure), "merge" in restructure)
     if without and re.search(without, program.source):
         return seed, 0, None
     with bare_algebra() if bare else contextlib.nullcontext():
@@ -170,7 +170,9 @@ def _try_calls(options: argparse.Namespace, count: int) -> int:
 
 def _report(seed: int, outcome: Outcome, seconds: float, restructure: Sequence[str]) -> None:
     thorough = seed % THOROUGH_EVERY == 0
-    small = shrunk(draw(seed, bool(restructure)), outcome.failure, thorough, seconds, restructure)
+    small = shrunk(
+        draw(seed, bool(restructure), "merge" in restructure), outcome.failure, thorough, seconds, restructure
+    )
     again = check(small, thorough, restructure)
     _say(f"\n=== seed {seed}: {outcome.failure}\n{small}\n--- {again.detail or outcome.detail}\n")
 
@@ -196,7 +198,7 @@ def _summary(tally: Tally, seconds: float) -> None:
 def _show(seed: int, restructure: Sequence[str]) -> int:
     import bnfuse
 
-    program = draw(seed, bool(restructure))
+    program = draw(seed, bool(restructure), "merge" in restructure)
     _say(str(program))
     _say(str(bnfuse.plan(program.build(), program.arguments(0), restructure=restructure)))
     outcome = check(program, thorough=True, restructure=restructure)

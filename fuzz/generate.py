@@ -47,6 +47,7 @@ class Choice:
 OPERATORS: list[Choice] = []
 BLOCKS: list[Choice] = []
 STRUCTURES: list[Choice] = []
+BRANCHES: list[Choice] = []
 
 
 def operator(weight: float = 1.0) -> Callable[[Action], Action]:
@@ -272,25 +273,26 @@ def without_unused_layers(program: Program) -> Program:
         return dataclasses.replace(trimmed, layers=layers)
 
 
-def draw(seed: int, structures: bool = False) -> Program:
+def draw(seed: int, structures: bool = False, branches: bool = False) -> Program:
     """The network of a seed.
 
     Args:
         structures: draw shared layers and computed weights too, more often than by chance.
+        branches: draw parallel branches too, likewise.
     """
     from fuzz import blocks, operators  # noqa: F401 - they register themselves
     from fuzz import structures as _  # noqa: F401
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _draw(seed, structures)
+        return _draw(seed, STRUCTURES * structures + BRANCHES * branches)
 
 
-def _draw(seed: int, structures: bool) -> Program:
+def _draw(seed: int, further: list[Choice]) -> Program:
     for attempt in range(100):
         builder = Builder(seed if attempt == 0 else seed + attempt * 1_000_003)
         try:
-            program = _drawn(builder, structures)
+            program = _drawn(builder, further)
             if program is not None:
                 return program
         except Spoilt:
@@ -298,14 +300,14 @@ def _draw(seed: int, structures: bool) -> Program:
     raise RuntimeError(f"no network could be drawn from seed {seed}")
 
 
-def _drawn(builder: Builder, structures: bool) -> Program | None:
+def _drawn(builder: Builder, further: list[Choice]) -> Program | None:
     from fuzz import blocks
 
     blocks.begin(builder)
     budget = builder.random.choice((4, 5, 6, 8, 10, 14, 20))
     for _ in range(budget):
         choices = BLOCKS if builder.chance(0.65) else OPERATORS
-        builder.take(STRUCTURES if structures and builder.chance(0.4) else choices)
+        builder.take(further if further and builder.chance(0.4) else choices)
         if len(builder.steps) >= budget:
             break
     if not any(layer.dressing for layer in builder.layers.values()):

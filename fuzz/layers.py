@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 
 __all__ = [
-    "BatchConv", "BatchNormAct2d", "BiasBlindConv", "Combined", "DetectronFrozenNorm", "DoublingNorm", "F", "FactoredConv",
+    "BatchConv", "BatchNormAct2d", "BiasBlindConv", "Branched", "Combined", "DetectronFrozenNorm", "DoublingNorm", "F", "FactoredConv",
     "FrozenBatchNorm2d", "FrozenBatchNormAct2d", "MaskedConv", "NormWithActivation", "PartedConv", "ScaledConv", "Scaling",
     "SquashingNorm", "StandardisedConv", "SummedConv", "drawn", "fill", "functional_norm", "lazy_norm", "nn", "orthogonal",
     "pruned", "spectral_norm", "torch", "weight_norm", "weight_norm_by_hook",
@@ -169,6 +169,28 @@ class Combined(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
+
+
+class Branched(nn.Module):
+    """Adds up what branches make of one tensor, in place or not, each with a factor; an activation may follow.
+
+    A branch is a module, or None for the tensor itself.
+    """
+
+    def __init__(self, *branches: nn.Module | None, factors: tuple[float, ...], in_place: bool, act: str = "") -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branch or nn.Identity() for branch in branches)
+        self.factors, self.in_place, self.act = factors, in_place, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [branch(x) for branch in self.branches]
+        total = made[0] * self.factors[0]
+        for y, factor in zip(made[1:], self.factors[1:], strict=True):
+            if self.in_place:
+                total += y * factor
+            else:
+                total = y * factor + total if factor > 0 else total - y * -factor
+        return getattr(F, self.act)(total) if self.act else total
 
 
 class DoublingNorm(nn.BatchNorm2d):

@@ -1,4 +1,4 @@
-"""Blocks in which norms stay for the structure of the network: shared layers, and weights that are computed.
+"""Blocks in which norms stay for the structure of the network: shared layers, and weights that are computed; branches.
 
 They are drawn only where networks are fused with restructuring, so that the networks of all other seeds stay as they are.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fuzz.blocks import layer_on, norm, tied_convolutions
-from fuzz.generate import STRUCTURES, Action, Builder, Choice, Unfit
+from fuzz.generate import BRANCHES, STRUCTURES, Action, Builder, Choice, Unfit
 from fuzz.operators import activate, convolution, linear, width
 
 VARIANTS = ("-$0", "2 * $0", "$0.flip(0)", "$0 + 0.5", "torch.tanh($0)", "F.silu($0)", "$0.roll(1, -1)", "$0.abs()")
@@ -22,9 +22,9 @@ COMPUTED = (
 """Convolutions that compute their weights."""
 
 
-def structure(weight: float) -> Callable[[Action], Action]:
+def structure(weight: float, choices: list[Choice] = STRUCTURES) -> Callable[[Action], Action]:
     def register(action: Action) -> Action:
-        STRUCTURES.append(Choice(action.__name__, weight, action))
+        choices.append(Choice(action.__name__, weight, action))
         return action
 
     return register
@@ -119,3 +119,64 @@ def looked_at(g: Builder) -> None:
     )
     if g.chance(0.7):
         norm(g, g.apply(layer, g.emit("-$0", x)))
+
+
+def _branch(g: Builder, channels: int, rank: int) -> str:
+    """The code of a linear branch that keeps size and channels."""
+    size, step = g.one_of(1, 3, 3, 5), g.one_of(1, 1, 1, 2)
+    groups = g.one_of(1, 1, *(each for each in (2, 3, 4, channels) if channels % each == 0))
+    options = f"padding={step * (size - 1) // 2}, dilation={step}, groups={groups}, bias={g.chance(0.5)}"
+    if g.chance(0.1):
+        options += ", padding_mode='circular'"
+    code = f"nn.Conv{rank - 2}d({channels}, {channels}, {size}, {options})"
+    if g.chance(0.2):
+        code = f"nn.AvgPool{rank - 2}d(3, 1, 1{', count_include_pad=False' if g.chance(0.2) else ''})"
+    behind = [f"nn.BatchNorm{rank - 2}d({channels})"] if g.chance(0.6) else []
+    if g.chance(0.3):
+        scaling = f"Scaling({channels}{', 1' * (rank - 2)})"
+        behind.append(g.one_of("nn.Dropout(0.5)", "nn.Identity()", scaling, scaling, "nn.ReLU()"))
+    if g.chance(0.15):
+        behind.append(f"nn.Conv{rank - 2}d({channels}, {channels}, {g.one_of(1, 3)}, padding='same')")
+    return f"nn.Sequential({', '.join([code, *behind])})" if behind else code
+
+
+@structure(5, BRANCHES)
+def branched(g: Builder) -> None:
+    """A block that adds up branches, called once or twice."""
+    x = g.pick(3, 4, 4, 5)
+    if g.chance(0.7):
+        x = activate(g, x)
+    rank, channels = len(g.shape(x)), g.shape(x)[1]
+    branches = [_branch(g, channels, rank) for _ in range(g.one_of(1, 2, 2, 3))]
+    branches += ["None"] * g.one_of(0, 0, 1)
+    g.random.shuffle(branches)
+    factors = tuple(g.one_of(1, 1, 1, -1, 0.5) for _ in branches)
+    act = g.one_of("", "relu", "silu", "gelu", "softplus")
+    block = g.layer("b", f"Branched({', '.join(branches)}, factors={factors}, in_place={g.chance(0.3)}, act={act!r})")
+    y = g.apply(block, x)
+    if g.chance(0.3):
+        y = g.apply(block, g.emit("torch.sin($0)", y))
+    if g.chance(0.6):
+        norm(g, y)
+
+
+@structure(4, BRANCHES)
+def branches_in_the_code(g: Builder) -> None:
+    """Branches that the network itself adds up, one of which may be read elsewhere too."""
+    x = g.pick(3, 4, 4, 5)
+    rank, channels = len(g.shape(x)), g.shape(x)[1]
+    made = []
+    for _ in range(g.one_of(2, 2, 3)):
+        y = g.apply(g.layer("c", _branch(g, channels, rank)), x)
+        made.append(norm(g, y) if g.chance(0.3) else y)
+    if g.chance(0.3):
+        made.append(x)
+    if g.chance(0.1):
+        g.emit("$0.abs()", made[0])
+    total = made[0]
+    for y in made[1:]:
+        total = g.emit(
+            g.one_of("$0 + $1", "$1 + $0", "$0 - $1", "$0 + 2 * $1", "torch.add($0, $1, alpha=-0.5)"), total, y
+        )
+    if g.chance(0.7):
+        activate(g, total)

@@ -40,6 +40,16 @@ def test_random_networks() -> None:
     assert steps > len(NETWORKS) / 4, "networks without steps test nothing"
 
 
+def test_random_networks_with_branches() -> None:
+    steps = 0
+    for seed in NETWORKS:
+        program = draw(seed, branches=True)
+        outcome = check(program, thorough=seed % 8 == 0, restructure=("merge",))
+        assert not outcome.failure, f"seed {seed}: {outcome.failure}\n{program}\n{outcome.detail}"
+        steps += outcome.steps
+    assert steps > len(NETWORKS) / 4, "networks without steps test nothing"
+
+
 def raw_weights_read_elsewhere(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(bake._Search, "_other_reader", lambda self, calls, prefixes: None)
 
