@@ -191,7 +191,6 @@ class Step:
         tensors: the tensors that become parameters of their own.
         parameters: by how many numbers the parameters of the model grow.
         norms: the norms that it is done for, by their names before.
-        after_fusing: whether it is carried out on the model without its norms, and names modules and tensors of that.
     """
 
     kind: str
@@ -201,7 +200,6 @@ class Step:
     tensors: tuple[OwnTensor, ...] = ()
     parameters: int = 0
     norms: tuple[str, ...] = ()
-    after_fusing: bool = False
 
     def __str__(self) -> str:
         price = f"{self.parameters:+,} parameters" if self.parameters else "no more parameters"
@@ -246,8 +244,7 @@ class Changes:
     """Everything that is written to a model.
 
     Attributes:
-        steps: changes of the structure. Those before fusing come first, in their order, and what the other changes
-            name is there after them; those after fusing come last.
+        steps: changes of the structure, which come first, in their order; what the other changes name is there then.
         edits: the parameters that change.
         replacements: the norm modules that go.
         out_of_place: names of activations that no longer work in place, since without the norm before them they

@@ -105,8 +105,6 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
     """
     undo: list[Callable[[], None]] = []
 
-    undoable = undoable or any(step.after_fusing for step in changes.steps)
-
     def roll_back() -> None:
         while undo:
             undo.pop()()
@@ -115,8 +113,7 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
     try:
         with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode could not be trained
             for step in changes.steps:
-                if not step.after_fusing:
-                    placing.carry_out(step, model, undo)
+                placing.carry_out(step, model, undo)
             modules = dict(tree.named_modules(model))
             weights = [
                 (edit, _weight(modules, edit)) for edit in changes.edits if not edit.created and not edit.handler
@@ -146,9 +143,6 @@ def rewrite(changes: Changes, model: nn.Module, undoable: bool = True) -> Callab
                 for edit, tensor in weights:
                     _check_range(tensor, edit)
                 _carry_through([write for edit, tensor in weights for write in _writes(tensor, tensor, edit)], undo)
-            for step in changes.steps:
-                if step.after_fusing:
-                    placing.carry_out(step, model, undo)
     except BaseException:
         roll_back()
         raise

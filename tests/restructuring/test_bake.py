@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import bnfuse
+from bnfuse.api import fuse_with_plan
 from bnfuse.model.copying import copy_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
@@ -396,3 +397,19 @@ def test_the_original_keeps_its_parametrisations_when_the_copy_loses_them() -> N
     assert_untouched(model, before)
     bnfuse.fuse(twin, IMAGE, restructure="bake", inplace=True)
     assert torch.equal(model.c.weight, model.c.parametrizations.weight())
+
+
+def test_a_step_that_fails_takes_no_other_along() -> None:
+    """What is baked and then untied holds only with both; beside it a layer whose class is asked for as a number."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        factor = 2.0 if isinstance(m.b[1], nn.BatchNorm2d) else 3.0
+        made = [n(m.c(y)).sin() for n, y in zip(m.a, levels(x, 2), strict=True)]
+        return [*made, *(factor * n(m.d(y)).sin() for n, y in zip(m.b, (x, -x), strict=True))]
+
+    net = Net(forward, c=Standardised(4, 4, 3, padding=1), d=conv(), a=norms(2), b=norms(2))
+    model = prepared(net)
+    fused, plan = fuse_with_plan(model, IMAGE, restructure=("bake", "untie"))
+    assert [(step.kind, step.subject) for step in plan.steps] == [("bake", "c"), ("untie", "c")]
+    assert [(one.kind, one.subject) for one in plan.unchanged] == [("untie", "d")]
+    assert all(map(torch.allclose, fused(IMAGE), model(IMAGE)))

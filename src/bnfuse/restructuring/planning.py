@@ -12,6 +12,7 @@ from torch import nn
 
 from bnfuse.capture.run import Recording
 from bnfuse.changes import Changes, Decision, Step, Unchanged
+from bnfuse.errors import FusionError
 from bnfuse.fusion_plan import Plan
 from bnfuse.graph.graph import Node, Value
 from bnfuse.graph.norms import Norm
@@ -89,12 +90,18 @@ class Restructuring:
         return replace(made, decisions=tuple(decisions), unchanged=tuple(unchanged.values()))
 
     def drop_failing(self, made: Plan) -> bool:
-        """Drop the steps of a plan that change what the original gives, each for itself; True if there are any."""
-        before = [step for step in made.steps if not step.after_fusing]
-        after = [step for step in made.steps if step.after_fusing]
-        failing = [step for step in before if not self._holds(Changes(steps=(step,)))]
-        if not failing and after and self._holds(replace(made, steps=tuple(before))):
-            failing = [step for step in after if not self._holds(replace(made, steps=(*before, step)))] or after
+        """Drop the steps of a plan that change what the original gives; True if there are any.
+
+        Each is tried behind those before it that hold. One that rests on another that fails is planned anew.
+        """
+        holding: list[Step] = []
+        failing: list[Step] = []
+        for step in made.steps:
+            try:
+                (holding if self._holds(Changes(steps=(*holding, step))) else failing).append(step)
+            except FusionError:
+                if not failing:
+                    raise
         self._drop(failing, LAYER_IS_LOOKED_AT)
         return bool(failing)
 
@@ -150,11 +157,15 @@ class Restructuring:
 
     def _useless(self, planner: Planner, made: Plan) -> list[Step]:
         """The steps that untie something and let no more norms go than go without any steps."""
-        steps = [step for step in planner.steps if step.kind == UNTIE]
-        if not steps:
+        norms = {
+            step: {former_name(norm, planner.steps[:place]) for norm in step.norms}
+            for place, step in enumerate(planner.steps)
+            if step.kind == UNTIE
+        }
+        if not norms:
             return []
         before, gone = ({one.norm for one in plan.fused} for plan in (self._plain(self.original), self.complete(made)))
-        return [step for step in steps if len(gone & {*step.norms}) <= len(before & {*step.norms})]
+        return [step for step, own in norms.items() if len(gone & own) <= len(before & own)]
 
     def _unguarded(self, made: Plan) -> list[Step]:
         """The steps, where nothing would keep a library that is lenient about names from loading a file of the model
