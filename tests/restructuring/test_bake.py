@@ -413,3 +413,23 @@ def test_a_step_that_fails_takes_no_other_along() -> None:
     assert [(step.kind, step.subject) for step in plan.steps] == [("bake", "c"), ("untie", "c")]
     assert [(one.kind, one.subject) for one in plan.unchanged] == [("untie", "d")]
     assert all(map(torch.allclose, fused(IMAGE), model(IMAGE)))
+
+
+def test_what_did_not_run_stays() -> None:
+    """Its contents are no part of what is known of the model, so that a plan would not see that they have changed."""
+    idle = parametrizations.weight_norm(conv())
+    net = Net(lambda m, x: m.n(m.c(x)).sin(), c=parametrizations.weight_norm(conv()), n=norm(), idle=idle)
+    plan, fused = fused_and_checked(prepared(net), IMAGE, restructure="bake")
+    assert [step.subject for step in plan.steps] == ["c"]
+    assert "no bake of idle: it did not run" in str(plan)
+    assert parametrize.is_parametrized(fused.idle)
+
+
+def test_a_plan_knows_what_it_was_computed_from() -> None:
+    for name in ("spectral norm", "weight norm by a hook", "pruned", "masked", "scaled and standardised"):
+        model = prepared(behind(BAKED[name]()))
+        plan = bnfuse.plan(model, IMAGE, restructure="bake")
+        with torch.no_grad():
+            next(iter(model.c.parameters())).view(-1)[-1].add_(1.0)
+        with pytest.raises(bnfuse.FusionError, match="has changed"):
+            plan.apply(model)

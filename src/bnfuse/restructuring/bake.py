@@ -29,6 +29,7 @@ from bnfuse.model.wrappers import HOOK_OF_ACCELERATE
 from bnfuse.planner.problem import Problem
 from bnfuse.reasons import (
     CONTENTS_DEPEND_ON_RUN,
+    DID_NOT_RUN,
     IS_PREPARED,
     IS_SCRIPTED,
     IS_THE_MODEL,
@@ -92,6 +93,10 @@ class _Search:
         refused = self._refusal(module)
         if refused is not None:
             return refused
+        used = [name for name, _ in module.named_parameters() if any(_is_of(name, place) for place in places)]
+        leaves = (self.graph.leaves.get(f"{names[0]}.{name}".lstrip(".")) for name in used)
+        if not all(leaf is not None and leaf.consumers for leaf in leaves):
+            return DID_NOT_RUN.reason()  # and nothing would tell that it has changed since
         try:
             contents = _computed(module, places)
         except Exception:  # noqa: BLE001 (whatever the code of a parametrisation raises)
