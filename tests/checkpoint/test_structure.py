@@ -57,6 +57,18 @@ class OutOfPlace(nn.Module):
         return self.act(self.norm(y)), self.last(y)
 
 
+class OutOfPlaceInside(nn.Module):
+    """The activation that would do so is a part of the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(4, 4, 1), timm.layers.BatchNormAct2d(4), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return self.norm(y), self.last(y)
+
+
 def with_activation() -> nn.Module:
     """A norm of timm's that holds an activation."""
     return nn.Sequential(nn.Conv2d(4, 6, 1, bias=False), timm.layers.BatchNormAct2d(6), nn.Conv2d(6, 2, 1))
@@ -66,7 +78,7 @@ def plain() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
 
 
-BUILDERS: list[Callable[[], nn.Module]] = [Block, Twice, OutOfPlace, with_activation, plain]
+BUILDERS: list[Callable[[], nn.Module]] = [Block, Twice, OutOfPlace, OutOfPlaceInside, with_activation, plain]
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -109,6 +121,9 @@ def test_what_it_says() -> None:
     out = structure(bnfuse.fuse(built(OutOfPlace, 0), X))
     assert [norm.names for norm in out.removed] == [("norm",)]
     assert out.out_of_place == ("act",)
+    inside = structure(bnfuse.fuse(built(OutOfPlaceInside, 0), X))
+    assert [(norm.names, norm.keep) for norm in inside.removed] == [(("norm",), ("act",))]
+    assert inside.out_of_place == ("norm.act",)
     twice = structure(bnfuse.fuse(built(Twice, 0), X))
     assert [norm.names for norm in twice.removed] == [("norm", "again")]
     assert not structure(plain()).is_fused

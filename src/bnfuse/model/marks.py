@@ -197,7 +197,7 @@ def marked(model: nn.Module) -> dict[str, Any]:
                 full = [f"{name}.{place}" if name else place for name in places]
                 created.append({"names": full, "shape": list(parameter.shape), "dtype": dtype_name(parameter.dtype)})
         if mark.out_of_place:
-            out_of_place.append(places[0])
+            out_of_place.append(_name_before(places[0], known, names))
         if mark.placed is not None:
             placed.append({"names": places, "kind": mark.place_of, "module": dict(mark.placed)})
         for place, shape in (mark.own or {}).items():
@@ -216,6 +216,22 @@ def marked(model: nn.Module) -> dict[str, Any]:
         "modules": {},
         "bnfuse": _version(),
     }
+
+
+def _name_before(name: str, known: Mapping[int, nn.Module], names: Mapping[int, list[str]]) -> str:
+    """The name, in the model before its norms went, of a module that may have stayed of one of them."""
+    for key, module in known.items():
+        mark = mark_of(module)
+        place = next((each for each in names[key] if name == each or name.startswith(f"{each}.")), None)
+        if not mark.instead_of or not mark.kept or place is None:
+            continue
+        inside = name[len(place) :].lstrip(".")
+        kept = mark.kept[0]
+        if type(module) is nn.Sequential:  # of what stayed, behind bounds if there are any
+            first, _, inside = inside.partition(".")
+            kept = mark.kept[int(first) - bool(mark.ceiling)]
+        return ".".join(filter(None, (place, kept, inside)))
+    return name
 
 
 def _version() -> str:
