@@ -34,6 +34,24 @@ class BranchesOnClass(Base):
         return self.rest(F.relu(y) if isinstance(self.n, nn.BatchNorm2d) else y)
 
 
+class NumberOfClass(Base):
+    """The same operators run with other numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.n(self.c(x)) * (2 if isinstance(self.n, nn.BatchNorm2d) else 3))
+
+
+class NumberOfBias(Base):
+    """The number changes with the bias that the layer is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(3, 4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rest(self.n(self.c(x)) * len(list(self.c.parameters())))
+
+
 class HeldInAnObject(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +62,7 @@ class HeldInAnObject(Base):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("kind", [ReadsType, BranchesOnClass, HeldInAnObject])
+@pytest.mark.parametrize("kind", [ReadsType, BranchesOnClass, NumberOfClass, NumberOfBias, HeldInAnObject])
 def test_misfit(kind: Any, inplace: bool) -> None:
     model = prepared(kind())
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)

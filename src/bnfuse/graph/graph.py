@@ -112,6 +112,12 @@ class Node:
         return self.bound.get(name, default)
 
     @property
+    def numbers(self) -> list[Any]:
+        """The arguments that are no tensors: numbers, flags, texts, and lists of these."""
+        found = (_without_tensors(argument) for argument in self.bound.values())
+        return [argument for argument in found if argument is not None]
+
+    @property
     def data(self) -> Value | None:
         """The input that depends on the model's inputs, None if there is not exactly one."""
         depending = [value for value in dict.fromkeys(self.inputs) if not value.independent]
@@ -175,6 +181,12 @@ class ModuleCall:
         """A name for messages."""
         kind = type(self.module).__name__
         return f"{self.path} ({kind})" if self.path else kind
+
+
+def _without_tensors(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return [_without_tensors(item) for item in argument]
+    return None if isinstance(argument, Value) else argument
 
 
 def is_as_in_its_class(module: nn.Module, name: str) -> bool:

@@ -43,16 +43,16 @@ def without_misfits(planner: Planner, plan: Plan) -> Plan | None:
 
 
 def _fits(problem: Problem, plan: Plan) -> bool:
-    """True if the fused model runs the same operators as the original, apart from those of the removed norms.
+    """True if the fused model runs the same operators, with the same numbers, apart from those of the removed norms.
 
-    This compares operators, not outputs: it tells which norm is to blame after ``same_outputs`` found that the
+    This compares what runs, not outputs: it tells which norm is to blame after ``same_outputs`` found that the
     outputs differ. Whether outputs are equal is decided by ``same_outputs`` alone.
     """
     fused = copy_model(problem.model)
     plan = replace(plan, steps=())  # the model of the problem has them
     rewrite(plan, fused)  # as in place, where an object of the model's may still hold the norm
     gone = {id(problem.model.get_submodule(replacement.names[0])) for replacement in plan.replacements}
-    expected = [node.operator for node in problem.main.nodes if id(node.call.module) not in gone]
+    expected = [(node.operator, node.numbers) for node in problem.main.nodes if id(node.call.module) not in gone]
     try:
         graph = capture(fused, *problem.main.call.inputs, known=RULES).graph
     except InputError:
@@ -65,5 +65,5 @@ def _fits(problem: Problem, plan: Plan) -> bool:
         if made.issuperset(node.inputs) and node.inputs:
             made.update(node.outputs)  # parts of a bias that the original does not have
         else:
-            ran.append(node.operator)
+            ran.append((node.operator, node.numbers))
     return ran == expected

@@ -14,7 +14,7 @@ from bnfuse.capture.run import Recording
 from bnfuse.changes import Changes, Decision, Step, Unchanged
 from bnfuse.errors import FusionError
 from bnfuse.fusion_plan import Plan
-from bnfuse.graph.graph import Node, Value
+from bnfuse.graph.graph import Node
 from bnfuse.graph.norms import Norm
 from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
@@ -238,11 +238,7 @@ def _work(problem: Problem, steps: Sequence[Step]) -> list[list[tuple[str, Any, 
         return path is None or not (path in places or path in owners or path.startswith(inside))
 
     return [
-        [
-            (node.operator, [_plain(value) for value in node.bound.values()], [made.shape for made in node.outputs])
-            for node in run.nodes
-            if counts(node)
-        ]
+        [(node.operator, node.numbers, [made.shape for made in node.outputs]) for node in run.nodes if counts(node)]
         for run in problem.recording.runs
     ]
 
@@ -253,10 +249,3 @@ def _is_same_work(before: list[list[tuple[str, Any, Any]]], after: list[list[tup
         return False
     pairs = zip(itertools.chain(*before), itertools.chain(*after), strict=True)
     return all(one[:2] == other[:2] and (one[2] == other[2] or other[2] == [()]) for one, other in pairs)
-
-
-def _plain(argument: Any) -> Any:
-    """An argument of an operator without values."""
-    if isinstance(argument, (list, tuple)):
-        return [_plain(item) for item in argument]
-    return None if isinstance(argument, Value) else argument
