@@ -20,6 +20,7 @@ import bnfuse
 from bnfuse.changes import Decision
 from bnfuse.fusion_plan import Plan
 from bnfuse.planner.trying_plans import Trials
+from bnfuse.reasons import Reason
 from fuzz.program import Program
 
 EXACT = 1e-9
@@ -402,7 +403,11 @@ def _moved_by_noise(model: nn.Module, inputs: tuple[Tensor, ...], path: str, exp
 
 def reason_class(decision: Decision) -> str:
     """The last reason of a kept norm, without names and numbers."""
-    reason = decision.reasons[-1]
+    return reason_text(decision.reasons[-1])
+
+
+def reason_text(reason: Reason) -> str:
+    """A reason without names and numbers."""
     text = re.sub(r"\b(m\.)?[a-z]+\d+(\.\w+)*( = )?|(?<=[ (])[\w.]+\.(weight|bias)\b", "_", reason.text)
     text = re.sub(r"\d+(x\d+)*", "#", text)
     text = text.partition(": see")[0].partition(", and not every")[0]

@@ -22,6 +22,7 @@ from fuzz.calls_command import show_calls, try_calls
 from fuzz.check import Outcome, bare_algebra, check
 from fuzz.generate import draw
 from fuzz.program import Program
+from fuzz.restructured_command import show_restructuring, try_restructuring
 from fuzz.shrink import shrink
 
 THOROUGH_EVERY = 8
@@ -125,13 +126,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shrink", type=float, default=20.0, help="time for making a failure small (s)")
     parser.add_argument("--without", help="leave out networks whose program matches this expression")
     parser.add_argument("--bare", action="store_true", help="do not let plans be tried on other inputs")
+    parser.add_argument("--restructure", action="store_true", help="networks whose structure may change")
     parser.add_argument(
-        "--restructure", action="append", default=[], choices=KINDS, help="fuse with this kind of restructuring, too"
+        "--allow",
+        action="append",
+        default=[],
+        choices=KINDS,
+        help="fuse ordinary networks with this restructuring, too",
     )
     parser.add_argument("--coverage", action="store_true", help="count what crossed which rule (one process)")
     parser.add_argument("--calls", action="store_true", help="networks that go by more than the recorded call")
     parser.add_argument("--files", action="store_true", help="damaged files of fused models instead of networks")
-    parser.add_argument("--kind", help="with --calls, only kinds whose names match this expression")
+    parser.add_argument("--kind", help="with --calls or --restructure, only kinds whose names match")
     parser.add_argument("--failures", type=int, default=3, help="how many failures of one class to print")
     options = parser.parse_args(arguments)
     _start()
@@ -139,13 +145,17 @@ def main(arguments: list[str] | None = None) -> int:
         return files.main(options.count, options.seed)
     if options.calls:
         return show_calls(options.seed) if options.show else _try_calls(options, options.count)
+    if options.restructure:
+        if options.show:
+            return show_restructuring(options.seed)
+        return try_restructuring(_seeds(options, options.count), *_limits(options))
     if options.show:
-        return _show(options.seed, options.restructure)
+        return _show(options.seed, options.allow)
     if options.coverage:
         return _coverage(range(options.seed, options.seed + options.count))
     tally, begun, told = Tally(), time.monotonic(), time.monotonic()
     seeds = range(options.seed, options.seed + options.count)
-    for seed, steps, outcome in outcomes(seeds, options.jobs, options.without, options.bare, options.restructure):
+    for seed, steps, outcome in outcomes(seeds, options.jobs, options.without, options.bare, options.allow):
         now = time.monotonic()
         if now - begun > options.seconds:
             break
@@ -154,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
         tally.add(seed, outcome, steps)
         if outcome.failure and tally.counts[outcome.failure] <= options.failures:
             with bare_algebra() if options.bare else contextlib.nullcontext():
-                _report(seed, outcome, options.shrink, options.restructure)
+                _report(seed, outcome, options.shrink, options.allow)
         if now - told > 10:
             told = now
             _say(f"... {tally} ({tally.networks / (now - begun):.0f}/s)", sys.stderr)
@@ -164,8 +174,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _try_calls(options: argparse.Namespace, count: int) -> int:
-    seeds = range(options.seed, options.seed + count)
-    return try_calls(seeds, options.jobs, options.seconds, options.shrink, options.failures, options.kind)
+    return try_calls(_seeds(options, count), *_limits(options))
+
+
+def _seeds(options: argparse.Namespace, count: int) -> range:
+    return range(options.seed, options.seed + count)
+
+
+def _limits(options: argparse.Namespace) -> tuple[int, float, float, int, str | None]:
+    return options.jobs, options.seconds, options.shrink, options.failures, options.kind
 
 
 def _report(seed: int, outcome: Outcome, seconds: float, restructure: Sequence[str]) -> None:

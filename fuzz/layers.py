@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import linecache
 import warnings
 import zlib
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torchvision.ops import FrozenBatchNorm2d
 
 with warnings.catch_warnings():
@@ -22,8 +23,9 @@ with warnings.catch_warnings():
 __all__ = [
     "BatchConv", "BatchNormAct2d", "BiasBlindConv", "Branched", "Combined", "DetectronFrozenNorm", "DoublingNorm", "F", "FactoredConv",
     "FrozenBatchNorm2d", "FrozenBatchNormAct2d", "MaskedConv", "NormWithActivation", "PartedConv", "ScaledConv", "Scaling",
-    "SquashingNorm", "StandardisedConv", "SummedConv", "drawn", "fill", "functional_norm", "lazy_norm", "nn", "orthogonal",
-    "pruned", "spectral_norm", "torch", "weight_norm", "weight_norm_by_hook",
+    "SquashingNorm", "StandardisedConv", "SummedConv", "drawn", "fill", "functional_norm", "lazy_norm", "module", "nn",
+    "orthogonal", "parametrised", "pruned", "spectral_norm", "spectral_norm_by_hook", "torch", "weight_norm",
+    "weight_norm_by_hook", "with_forward",
 ]  # fmt: skip
 
 DRESSINGS = (
@@ -42,6 +44,58 @@ def weight_norm_by_hook(layer: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return nn.utils.weight_norm(layer)
+
+
+def spectral_norm_by_hook(layer: nn.Module) -> nn.Module:
+    """The old-style spectral_norm, whose vectors are near those of the weight that the layer was made with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.spectral_norm(layer, n_power_iterations=5)
+
+
+def parametrised(layer: nn.Module, *codes: str, place: str = "weight") -> nn.Module:
+    """A layer whose weight is computed by modules: each code is an expression of w, or of w and a gain, ``m.gain``."""
+    for code in codes:
+        gain = {"gain": nn.Parameter(torch.ones(1))} if "m.gain" in code else {}
+        parametrize.register_parametrization(layer, place, module("w", code, **gain), unsafe=True)
+    return layer
+
+
+_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
+def _class(base: type[nn.Module], takes: str, code: str) -> type[nn.Module]:
+    """A class with a forward: statements with semicolons between them, of which the last is what it returns."""
+    key = (base, takes, code)
+    if key not in _CLASSES:
+        *lines, last = code.split("; ")
+        source = f"def forward(m, {takes}):\n" + "".join(f"    {line}\n" for line in [*lines, f"return {last}"])
+        name = f"<forward {len(_CLASSES)}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+        names = {name: globals()[name] for name in __all__} | {"__name__": "network"}
+        exec(compile(source, name, "exec"), names)
+        title = "Block" if base is nn.Module else f"Own{base.__name__}"
+        _CLASSES[key] = type(title, (base,), {"forward": names["forward"], "__module__": "network"})
+    return _CLASSES[key]
+
+
+def module(takes: str, code: str, /, **parts: Any) -> nn.Module:
+    """A module that holds some parts, and its forward.
+
+    ``module("x", "y = m.c(x); F.relu(m.n(y))", c=nn.Conv2d(4, 4, 1), n=nn.BatchNorm2d(4))``
+    """
+    made = _class(nn.Module, takes, code)()
+    for name, part in parts.items():
+        setattr(made, name, part)
+    return made
+
+
+def with_forward(layer: nn.Module, code: str, /, **parts: Any) -> nn.Module:
+    """A layer of a class of its own, with another forward and perhaps further parts."""
+    layer.__class__ = _class(type(layer), "x", code)
+    for name, part in parts.items():
+        setattr(layer, name, part)
+    return layer
 
 
 def lazy_norm(rank: int, channels: int, **options: Any) -> nn.Module:
@@ -274,6 +328,8 @@ def _plain(role: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
         sign = torch.randint(0, 5, tensor.shape, generator=generator).clamp(0, 1) * 2.0 - 1
         return (0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)) * sign
     normal = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    if role.endswith("mask"):
+        return (normal > -0.5).to(torch.float64)
     fan_in = tensor.numel() / tensor.shape[0] if tensor.dim() > 1 else 4.0
     return normal / max(fan_in, 1.0) ** 0.5
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -63,7 +65,7 @@ def _candidates(program: Program) -> Iterator[Program]:
         if layer.dressing not in ("", "positive"):
             plain = dataclasses.replace(layer, dressing="positive")
             yield dataclasses.replace(program, layers=_replaced(program.layers, index, plain))
-        for code in _simpler(layer.code):
+        for code in (*_parts_left_out(layer.code), *_simpler(layer.code)):
             yield dataclasses.replace(
                 program, layers=_replaced(program.layers, index, dataclasses.replace(layer, code=code))
             )
@@ -139,6 +141,65 @@ def _simpler(code: str) -> Iterator[str]:
             call.keywords.remove(keyword)
             yield ast.unparse(tree)
             call.keywords.append(keyword)
+
+
+def _parts_left_out(code: str) -> Iterator[str]:
+    """A layer with less inside: a wrapper taken off, a part of a list left out, something left out of a forward."""
+    try:
+        tree = ast.parse(code, mode="eval")
+    except SyntaxError:
+        return
+    for index, node in enumerate(ast.walk(tree)):
+        for smaller in _smaller_nodes(node):
+            changed = copy.deepcopy(tree)
+            yield ast.unparse(
+                _Replacing(next(itertools.islice(ast.walk(changed), index, None)), smaller).visit(changed)
+            )
+
+
+class _Replacing(ast.NodeTransformer):
+    """Puts one node in the place of another."""
+
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.old else super().generic_visit(node)
+
+
+def _smaller_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in the place of a node of a layer's code."""
+    if isinstance(node, ast.Call):
+        yield from (part for part in node.args if isinstance(part, ast.Call))
+        chain = isinstance(node.func, ast.Name) and node.func.id == "parametrised"
+        for index, part in enumerate(node.args):
+            if len(node.args) > 1 and (isinstance(part, ast.Call) or (chain and index)):
+                yield ast.Call(node.func, [*node.args[:index], *node.args[index + 1 :]], node.keywords)
+    elif isinstance(node, ast.List):
+        for index in range(len(node.elts)):
+            if len(node.elts) > 1:
+                yield ast.List([*node.elts[:index], *node.elts[index + 1 :]])
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "(" in node.value:
+        for lines in _smaller_forwards(node.value):
+            yield ast.Constant(lines)
+
+
+def _smaller_forwards(code: str) -> Iterator[str]:
+    """Statements with an operand in the place of what is made of it."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return
+    for index, node in enumerate(ast.walk(tree)):
+        operands: list[ast.expr] = []
+        if isinstance(node, ast.BinOp):
+            operands = [node.left, node.right]
+        elif isinstance(node, ast.Call):
+            operands = [part for part in node.args if not isinstance(part, ast.Constant)]
+        for operand in operands:
+            changed = copy.deepcopy(tree)
+            old = next(itertools.islice(ast.walk(changed), index, None))
+            yield "; ".join(ast.unparse(_Replacing(old, operand).visit(changed)).splitlines())
 
 
 def _simpler_step(code: str) -> Iterator[str]:

@@ -1,0 +1,189 @@
+"""The adversary of restructuring: a few networks of each kind, and proof that it finds what is wrong."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import bnfuse
+from bnfuse.model.marks import ATTRIBUTE
+from fuzz import check_restructured, restructured
+from fuzz.check_restructured import RestructuredOutcome, check
+from fuzz.restructured import RestructuredProgram
+from fuzz.restructured_command import shrunk, try_restructuring
+from fuzz.restructured_kinds import KINDS
+from fuzz.shrink import _parts_left_out
+
+NETWORKS = range(2, 4)
+STEPS = {"untie": "untie", "bake": "bake"}
+"""What some network of a kind has to have."""
+
+real = check_restructured.fuse_with_plan
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def drawn(kind: str, index: int) -> RestructuredProgram:
+    return restructured.draw(list(KINDS).index(kind) + index * len(KINDS))
+
+
+@functools.cache
+def outcome(kind: str, index: int) -> RestructuredOutcome:
+    return check(drawn(kind, index))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_networks(kind: str) -> None:
+    for index in NETWORKS:
+        found = outcome(kind, index)
+        assert not found.failure, f"{found.failure}\n{drawn(kind, index)}\n{found.detail}"
+        assert found.refused or found.calls >= 2
+
+
+@pytest.mark.parametrize("prefix", STEPS)
+def test_the_networks_are_restructured(prefix: str) -> None:
+    found = [outcome(kind, index) for kind in KINDS if kind.startswith(prefix) for index in NETWORKS]
+    assert sum((one.steps for one in found), Counter())[STEPS[prefix]] >= 2
+    assert sum(one.removed for one in found) > sum(one.plainly for one in found)
+
+
+def test_a_seed_gives_the_same_network() -> None:
+    for seed in range(0, len(KINDS), 3):
+        assert str(restructured.draw(seed)) == str(restructured.draw(seed))
+        assert restructured.draw(seed) == restructured.draw(seed)
+        assert restructured.draw(seed).kind == list(KINDS)[seed]
+    assert str(restructured.draw(0)) != str(restructured.draw(len(KINDS)))
+
+
+def test_a_printed_program_shows_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    dtype = torch.get_default_dtype()
+    try:
+        exec(str(drawn("untie_twice", 2)), {"__name__": "printed"})
+    finally:
+        torch.set_default_dtype(dtype)
+    assert float(capsys.readouterr().out.splitlines()[-1]) < 1e-9
+
+
+# Mutants: what the adversary must find ------------------------------------------------------------------------------
+
+
+def is_off(fused: nn.Module, original: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.mul_(1.001)
+
+
+def touches_the_original(fused: nn.Module, original: nn.Module) -> None:
+    original.eval().train(not original.training)
+
+
+def leans_on_the_original(fused: nn.Module, original: nn.Module) -> None:
+    for name, parameter in fused.named_parameters():
+        path, _, place = name.rpartition(".")
+        holder = dict(original.named_modules()).get(path)
+        if holder is not None and holder._parameters.get(place) is not None:
+            holder._parameters[place].data = parameter.data
+
+
+def works_more(fused: nn.Module, original: nn.Module) -> None:
+    fused.register_forward_hook(lambda module, given, made: (torch.eye(2) @ torch.eye(2), None)[1])
+
+
+def is_not_marked(fused: nn.Module, original: nn.Module) -> None:
+    for module in fused.modules():
+        module.__dict__.pop(ATTRIBUTE, None)
+
+
+def fits_one_batch(fused: nn.Module, original: nn.Module) -> None:
+    def refuse(module: nn.Module, given: tuple[Any, ...]) -> None:
+        if len(given[0]) != batch[0]:
+            raise ValueError("another batch")
+
+    batch: list[int] = []
+    fused.register_forward_pre_hook(lambda module, given: batch.append(len(given[0])) if not batch else None)
+    fused.register_forward_pre_hook(refuse)
+
+
+MUTANTS: dict[Callable[[nn.Module, nn.Module], None], str] = {
+    is_off: "wrong: the outputs differ at the recorded call",
+    touches_the_original: "touched: fuse changes",
+    leans_on_the_original: "touched: fuse changes",
+    works_more: "wrong: the multiply-adds rise",
+    is_not_marked: "crash: load raises CheckpointError",
+    fits_one_batch: "crash: the fused network raises ValueError",
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_mutants_are_found(mutant: Callable[[nn.Module, nn.Module], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fuse_with_plan(model: nn.Module, *arguments: Any, **options: Any) -> tuple[nn.Module, bnfuse.Plan]:
+        fused, made = real(model, *arguments, **options)
+        mutant(fused, model)
+        return fused, made
+
+    monkeypatch.setattr(check_restructured, "fuse_with_plan", fuse_with_plan)
+    monkeypatch.setattr(check_restructured, "APPLIED_EVERY", 10**9)
+    found = {check(drawn(kind, 2)).failure for kind in ("untie_twice", "bake_layers")}
+    assert any(failure.startswith(MUTANTS[mutant]) for failure in found), found
+
+
+def test_a_restructuring_that_keeps_norms_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fuse_with_plan(model: nn.Module, *arguments: Any, **options: Any) -> tuple[nn.Module, bnfuse.Plan]:
+        return real(model, *arguments, **options, keep="*" if options.get("restructure") else ())
+
+    monkeypatch.setattr(check_restructured, "fuse_with_plan", fuse_with_plan)
+    monkeypatch.setattr(check_restructured, "APPLIED_EVERY", 10**9)
+    program = drawn("merge_branches", 2)
+    assert outcome("merge_branches", 2).plainly
+    assert check(program).failure == "wrong: more norms stay with restructuring"
+
+
+def test_failures_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fuse_with_plan(model: nn.Module, *arguments: Any, **options: Any) -> tuple[nn.Module, bnfuse.Plan]:
+        fused, made = real(model, *arguments, **options)
+        if any(step.kind == "untie" for step in made.steps):
+            is_off(fused, model)
+        return fused, made
+
+    monkeypatch.setattr(check_restructured, "fuse_with_plan", fuse_with_plan)
+    monkeypatch.setattr(check_restructured, "APPLIED_EVERY", 10**9)
+    program = drawn("untie_twice", 2)
+    failure = check(program).failure
+    assert failure.startswith("wrong: the outputs differ")
+    small = shrunk(program, failure, seconds=4)
+    assert len(small.steps) < len(program.steps)
+    assert check(small).failure == failure
+
+
+def test_what_is_inside_a_layer_shrinks() -> None:
+    found = {*_parts_left_out("module('x', 'y = m.c(x); m.n(y) + x', c=weight_norm(nn.Linear(4, 4)), n=nn.Identity())")}
+    assert "module('x', 'y = m.c(x); m.n(y)', c=weight_norm(nn.Linear(4, 4)), n=nn.Identity())" in found
+    assert "module('x', 'y = x; m.n(y) + x', c=weight_norm(nn.Linear(4, 4)), n=nn.Identity())" in found
+    assert "module('x', 'y = m.c(x); m.n(y) + x', c=nn.Linear(4, 4), n=nn.Identity())" in found
+
+
+def test_the_table_counts_by_kind(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuzz.restructured_command.check", lambda program: outcome(program.kind, 2))
+    assert try_restructuring(range(len(KINDS)), shrinking=0, kind="^(untie_twice|bake_layers)$") == 0
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+    assert rows["kind"][:4] == ["networks", "norms", "plainly", "removed"]
+    assert rows["untie_twice"][0] == rows["bake_layers"][0] == "1"
+    assert rows["all"][0] == "2"
+    assert int(rows["all"][1]) == outcome("untie_twice", 2).norms + outcome("bake_layers", 2).norms
