@@ -117,3 +117,25 @@ def test_only_a_norm_that_fails_alone_is_called_a_misfit() -> None:
     model = prepared(BranchesOnEqualClasses())
     x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     assert [type(norm) for norm in (bnfuse.fuse(model, x).n, bnfuse.fuse(model, x).k)] == [nn.Identity] * 2
+
+
+class OneOrTheOther(Base):
+    """Of ``n`` and ``m`` one can go, and the code looks at the layer that would take it up, at some sizes."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.c, self.m, self.size = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.n(self.c(x)).sin() + self.m(self.c(x.relu())).sin()
+        return self.rest(y * len(list(self.c.parameters())) if x.shape[-1] >= self.size else y)
+
+
+@pytest.mark.parametrize("size", [0, 6])
+def test_a_norm_is_not_blamed_for_another_that_goes_once_a_third_stays(size: int) -> None:
+    model = prepared(OneOrTheOther(size))
+    small, large = (torch.randn(2, 3, side, side, dtype=torch.float64) for side in (5, 10))
+    fused = bnfuse.fuse(model, small)
+    assert [type(norm) for norm in (fused.n, fused.m, fused.k)] == [nn.BatchNorm2d, nn.BatchNorm2d, nn.Identity]
+    for x in (small, large):
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)

@@ -34,8 +34,8 @@ def without_misfits(planner: Planner, plan: Plan) -> Plan | None:
     fused = [norm for norm, decision in zip(problem.norms, plan.decisions, strict=True) if decision.fused]
 
     def fits(group: Sequence[Norm]) -> bool:
-        staying = dict.fromkeys((norm for norm in fused if norm not in group), reason)
-        return _fits(problem, planner.plan({**kept, **staying}))
+        staying = dict.fromkeys((norm for norm in problem.norms if norm not in group), reason)
+        return _fits(problem, planner.plan({**staying, **kept}))
 
     found = [norm for group in culprits(fused, fits, limited=False) for norm in group]
     bad = [norm for norm in found if not fits([norm])]

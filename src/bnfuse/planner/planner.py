@@ -115,13 +115,18 @@ class Planner:
         fused = [norm for norm, decision in zip(self.problem.norms, plan.decisions, strict=True) if decision.fused]
 
         def holds(group: Sequence[Norm]) -> bool:
-            staying = dict.fromkeys((norm for norm in fused if norm not in group), _TRIAL)
-            return trials.holds(self.plan({**stays, **staying}))
+            staying = dict.fromkeys((norm for norm in self.problem.norms if norm not in group), _TRIAL)
+            return trials.holds(self.plan({**staying, **stays}))
 
         alone, among_others = FAILS_ON_OTHER_INPUTS.reason(), FAILS_ON_OTHER_INPUTS_WITH_OTHERS.reason()
         bad = {norm: alone if len(group) == 1 else among_others for group in culprits(fused, holds) for norm in group}
         if len(bad) < len(fused):
             better = self.plan({**stays, **bad})
+            pairs = zip(self.problem.norms, better.decisions, strict=True)
+            instead = [norm for norm, decision in pairs if decision.fused and norm not in fused]
+            if instead and not trials.holds(better):
+                bad |= {norm: alone for norm in instead if not holds([norm])}
+                better = self.plan({**stays, **bad})
             if trials.holds(better):
                 return better
         together = FAILS_ON_OTHER_INPUTS_TOGETHER.reason()
