@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import bnfuse
 from bnfuse.api import fuse_with_plan
 from fuzz.check import Failed, Snapshot, _reported, reason_text
-from fuzz.check_calls import CallsOutcome, Run, _compare, _evaluated, _names, _norms, _reset, _ruin
+from fuzz.check_calls import CallsOutcome, Run, _compare, _evaluated, _names, _norms, _reset, _ruin, leaves
 from fuzz.restructured import RestructuredProgram
 
-IN_PLACE_EVERY, APPLIED_EVERY = 5, 2
-"""One network in so many is also fused in place, and by ``Plan.apply``."""
+IN_PLACE_EVERY, APPLIED_EVERY, TRAINED_EVERY = 5, 2, 7
+"""One network in so many is also fused in place, by ``Plan.apply``, or trained afterwards."""
 
 
 @dataclass
@@ -86,6 +87,8 @@ def _check(program: RestructuredProgram, outcome: RestructuredOutcome) -> None:
     _check_copies(program, fused)
     if program.seed % IN_PLACE_EVERY == 0:
         _check_in_place(program, fused)
+    if program.seed % TRAINED_EVERY == 0:
+        _check_gradients(program, model, fused)
     _ruin(model)
     for sequence in ((program.recorded,), *program.further):
         _compare(program, sequence, _copied(program, fused), outcome, usual)
@@ -202,9 +205,23 @@ def _check_work(program: RestructuredProgram, fused: nn.Module) -> None:
 def _work(program: RestructuredProgram, net: nn.Module) -> int:
     _reset(program, net)
     arguments, options = _evaluated(program.recorded, _names(net))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with _Work() as work, torch.no_grad():
         net(*arguments, **options)
-    return int(counter.get_total_flops())
+    return work.done
+
+
+class _Work(TorchDispatchMode):
+    """Counts floating point operations, as PyTorch's FlopCounterMode does, which fails on some parametrisations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.done += int(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result))
+        return result
 
 
 def _check_copies(program: RestructuredProgram, fused: nn.Module) -> None:
@@ -233,6 +250,27 @@ def _compare_bits(what: str, got: dict[str, Any], wanted: dict[str, Any]) -> Non
         same = torch.equal(got[path], leaf) if isinstance(leaf, torch.Tensor) else got[path] == leaf
         if not same:
             raise Failed(f"wrong: {what} gives something else", path)
+
+
+def _check_gradients(program: RestructuredProgram, model: nn.Module, fused: nn.Module) -> None:
+    """The original and the fused network can be trained, if the original could before."""
+    if _goes_back(program, program.build().train()) is None:
+        for what, net in (("original", model.train()), ("fused network", _copied(program, fused))):
+            error = _goes_back(program, net)
+            if error is not None:
+                raise Failed(f"wrong: the {what} has no gradients, {type(error).__name__}", str(error)) from error
+
+
+def _goes_back(program: RestructuredProgram, net: nn.Module) -> Exception | None:
+    """What backward raises, None if it does not."""
+    _reset(program, net)
+    arguments, options = _evaluated(program.recorded, _names(net))
+    try:
+        outputs = leaves(net(*arguments, **options)).values()
+        sum(leaf.sum() for leaf in outputs if isinstance(leaf, torch.Tensor) and leaf.requires_grad).backward()  # type: ignore[union-attr]
+    except Exception as error:  # noqa: BLE001 (whatever the network raises in training)
+        return error
+    return None
 
 
 def _check_in_place(program: RestructuredProgram, fused: nn.Module) -> None:

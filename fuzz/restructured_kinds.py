@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import nn
+
 from fuzz import generate
 from fuzz.blocks import HOOKS, dressing, norm
+from fuzz.calls import Variation
 from fuzz.generate import Unfit
 from fuzz.operators import activate, divisors, width
 from fuzz.restructured import Kind, RestructuredBuilder
@@ -258,6 +261,35 @@ def untie_uneven(g: RestructuredBuilder) -> None:
 
 
 @kind
+def untie_before(g: RestructuredBuilder) -> None:
+    """A shared layer with a norm of its own before each use, and perhaps one behind."""
+    x = begin(g)
+    levels = views(g, x, g.one_of(2, 2, 3))
+    first = len(g.steps)
+    layer = g.layer("c", layer_code(g, g.shape(x)))
+    made = []
+    for level in levels:
+        pinned = g.emit(g.one_of("F.silu($0)", "torch.tanh($0)", "F.gelu($0)"), level) if g.chance(0.6) else level
+        g.hint = "scale" if g.chance(0.4) else ""
+        y = norm_module(g, pinned)
+        if g.chance(0.2):
+            y = g.emit(g.one_of("F.relu($0)", "0.5 * $0", "F.dropout($0, 0.5, m.training)"), y)
+        y = g.apply(layer, y) if g.chance(0.9) else functionally(g, layer, y)
+        made.append(with_norm(g, y, 0.3))
+    join(g, made)
+    maybe_wrapped(g, first)
+
+
+def functionally(g: RestructuredBuilder, layer: str, x: str) -> str:
+    """A layer whose tensors are handed to the function by the code around it."""
+    module = g.live.get_submodule(layer[2:])
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return str(g.apply(layer, x))
+    options = ", ".join(f"{layer}.{name}" for name in ("stride", "padding", "dilation", "groups"))
+    return str(g.emit(f"F.conv{len(g.shape(x)) - 2}d($0, {layer}.weight, {layer}.bias, {options})", x))
+
+
+@kind
 def untie_modules(g: RestructuredBuilder) -> None:
     """Modules with a norm of their own each, that hold one layer."""
     x = begin(g)
@@ -292,7 +324,8 @@ COMPUTED = (
     "({w} - {w}.mean({axes}, keepdim=True)) / ({w}.std({axes}, keepdim=True) + 1e-5)", "{w}.softmax(0)", "{w} * 0.5",
     "{w}.abs()", "{w} + 0.1 * {w}.flip(0)", "{w} * {gain}.exp()", "{w} / (1 + {w}.abs().amax({axes}, keepdim=True))",
     "({w} + 0.1 * torch.randn_like({w}) if m.training else {w})", "{w}.clone()", "{w}.detach()", "{w}.roll(1, 0)",
-    "torch.stack([{w}, {w}.flip(-1)]).mean(0)",
+    "torch.stack([{w}, {w}.flip(-1)]).mean(0)", "F.dropout({w}, 0.3, m.training)", "{w}.contiguous()", "{w}.to(torch.float64)",
+    "{w} - {w}.mean(0)", "{w}.clamp(-0.5, 0.5)", "torch.lerp({w}, {w}.abs(), 0.2)", "{w}.view_as({w})", "-{w}",
 )  # fmt: skip
 """How a weight is computed; all of it gives a tensor of the same shape."""
 
@@ -658,6 +691,53 @@ def merge_lists(g: RestructuredBuilder) -> None:
     y = g.apply(block, x)
     if g.chance(0.15):
         g.apply(block, g.emit("-$0", x))
+    if g.chance(0.3):
+        branches(g, y)
+
+
+@kind
+def merge_conditional(g: RestructuredBuilder) -> None:
+    """Branches, or uses of a layer, that are there only at some sizes, or with a flag."""
+    x = begin(g)
+    shape = g.shape("x0")
+    size = shape[-1]
+    conditions = [f"x0.shape[0] > {shape[0] - 1}", f"x0.shape[0] <= {shape[0]}", "flag", "not flag"]
+    if len(shape) > 2:
+        conditions += [
+            f"x0.shape[-1] > {size - 1}",
+            f"x0.shape[-1] <= {size}",
+            f"x0.shape[-1] == {size}",
+            "$0.shape[-1] > 4",
+        ] * 2
+    condition = g.one_of(*conditions)
+    if "flag" in condition:
+        g.parameter_of_forward("flag=False", "True" if g.chance(0.5) else None)
+        g.vary(Variation(options={"flag": "False"}))
+        g.vary(Variation(options={"flag": "True"}))
+    for change in (1, 2, -1):
+        g.vary(Variation(size=change))
+    for batch in (1, 5):
+        g.vary(Variation(batch))
+    channels = g.shape(x)[1]
+    layers = [g.layer("c", layer_code(g, g.shape(x), channels, other=False)) for _ in range(g.one_of(2, 2, 3))]
+    if g.chance(0.5):
+        layers[-1] = layers[0]
+    if g.chance(0.3):
+        layers[0] = g.layer("c", computed_layer(g, g.shape(x), channels))
+    norms = [plain_norm(g, x) for _ in layers]
+    terms = [f"{n}({c}($0))" if g.chance(0.7) else f"{c}($0)" for n, c in zip(norms, layers, strict=True)]
+    if g.chance(0.3):
+        terms.append(g.one_of("$0", f"{plain_norm(g, x)}($0)"))
+    whole, part = " + ".join(terms), " + ".join(terms[: g.one_of(1, len(terms) - 1)])
+    way = g.weighted(terms=4, order=1, behind=1, other=1)
+    if way == "order":
+        part = " + ".join(reversed(terms))
+    elif way == "behind":
+        part = f"F.relu({whole})"
+    elif way == "other":
+        part = f"({whole}) * 2"
+    y = g.choose(condition, whole, part, x)
+    with_norm(g, y, 0.4)
     if g.chance(0.3):
         branches(g, y)
 
