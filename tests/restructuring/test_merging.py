@@ -367,6 +367,63 @@ def test_files_and_pickles(tmp_path: Path) -> None:
     assert torch.equal(pickled(IMAGE), fused[2](IMAGE))
 
 
+class Nested(nn.Module):
+    """Its activation stands in a list, and a block within that has branches of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = Net(lambda m, x: F.gelu(m.a(x) + m.b(x)), a=conv(), b=conv(1))
+        self.after = nn.ModuleList([nn.Sequential(nn.PReLU(4), inner)])
+        self.a, self.b = conv(), conv(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after[0](self.a(x) + self.b(x))
+
+
+def test_a_block_within_what_stays_of_a_block() -> None:
+    model = prepared(nn.Sequential(nn.ReLU(), Nested()))
+    plan, fused = merged(model, IMAGE)
+    assert [step.subject for step in plan.steps] == ["1", "1.after.0.1"]
+    assert {"1.after.0.0.weight", "1.merged.weight", "1.after.0.1.merged.weight"} <= set(fused.state_dict())
+    again = bnfuse.restructure(prepared(nn.Sequential(nn.ReLU(), Nested()), 1), bnfuse.structure(fused))
+    again.load_state_dict(fused.state_dict())
+    assert torch.equal(again(IMAGE), fused(IMAGE))
+
+
+def test_one_of_many_blocks_is_looked_at() -> None:
+    layers = {f"b{number}": Net(lambda m, x: F.relu(m.a(x) + m.b(x)), a=conv(), b=conv(1)) for number in range(6)}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for number in range(6):
+            x = getattr(m, f"b{number}")(x)
+        return x * m.b4.a.out_channels
+
+    plan, _ = merged(prepared(Net(forward, **layers)), IMAGE)
+    assert len(plan.steps) == 5
+    assert [each.subject for each in plan.unchanged] == ["b4"]
+
+
+def test_norms_that_go_along_are_in_the_plan() -> None:
+    layers = {"a": conv(1), "n": nn.BatchNorm2d(4), "o": nn.BatchNorm2d(4)}
+    model = block(lambda m, x: m.a(x) + m.n(x) + m.o(x), **layers)
+    model.block.n.weight = model.block.o.weight
+    plan, _ = merged(prepared(model), IMAGE)
+    assert [(decision.norm, decision.direction) for decision in plan.fused] == [
+        ("block.n", "merge"), ("block.o", "merge"),
+    ]  # fmt: skip
+
+
+def test_what_leaves_the_range_stays() -> None:
+    model = prepared(block(lambda m, x: m.a(x) + m.b(x), a=conv(1), b=conv(1)))
+    for layer in (model.block.a, model.block.b):
+        layer.weight.data.fill_(40000.0)
+    x = IMAGE.half() / 2**14
+    model.half()
+    plan = bnfuse.plan(model, x, restructure="merge")
+    assert not plan.steps
+    assert len(plan.unchanged) == 1
+
+
 def test_export_and_tracing() -> None:
     fused = bnfuse.fuse(made(0), IMAGE, restructure="merge")
     with warnings.catch_warnings():

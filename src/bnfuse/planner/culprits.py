@@ -1,10 +1,11 @@
-"""Which of many norms are to blame, where a plan that removes all of them does something else."""
+"""Which of many norms, or steps, are to blame, where a plan with all of them does something else."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from bnfuse.graph.norms import Norm
+_Suspect = TypeVar("_Suspect")
 
 _MANY_GROUPS = 4
 """So many groups of norms that all fail say that it is not one norm or another."""
@@ -13,10 +14,12 @@ _FEW = 8
 """So many norms are told apart whatever the number of trials."""
 
 
-def culprits(norms: Sequence[Norm], holds: Callable[[Sequence[Norm]], bool], limited: bool = True) -> list[list[Norm]]:
-    """Those of the norms that cannot go, or not surely.
+def culprits(
+    norms: Sequence[_Suspect], holds: Callable[[Sequence[_Suspect]], bool], limited: bool = True
+) -> list[list[_Suspect]]:
+    """Those of the norms (or steps) that cannot go, or not surely.
 
-    The norms are tried in halves, and those of a half that fails in halves again; where the first half holds, the
+    They are tried in halves, and those of a half that fails in halves again; where the first half holds, the
     second one is to blame.
 
     Args:

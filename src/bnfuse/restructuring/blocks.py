@@ -152,6 +152,7 @@ class _Chain:
             names: of the modules in the block, by their ``id``.
         """
         made: list[Part] = []
+        places: set[str] = set()
         for link in self.links:
             if isinstance(link, Region):
                 made.append(link)
@@ -159,8 +160,9 @@ class _Chain:
                 made.append(link.layer)
             else:
                 place = names.get(id(link.module))
-                if not place or place in made:  # it would stand at two places
-                    raise StaysError(BLOCK_DOES_MORE.reason())
+                if not place or (first := place.partition(".")[0]) in places:
+                    raise StaysError(BLOCK_DOES_MORE.reason())  # it would stand at two places
+                places.add(first)
                 made.append(place)
         return tuple(made)
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from bnfuse.changes import Former, NewLayer, Placement, Row, Source, Step, Unchanged
+from bnfuse.changes import Former, ModuleSpec, NewLayer, Placement, Row, Source, Step, Unchanged
 from bnfuse.graph.graph import Node
+from bnfuse.graph.norms import Norm
 from bnfuse.planner.problem import Problem
 from bnfuse.reasons import Reason
 from bnfuse.restructuring import blocks, branches, sequences
@@ -136,11 +137,7 @@ class _Search:
         except NotOneLayerError:
             return False
         self._gone |= nodes
-        norms = tuple(
-            norm.label
-            for norm in self.problem.norms
-            if norm.sites and all(node in nodes for site in norm.sites for node in site.nodes)
-        )
+        norms = tuple(norm.label for norm in self.problem.norms if _goes(norm, nodes, placements))
         layers = sum(
             node.operator != "batch_norm" and "weight" in node.bound for each in regions for node in each.nodes
         )
@@ -154,14 +151,18 @@ class _Search:
 
     def _spec(self, parts: Sequence[blocks.Part | NewLayer]) -> NewLayer | Row:
         """What stands in a place."""
-        taken = {_as_name(part) for part in parts if isinstance(part, str)}
-        named: list[tuple[str, NewLayer | Former]] = []
+        taken = {part.partition(".")[0] for part in parts if isinstance(part, str)}
+        named: list[tuple[str, ModuleSpec]] = []
         for part in parts:
-            if isinstance(part, str):
-                named.append((_as_name(part), Former(part)))
+            if isinstance(part, str):  # under the name that it had
+                first, *inner = part.split(".")
+                spec: ModuleSpec = Former(part)
+                for name in reversed(inner):
+                    spec = Row(((name, spec),))
+                named.append((first, spec))
             else:
-                spec = self._layer(part) if isinstance(part, Region) else part
-                named.append((_free("merged" if isinstance(part, Region) else "activation", taken), spec))
+                name = "merged" if isinstance(part, Region) else "activation"
+                named.append((_free(name, taken), self._layer(part) if isinstance(part, Region) else part))
         if len(named) == 1 and isinstance(named[0][1], NewLayer):
             return named[0][1]
         return Row(tuple(named))
@@ -182,13 +183,36 @@ class _Search:
         return tensor
 
 
+def _goes(norm: Norm, nodes: set[Node], placements: Sequence[Placement]) -> bool:
+    """Whether a norm goes with what is replaced.
+
+    Args:
+        nodes: the operators that go.
+        placements: what stands where then.
+    """
+    if norm.names:
+        return any(all(_is_lost(name, placement) for name in norm.names) for placement in placements)
+    return bool(norm.sites) and all(node in nodes for site in norm.sites for node in site.nodes)
+
+
+def _is_lost(name: str, placement: Placement) -> bool:
+    """Whether a module goes with what stood in a place."""
+    for place in placement.names:
+        if f"{name}.".startswith(f"{place}."):
+            kept = [f"{place}.{path}." for path in _kept(placement.module)]
+            return not f"{name}.".startswith(tuple(kept))
+    return False
+
+
+def _kept(spec: ModuleSpec) -> list[str]:
+    """What of a module stays, by its names in that."""
+    if isinstance(spec, Former):
+        return [spec.path]
+    return [path for _, part in spec.parts for path in _kept(part)] if isinstance(spec, Row) else []
+
+
 def _children(module: nn.Module) -> list[nn.Module]:
     return [child for child in module._modules.values() if child is not None]
-
-
-def _as_name(path: str) -> str:
-    """The name of a module within another, as a name of one of its children."""
-    return path.replace(".", "_")
 
 
 def _free(name: str, taken: set[str]) -> str:

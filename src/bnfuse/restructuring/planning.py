@@ -19,6 +19,7 @@ from bnfuse.graph.norms import Norm
 from bnfuse.model import tree
 from bnfuse.model.copying import copy_model
 from bnfuse.model.pretrained import is_guarded, lenient_places
+from bnfuse.planner.culprits import culprits
 from bnfuse.planner.planner import Planner
 from bnfuse.planner.problem import Problem
 from bnfuse.planner.steps import exact_contents, former_name
@@ -130,9 +131,10 @@ class Restructuring:
         """The steps with those that are found, as far as the model runs in the same way with them; and the problem."""
         whole = self._tried(steps, found)
         if whole is None:
-            bad = [step for step in found if self._tried(steps, [step]) is None]
-            self._drop(bad or found, LAYER_IS_LOOKED_AT)
-            found = [step for step in found if step not in bad] if bad else []
+            groups = culprits(found, lambda group: self._tried(steps, group) is not None)
+            bad = [step for group in groups for step in group]
+            self._drop(bad, LAYER_IS_LOOKED_AT)
+            found = [step for step in found if step not in bad]
             whole = self._tried(steps, found)
             if whole is None:
                 self._drop(found, LAYER_IS_LOOKED_AT)
@@ -148,7 +150,11 @@ class Restructuring:
         priced = []
         for step in (*steps, *found):
             before = _size(model)
-            rewrite(Changes(steps=(step,)), model)
+            try:
+                rewrite(Changes(steps=(step,)), model)
+            except FusionError as error:  # what it is to hold leaves the range of the dtype
+                log.info("%s: %s", step, error)
+                return None
             priced.append(replace(step, parameters=_size(model) - before))
         problem = _problem(self.original, model, priced)
         if problem is None or not _is_same_work(_work(self.original, priced), _work(problem, priced)):
