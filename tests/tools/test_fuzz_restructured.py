@@ -152,7 +152,7 @@ def test_a_restructuring_that_keeps_norms_is_found(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(check_restructured, "APPLIED_EVERY", 10**9)
     program = drawn("merge_branches", 2)
     assert outcome("merge_branches", 2).plainly
-    assert check(program).failure == "wrong: more norms stay with restructuring"
+    assert check(program).failure.startswith("wrong: more norms stay with restructuring")
 
 
 def test_failures_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
