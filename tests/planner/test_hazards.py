@@ -315,6 +315,13 @@ def square_only(m: Any, x: Tensor) -> Tensor:
     return m.c(m.n(F.silu(x)) / x.shape[-1])
 
 
+def written_zero(m: Any, x: Tensor) -> Tensor:
+    zero = x.new_zeros(6, 1, 1)
+    y = m.c(x) + zero
+    zero.fill_(2)
+    return m.n(y + zero)
+
+
 def padded_if_odd(m: Any, x: Tensor) -> Tensor:
     y = m.n(F.silu(x))
     if x.shape[3] % 2:
@@ -510,6 +517,8 @@ CASES: dict[str, Case] = {
     "statistics pooling": Case(lambda: Net(lambda m, x: m.c(torch.cat([(y := m.n(F.silu(x))).mean((2, 3)), y.std((2, 3)), y.var((2, 3), correction=0)], 1)), c=nn.Linear(9, 2), n=norm(3)), {"n": None}),
     "deviation before a norm": Case(lambda: Net(lambda m, x: m.n(m.c(x).std(3)), c=conv(), n=nn.BatchNorm1d(6)), {"n": "a deviation takes no"}),
     "deviation before a scale": Case(lambda: Net(lambda m, x: m.n(m.c(x).var(3, keepdim=True) * m.b), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": "a deviation takes no shift"}),
+    "a zero added": Case(lambda: Net(lambda m, x: (m.n(m.c(x) + x.new_zeros(())), m.d(m.k(F.silu(x)) - torch.zeros(3, 1, 1))), c=conv(), d=conv(padding=0), n=norm(), k=norm(3)), {"n": None, "k": None}),
+    "a zero added, written to": Case(lambda: Net(written_zero, c=conv(), n=norm()), {"n": "no scale or shift"}),
     "literal tensor": Case(lambda: Net(lambda m, x: m.n(m.a(x) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)), a=conv(3, 3), n=norm(3)), {"n": None}),
     "messages of a graph, averaged": Case(lambda: Net(lambda m, x: averaged(m, m.c(x)), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": None}),
     "messages of a graph, added up": Case(lambda: Net(lambda m, x: m.n(added(m.c(x), x) + m.b), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": None}),

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from restructuring.test_bake import Masked, both_parametrized, conv
 from restructuring.test_untie import IMAGE, Head, Net, SharedModules, norm, norms, tied
-from support import assert_untouched, prepared, snapshot
+from support import assert_untouched, fused_and_checked, prepared, snapshot
 from torch import Tensor, nn
 
 import bnfuse
@@ -378,3 +379,21 @@ def test_a_step_that_does_not_fit_leaves_the_model_as_it_was() -> None:
         with pytest.raises(bnfuse.FusionError):
             rewrite(Changes(steps=(step(Placement(("1",), NewLayer("Identity"))), step(placement))), model)
         assert_untouched(model, before)
+
+
+class NormBehindASum(nn.Module):
+    """The branches are one layer, beside which a zero is added; the norm behind goes all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.n = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.n(self.a(x) + self.b(x)))
+
+
+def test_a_norm_goes_behind_branches_that_are_merged_in_code_that_stays() -> None:
+    model = prepared(NormBehindASum())
+    plan, fused = fused_and_checked(model, torch.randn(2, 4, 8, 8, dtype=torch.float64), restructure="merge")
+    assert [step.kind for step in plan.steps] == ["merge"]
+    assert type(fused.n) is nn.Identity

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
+from bnfuse.rules.identity import ZEROS
 from bnfuse.rules.layers import has_content
 from bnfuse.rules.registry import Family, Trial, cost, lift, link, lower, rule, same
 from bnfuse.units import NotInvertibleError, Unit, add
@@ -28,7 +29,7 @@ def add_tensors(node: Node, trial: Trial) -> None:
 
     ``s*x + t1 + k*(s*y + t2) = s*(x + k*y) + (t1 + k*t2)``; the units vary only along axes that the operand has.
     With a number d any units pass, and the shift grows by ``d*(1 - s)``; the number must be the same at every input
-    size.
+    size. Zeros that the code makes and that are broadcast are the number 0.
     """
     z = node.outputs[0]
     x, y = node.bound["self"], node.bound["other"]
@@ -38,6 +39,10 @@ def add_tensors(node: Node, trial: Trial) -> None:
     if not isinstance(x, Value) or not isinstance(y, Value):
         _add_number(node, trial, terms, z)
         return
+    for one, zero in (terms, terms[::-1]):
+        if _is_zero(zero[0], trial, z) and isinstance(one[0], Value) and one[0].shape == z.shape:
+            _add_number(node, trial, (one, (0.0, zero[1])), z)
+            return
     factors = (terms[0][1], terms[1][1])
     if x is y:
         link(
@@ -51,6 +56,13 @@ def add_tensors(node: Node, trial: Trial) -> None:
         link(trial, x, z, same, same)
     else:
         _Sum(node, trial, (x, y), factors, z).settle()
+
+
+def _is_zero(operand: Value | float, trial: Trial, z: Value) -> bool:
+    """Whether an operand that is broadcast is zeros that the code has made, and has no units; then it is a number."""
+    if not isinstance(operand, Value) or operand.producer is None or operand.producer.operator not in ZEROS:
+        return False
+    return operand.shape != z.shape and trial.unit(operand) is None
 
 
 def _may_take_shift(node: Node, trial: Trial, bias: Value) -> bool:
