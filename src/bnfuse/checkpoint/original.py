@@ -131,11 +131,12 @@ def _restore(model: nn.Module, kept: Original) -> None:
     for name in kept.created:
         path, _, place = name.rpartition(".")
         modules[path]._parameters[place] = None
-    for name in kept.out_of_place:
-        setattr(modules[name], "inplace", True)  # noqa: B010
     for name, norm in kept.norms.items():
         path, _, place = name.rpartition(".")
         modules[path]._modules[place] = norm.to(device)
+    modules = dict(tree.named_modules(model))
+    for name in kept.out_of_place:
+        setattr(modules[name], "inplace", True)  # noqa: B010
     for name, module in tree.named_modules(model):
         module.__dict__.pop(MARK, None)
         if name in kept.marks:
