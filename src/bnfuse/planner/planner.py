@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from bnfuse.changes import Step
+from bnfuse.changes import Decision, Step
 from bnfuse.fusion_plan import Plan
 from bnfuse.graph.norms import Norm
 from bnfuse.planner.assumptions import needed_in_place
@@ -83,8 +83,12 @@ class Planner:
             plan: one that this planner has made.
         """
         problem = self.problem
-        pairs = list(zip(problem.norms, plan.decisions, strict=True))
-        kept = {norm: CALLER_KEEPS.reason(pattern="") for norm, decision in pairs if not decision.fused}
+        own = self.own_decisions(plan)
+        kept = {
+            norm: CALLER_KEEPS.reason(pattern="")
+            for norm, decision in zip(problem.norms, own, strict=True)
+            if decision is None or not decision.fused
+        }
         names = {id(module): name for name, module in problem.model.named_modules()}
         forbidden: list[nn.Module] = []
         for _ in range(2):  # what is not in the plan, it was found, has to work in place
@@ -92,8 +96,21 @@ class Planner:
             forbidden = [module for module in made.out_of_place if names.get(id(module)) not in plan.out_of_place]
             if not forbidden:
                 break
-        same = tuple(decision for decision in made.decisions if decision.fused) == plan.fused
+        decided = [replace(one, norm=former_name(one.norm, self.steps)) for one in made.decisions if one.fused]
+        same = decided == [decision for decision in own if decision is not None and decision.fused]
         return made if same and not forbidden else None
+
+    def own_decisions(self, plan: Plan) -> list[Decision | None]:
+        """What a plan says of each norm that is solved for; a plan with steps speaks of norms that these took, too."""
+        if not self.steps:
+            return list(plan.decisions)
+        kinds = {step.kind for step in self.steps}
+        waiting: dict[str, list[Decision]] = {}
+        for decision in plan.decisions:
+            if decision.direction not in kinds:
+                waiting.setdefault(decision.norm, []).append(decision)
+        labels = [former_name(norm.label, self.steps) for norm in self.problem.norms]
+        return [waiting[label].pop(0) if waiting.get(label) else None for label in labels]
 
     def _unseen(self) -> Iterator[str]:
         """What the recorded calls did not show, in words."""

@@ -12,6 +12,9 @@ that goes has read is compared with the output of that norm, whose place the lay
 
 The models run one after the other. Of each activation a sample of its elements is kept, so that memory does not grow
 with the number of layers.
+
+Where steps change the structure, layers are those of the model behind them that have a counterpart in the original
+(:mod:`bnfuse.reporting.counterparts`): all others do the work of several, and are left out.
 """
 
 from __future__ import annotations
@@ -67,7 +70,8 @@ class Layer:
     Attributes:
         step: the number of its box.
         module: its name.
-        place: where it runs.
+        place: where it runs in the fused model.
+        original: where it runs in the original.
         value: what it gives in the original run.
         counterpart: what is compared with that of the fused model: what it gives, or what a norm made of that.
         source: where the counterpart is made; None if nothing is to be compared.
@@ -80,6 +84,7 @@ class Layer:
     step: int
     module: str
     place: Place
+    original: Place
     value: Value
     counterpart: Value
     source: Place | None
@@ -121,16 +126,40 @@ class Measured:
         ]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The original of a restructured model.
+
+    Attributes:
+        dataflow: its run.
+        nodes: its operators, all of them.
+        counterparts: those of them that an operator of the restructured model is.
+    """
+
+    dataflow: Dataflow
+    nodes: Sequence[Node]
+    counterparts: Mapping[Node, Node]
+
+
 def measured(
-    problem: Problem, dataflow: Dataflow, solution: Solution | None, original: nn.Module, fused: nn.Module | None
+    problem: Problem,
+    dataflow: Dataflow,
+    solution: Solution | None,
+    original: nn.Module,
+    fused: nn.Module | None,
+    origin: Origin | None = None,
 ) -> Measured:
     """Run the models on the first call, and look at every layer.
 
     Args:
+        problem, dataflow: of the model that norms were taken from, behind all steps.
         solution: of the plan that was carried out; None if it is not known, then nothing is compared.
         fused: None if nothing was fused.
+        origin: where the problem is not that of the original.
     """
-    layers = _layers(problem, dataflow, solution)
+    layers = (
+        _layers(problem, dataflow, solution) if origin is None else _restructured(problem, dataflow, solution, origin)
+    )
     most = max(_FEWEST, min(_MOST, _SAMPLED // max(len(layers), 1)))
 
     def sample_of(value: Value) -> Sample:
@@ -139,6 +168,7 @@ def measured(
     call = problem.main.call
     kept: dict[Place, Tensor] = {}
     by_place = {layer.place: layer for layer in layers}
+    by_original = {layer.original: layer for layer in layers}
     by_source: dict[Place, list[Layer]] = {}
     for layer in layers:
         if layer.source is not None and fused is not None:
@@ -147,8 +177,8 @@ def measured(
     def look_at_original(place: Place, node: Node, tensor: Tensor, made: _Made) -> None:
         if place in by_source and _fits(tensor, by_source[place][0].counterpart):
             kept[place] = sample_of(by_source[place][0].counterpart).of(tensor)
-        if place in by_place:
-            _note(by_place[place], "before", node, tensor, made)
+        if place in by_original:
+            _note(by_original[place], "before", node, tensor, made)
 
     def look_at_exact(place: Place, node: Node, tensor: Tensor, made: _Made) -> None:
         for layer in by_source[place]:
@@ -167,7 +197,7 @@ def measured(
             layer.relative = relative_error(original[there], undone(sample.of(tensor), layer.units, sample)[there])
 
     rounding = None
-    output = _watched(original, call, _Watch({*by_place, *by_source}, look_at_original))
+    output = _watched(original, call, _Watch({*by_original, *by_source}, look_at_original))
     if fused is not None and sum(parameter.numel() for parameter in original.parameters()) <= _WIDEST:
         with contextlib.suppress(Exception):  # whatever a model raises that cannot run in float64
             exact = float64_copy(original)
@@ -178,6 +208,15 @@ def measured(
     if fused is not None:
         _watched(fused, call, _Watch(by_place, look_at_fused))
     return Measured(layers, rounding)
+
+
+def looked_at(dataflow: Dataflow) -> list[int]:
+    """The boxes of the layers that make floating numbers."""
+    return [
+        step
+        for node, step in dataflow.steps.items()
+        if dataflow.kind(node) == "layer" and node.outputs and node.outputs[0].dtype.is_floating_point
+    ]
 
 
 def _layers(problem: Problem, dataflow: Dataflow, solution: Solution | None) -> list[Layer]:
@@ -203,7 +242,28 @@ def _layers(problem: Problem, dataflow: Dataflow, solution: Solution | None) -> 
         maker = node if counterpart is value else counterpart.producer
         source = None if solution is None or node in changed or maker is None else places.get(maker)
         units = tuple(removal.units[counterpart] for removal in removals if counterpart in removal.units)
-        found.append(Layer(step, node.call.path or "", places[node], value, counterpart, source, units, _axis(node)))
+        place = places[node]
+        found.append(Layer(step, node.call.path or "", place, place, value, counterpart, source, units, _axis(node)))
+    return found
+
+
+def _restructured(problem: Problem, dataflow: Dataflow, solution: Solution | None, origin: Origin) -> list[Layer]:
+    """The layers that have a counterpart in the original, as it has them, with those places for the source.
+
+    Of sums there is none: where layers were merged, a sum may be of others than in the original.
+    """
+    nodes = {place: node for node, place in _places_of(problem.main.nodes).items()}
+    places = _places_of(origin.nodes)
+    found = []
+    for layer in _layers(problem, dataflow, solution):
+        node = origin.counterparts.get(nodes[layer.place])
+        box = origin.dataflow.steps.get(node) if node is not None else None
+        if node is None or box is None or origin.dataflow.kind(node) not in ("layer", "norm"):
+            continue
+        maker = origin.counterparts.get(nodes[layer.source]) if layer.source is not None else None
+        layer.step, layer.module, layer.original = box, node.call.path or "", places[node]
+        layer.source = None if maker is None else places[maker]
+        found.append(layer)
     return found
 
 

@@ -6,14 +6,14 @@ Parameters are no boxes; they are named by the operator that reads them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from bnfuse.analysis.norms import is_norm
 from bnfuse.changes import Decision
 from bnfuse.fusion_plan import Plan
-from bnfuse.graph.graph import ModuleCall, Node, Value
+from bnfuse.graph.graph import Kind, ModuleCall, Node, Value
 from bnfuse.graph.norms import Norm
 from bnfuse.model.describe import dtype_name, shape_text
 from bnfuse.planner.problem import Problem
@@ -39,7 +39,24 @@ class Dataflow:
         removed: the operators that no longer run.
     """
 
-    def __init__(self, problem: Problem, plan: Plan, solution: Solution | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        plan: Plan,
+        solution: Solution | None,
+        decided: Sequence[int] | None = None,
+        restructures: bool = False,
+    ) -> None:
+        """
+        Args:
+            problem: what ran.
+            plan: what is done.
+            solution: how the norms go; None if that is not known.
+            decided: for each norm of the problem, its place among the decisions, negative for one that has none; None
+                where the decisions are those of the norms, in their order.
+            restructures: whether the plan names the parameters of another model than that of the problem, since it has
+                steps that are not carried out yet.
+        """
         self._problem, self._plan = problem, plan
         run = problem.main
         self._inputs = list(dict.fromkeys(value for value in run.inputs if not value.unseen))
@@ -52,14 +69,17 @@ class Dataflow:
             maker = self._makers.get(node.inputs[0]) if node.inputs else None
             if maker is not None:
                 self._makers.update((value, maker) for value in node.outputs if value not in self._makers)
-        self.norm_steps = [
-            [node for node in nodes if node in self.steps] for nodes in _norm_nodes(problem, problem.norms)
-        ]
+        self.norm_steps: list[list[Node]] = [[] for _ in plan.decisions]
+        self.removals: list[Removal | None] = [None for _ in plan.decisions]
         by_norm = {removal.norm: removal for removal in solution.removals} if solution else {}
-        self.removals = [by_norm.get(norm) for norm in problem.norms]
+        places = range(len(problem.norms)) if decided is None else decided
+        for norm, nodes, place in zip(problem.norms, _norm_nodes(problem, problem.norms), places, strict=True):
+            if place >= 0:
+                self.norm_steps[place] += [node for node in nodes if node in self.steps]
+                self.removals[place] = by_norm.get(norm)
         self.removed = set(self._removed())
         self._norm_of = {node: place for place, nodes in enumerate(self.norm_steps) for node in nodes}
-        self._edited = {name: edit for edit in plan.edits for name in edit.names}
+        self._edited = {} if restructures else {name: edit for edit in plan.edits for name in edit.names}
 
     def _removed(self) -> Iterator[Node]:
         """The operators of norms that go, and those that do nothing but prepare their scale and shift."""
@@ -112,7 +132,8 @@ class Dataflow:
 
     def _node(self, place: int, node: Node) -> dict[str, Any]:
         made = node.outputs[0] if node.outputs else None
-        names = list(dict.fromkeys(value.names[0] for value in node.inputs if value.names))
+        given = [value for value in node.inputs if value.names and value.kind is not Kind.ABSENT]
+        names = list(dict.fromkeys(value.names[0] for value in given))
         created = list(
             dict.fromkeys(
                 edit.names[0]
@@ -131,7 +152,7 @@ class Dataflow:
             "label": label(node),
             "shape": None if made is None else list(made.shape),
             "dtype": None if made is None else dtype_name(made.dtype),
-            "parameters": [name for name in names if name not in created],
+            "parameters": names,
             "decision": self._norm_of.get(node),
             "removed": node in self.removed,
             "changed": node not in self.removed and (bool(created) or any(name in self._edited for name in names)),
@@ -230,6 +251,14 @@ class Dataflow:
             return self.steps[nodes[reason.step]]
         place = (reason.operator, reason.module)
         return next((box for node, box in self.steps.items() if node.place[:2] == place), None)
+
+    def layers_in(self, names: Collection[str]) -> list[int]:
+        """The boxes of the layers in some modules."""
+        inside = tuple(f"{name}." for name in names)
+        paths = ((node, node.call.path or "") for node in self.steps)
+        return [
+            self.steps[node] for node, path in paths if (path in names or path.startswith(inside)) and is_layer(node)
+        ]
 
 
 def is_layer(node: Node) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
 import math
 import platform
 from collections.abc import Sequence
@@ -23,12 +21,11 @@ from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.planner import Planner
 from bnfuse.planner.problem import Problem
 from bnfuse.printing.sizes import Holding
-from bnfuse.reporting.activations import Measured, measured
-from bnfuse.reporting.cost import latencies, multiply_adds
-from bnfuse.reporting.dataflow import Dataflow
+from bnfuse.reporting.activations import Measured
+from bnfuse.reporting.cost import latencies
+from bnfuse.reporting.drawn import Drawn
+from bnfuse.reporting.leaving_out import left_out
 from bnfuse.verify.comparison import Comparison
-
-log = logging.getLogger("bnfuse")
 
 SECONDS = 2.0
 """So long latencies are measured."""
@@ -53,14 +50,15 @@ class Facts:
         self.call = Call()
 
     def __call__(self, planner: Planner, plan: Plan, original: nn.Module, fused: nn.Module | None) -> None:
-        problem = planner.problem
+        problem = planner.original
         self.call = problem.main.call
-        solution = planner.solution(plan)
-        dataflow = Dataflow(problem, plan, solution)
+        drawn: Drawn | None = None
+        with left_out("what the network looks like"):
+            drawn = Drawn(planner, plan)
         found: Measured | None = None
-        if self._measure:
-            with _said("which numbers occur"):
-                found = measured(problem, dataflow, solution, original, fused)
+        if self._measure and drawn is not None:
+            with left_out("which numbers occur"):
+                found = drawn.measured(original, fused)
         rounding = None if found is None else found.rounding
         self.data = {
             "bnfuse": _version(),
@@ -73,37 +71,42 @@ class Facts:
             "summary": {
                 "norms": len(plan.decisions),
                 "removed": len(plan.fused),
-                "rows": self._rows(planner, plan, dataflow, original, fused),
+                "rows": self._rows(planner, plan, drawn, original, fused),
                 "difference": None,
                 "rounding": rounding,
                 "assumed": _assumed(planner, plan),
                 "unseen": list(plan.unseen),
                 "warning": nothing_fused(plan, original) or None,
             },
-            "graph": dataflow.graph(),
-            "decisions": dataflow.decisions(),
+            **({} if drawn is None else drawn.pictures()),
+            "steps": [
+                {"kind": step.kind, "subject": step.subject, "what": step.what, "parameters": step.parameters}
+                for step in plan.steps
+            ],
+            "unchanged": [
+                {"kind": one.kind, "subject": one.subject, "reason": str(one.reason)} for one in plan.unchanged
+            ],
             "errors": [] if found is None else found.errors(),
             "ranges": [] if found is None else found.ranges(),
+            "left_out": 0 if found is None or drawn is None else drawn.left_out(found),
         }
 
     def _rows(
-        self, planner: Planner, plan: Plan, dataflow: Dataflow, original: nn.Module, fused: nn.Module | None
+        self, planner: Planner, plan: Plan, drawn: Drawn | None, original: nn.Module, fused: nn.Module | None
     ) -> list[dict[str, Any]]:
         before = Holding.of(original, len(plan.decisions))
-        after = _after(plan, original, before) if fused is None else Holding.of(fused, len(plan.kept))
-        norms = {nodes[-1] for nodes in dataflow.norm_steps if nodes}
-        steps = list(dataflow.steps)
-        staying = [node for node in steps if node not in dataflow.removed]
+        after = _after(plan, planner.problem.model) if fused is None else Holding.of(fused, len(plan.kept))
+        multiply_adds = (None, None) if drawn is None else drawn.multiply_adds()
         rows = [
             _row("batch norms", before.norms, after.norms, ""),
             _row("parameters", before.parameters, after.parameters, ""),
             _row("buffers", before.buffers, after.buffers, ""),
             _row("parameters and buffers", before.size, after.size, "bytes"),
-            _row("multiply-adds", multiply_adds(steps, norms), multiply_adds(staying, norms), "multiply-adds"),
+            _row("multiply-adds", multiply_adds[0], multiply_adds[1], "multiply-adds"),
         ]
-        main = planner.problem.main
+        main = planner.original.main
         if self._measure and fused is not None and not (main.stateful or main.gradients):
-            with _said("how long a call takes"):
+            with left_out("how long a call takes"):
                 one, other = latencies(original, fused, main.call, SECONDS)
                 quartiles = {"before": one.quartiles, "after": other.quartiles}
                 rows.append(_row("latency", one.median, other.median, "s") | {"quartiles": quartiles})
@@ -136,21 +139,12 @@ class Facts:
         return plain
 
 
-@contextlib.contextmanager
-def _said(what: str) -> Any:
-    """Leave out of the report what cannot be measured: the fused model is right all the same, and was verified."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 (whatever a model raises in a further run)
-        log.info("the report does not say %s: %s", what, error)
-
-
 def _row(name: str, before: float | None, after: float | None, unit: str) -> dict[str, Any]:
     return {"name": name, "before": before, "after": after, "unit": unit}
 
 
-def _after(plan: Plan, model: nn.Module, before: Holding) -> Holding:
-    """What the model would hold if the plan were carried out."""
+def _after(plan: Plan, model: nn.Module) -> Holding:
+    """What a model, on which the steps are carried out, would hold if the rest of the plan were."""
     gone = {name for replacement in plan.replacements for name in replacement.names}
     staying = tuple(f"{name}.{child}." for r in plan.replacements for name in r.names for child in r.keep if child)
 
@@ -227,7 +221,7 @@ def _machine() -> str:
 
 def _assumed(planner: Planner, plan: Plan) -> list[str]:
     """What the plan takes for granted, in words."""
-    problem = planner.problem
+    problem = planner.original
     calls = len(problem.recording.runs)
     found = ["the model runs in evaluation mode, with the statistics that its norms hold now"]
     found.append(

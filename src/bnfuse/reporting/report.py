@@ -26,6 +26,7 @@ def report(
     *,
     keep: str | Sequence[str] = (),
     calls: Sequence[Call] = (),
+    restructure: bool | str | Sequence[str] = (),
     options: Options | None = None,
     apply: bool = True,
     measure: bool = True,
@@ -37,7 +38,7 @@ def report(
     copy is thrown away; :func:`bnfuse.fuse` makes it again.
 
     Args:
-        model, example_inputs, keep, calls, options: as for :func:`bnfuse.fuse`.
+        model, example_inputs, keep, calls, restructure, options: as for :func:`bnfuse.fuse`.
         path: of the file to write; one that is there is overwritten.
         apply: False for what :func:`bnfuse.plan` decides: nothing is fused or verified, and the numbers after are those
             that the plan foretells.
@@ -60,9 +61,13 @@ def report(
     target = checked_path(path)
     facts = Facts(measure=measure)
     if not apply:
-        plan_observed(model, example_inputs, keep=keep, calls=calls, options=options, observer=facts)
+        plan_observed(
+            model, example_inputs, keep=keep, calls=calls, restructure=restructure, options=options, observer=facts
+        )
     else:
-        fused, _ = fuse_with_plan(model, example_inputs, keep=keep, calls=calls, options=options, observer=facts)
+        fused, _ = fuse_with_plan(
+            model, example_inputs, keep=keep, calls=calls, restructure=restructure, options=options, observer=facts
+        )
         facts.add_comparison(compare(model, fused, [facts.call, *calls]))
     write(facts, target)
     return target
