@@ -242,3 +242,38 @@ def hostile() -> Facts:
     facts["summary"]["difference"]["text"] = "\n".join(HOSTILE)
     facts["summary"]["rows"] += [{"name": text, "before": 1, "after": 2, "unit": text} for text in HOSTILE]
     return facts
+
+
+def merged() -> Facts:
+    """A small network two of whose layers become one, so that it is drawn in another way after."""
+
+    before, after = Network("Merged"), Network("Merged")
+    x = before.node("input", "input", "", label="input")
+    x = before.norm("stem.norm", before.conv("stem", x), into=1)
+    before.module("block", "Block")
+    branches = [before.conv(f"block.{name}", x) for name in "ab"]
+    branches = [before.norm(f"block.n{name}", branch, branch) for name, branch in zip("ab", branches, strict=True)]
+    x = before.node("add", "operator", "block", *branches)
+    x = before.node("relu", "operator", before.module("block.act", "ReLU"), x)
+    before.node("output", "output", "", before.conv("last", x))
+    x = after.node("input", "input", "", label="input", before=0)
+    x = after.norm("stem.norm", after.conv("stem", x), into=1)
+    after.module("block", "Sequential")
+    x = after.node("relu", "operator", after.module("block.act", "ReLU"), after.conv("block.merged", x), before=8)
+    after.node("output", "output", "", after.conv("last", x), before=10)
+    for node, place in zip(after.nodes, (0, 1, 2, None, 8, 9, 10), strict=True):
+        node["before"] = place
+    after.nodes[3]["changed"] = True
+    places = {"refused_by": [], "path": []}
+    for number, decision in enumerate(before.decisions):
+        if number == 0:
+            decision.update(step=None, after={"norm_nodes": [2], "into_nodes": [1], **places})
+        else:
+            decision.update(step=0, into=["block"], into_nodes=[], path=[])
+            decision["after"] = {"norm_nodes": [], "into_nodes": [3], **places}
+    facts = before.facts()
+    facts["graph_after"] = after.facts()["graph"]
+    facts["steps"] = [{"kind": "merge", "subject": "block", "what": "2 layers and their sum", "parameters": -104}]
+    facts["unchanged"] = [{"kind": "bake", "subject": "last", "reason": "it is computed"}]
+    facts["left_out"] = 2
+    return facts

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from browsing import Browser, browser_or_skip, started
-from synthetic import HOSTILE, Network, hostile, network
+from synthetic import HOSTILE, Network, hostile, merged, network
 
 from bnfuse.reporting.page import page
 
@@ -155,6 +155,51 @@ def test_hover_and_focus_light_the_way_of_a_norm(report: Browser) -> None:
         report.until(lambda faint=faint: float(faint.value_of_css_property("opacity")) == 1)
     report.hover(report.box(norm))
     assert "taken up by stem.conv" in report.text("#tooltip")
+
+
+def test_after_is_a_network_of_its_own_where_the_structure_changed(browser: Browser, folder: Path) -> None:
+    browser.open(written(folder, "merged", merged()))
+    assert "merge block: 2 layers and their sum (−104 parameters)" in browser.text("#summary")
+    assert "no bake of last: it is computed" in browser.text("#summary")
+    assert "2 layers of the original have no counterpart" in browser.text("#errors")
+    browser.click('.choice [data-value="both"]')
+    layers = [
+        {box.split(", ")[1] for box in browser.boxes(which) if box.startswith("conv2d")}
+        for which in ("before", "after")
+    ]
+    assert layers == [{"stem", "block.a", "block.b", "last"}, {"stem", "block.merged", "last"}]
+    assert not [box for box in browser.boxes("after") if "batch_norm" in box]
+
+    def lit_in(which: str) -> list[str]:
+        boxes = "return [...document.querySelectorAll(`[data-which=${arguments[0]}] .box.lit:not(.open)`)].map((one) => one.getAttribute('aria-label').split(', ')[1])"
+        return list(browser.run(boxes, which))
+
+    browser.run("arguments[0].focus()", browser.box("block.na"))
+    assert (lit_in("before"), lit_in("after")) == (["block.na"], ["block.merged"])
+    browser.keys("Enter")
+    assert "Went with a step: merge block" in browser.text(".details")
+    assert "Its work is done, after, by block.merged" in browser.text(".details")
+    browser.run("arguments[0].focus()", browser.box("stem.norm"))
+    assert (lit_in("before"), lit_in("after")) == (["stem", "stem.norm"], ["stem"])
+    browser.run("arguments[0].focus()", browser.box("block.merged", "after"))
+    assert (sorted(lit_in("before")), lit_in("after")) == (["block.na", "block.nb"], ["block.merged"])
+
+    for which in ("before", "after"):  # a module opens and closes in both
+        chevron = browser.box("module block", which).find_element("css selector", ".chevron")
+        browser.run("arguments[0].dispatchEvent(new MouseEvent('click', { bubbles: true }))", chevron)
+        browser.settled()
+        for other in ("before", "after"):
+            closed = browser.box("module block", other).get_attribute("aria-expanded") == "false"
+            assert closed == (which == "before")
+    browser.run("arguments[0].click()", browser.one('.choice [data-value="before"]'))
+    browser.settled()
+    browser.run("arguments[0].click()", browser.all("#decisions td a")[-1])  # the layer that a norm went into
+    browser.settled()
+    assert "block.merged" in str(browser.focused("aria-label"))
+    assert browser.one('[data-which="after"]').is_displayed()
+    browser.run("const find = document.querySelector('#find'); find.focus()")
+    browser.keys("block.m")
+    assert browser.texts("#found [role=option]") == ["conv2d 64→64 3x3block.merged"]
 
 
 def test_a_kept_norm_shows_who_refused(report: Browser) -> None:

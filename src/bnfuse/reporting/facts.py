@@ -96,7 +96,10 @@ class Facts:
     ) -> list[dict[str, Any]]:
         before = Holding.of(original, len(plan.decisions))
         after = _after(plan, planner.problem.model) if fused is None else Holding.of(fused, len(plan.kept))
-        multiply_adds = (None, None) if drawn is None else drawn.multiply_adds()
+        multiply_adds: tuple[int | None, int | None] = (None, None)
+        if drawn is not None:
+            with left_out("how many multiply-adds it takes"):
+                multiply_adds = drawn.multiply_adds()
         rows = [
             _row("batch norms", before.norms, after.norms, ""),
             _row("parameters", before.parameters, after.parameters, ""),

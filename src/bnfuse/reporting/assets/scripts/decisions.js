@@ -15,6 +15,9 @@ function decided(facts, picture) {
   const spaced = (parts) => parts.flatMap((part, place) => (place ? [", ", part] : [part]));
   const target = (decision) => {
     if (decision.removed) {
+      const step = (facts.steps || [])[decision.step];
+      const after = decision.step !== null && picture.other ? (decision.after?.into_nodes || []).map((id) => picture.details.link(id, picture.other)).filter(Boolean) : [];
+      if (step) return element("span", {}, after.length ? spaced(after) : named(step.subject || "the model"), ` (${step.kind})`);
       const known = (decision.into_nodes || []).map(link).filter(Boolean);
       return element("span", {}, known.length ? spaced(known) : spaced((decision.into || []).map((name) => named(name))));
     }

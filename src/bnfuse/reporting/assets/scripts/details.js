@@ -18,6 +18,11 @@ function reasonLines(reason, link) {
   ];
 }
 
+/** One step in words, as in the table of steps. */
+function stepText({ kind, subject, what }) {
+  return [`${kind} `, named(subject || "the model"), `: ${what}`];
+}
+
 const WAYS = { backward: "into what stands before it", forward: "into what stands after it", both: "into both sides", beside: "into what stands beside it" };
 
 class Details {
@@ -27,8 +32,8 @@ class Details {
     this.show(null);
   }
 
-  link(id) {
-    const item = this.picture.network.operators.get(id);
+  link(id, network = this.picture.network) {
+    const item = network.operators.get(id);
     if (!item) return null;
     const text = item.node.kind === "operator" || !item.node.module ? [item.node.operator, item.node.module].filter(Boolean).join(" in ") : item.node.module;
     return jumping(() => this.picture.reveal(item.key), named(text));
@@ -61,7 +66,7 @@ class Details {
         ? element(
             "ul",
             { class: "lines" },
-            norms.slice(0, 60).map((item) => element("li", {}, badge(this.picture.network.mark(item), ""), this.link(item.id))),
+            norms.slice(0, 60).map((item) => element("li", {}, badge(group.network.mark(item), ""), this.link(item.id, group.network))),
             norms.length > 60 ? element("li", {}, `and ${count(norms.length - 60)} more`) : null,
           )
         : null,
@@ -73,17 +78,28 @@ class Details {
   }
 
   ofOperator(item) {
-    const { network, facts } = this.picture;
-    const { node } = item;
-    const link = (id) => this.link(id);
+    const { facts } = this.picture;
+    const { node, network } = item;
+    const link = (id) => this.link(id, network);
+    const before = this.picture.itemIn(this.picture.network, item.key); // which the numbers speak of
     const joined = (ids) => {
-      const links = [...new Set(ids)].map(link).filter(Boolean);
+      return listed([...new Set(ids)].map(link));
+    };
+    const listed = (all) => {
+      const links = all.filter(Boolean);
       return links.length ? element("ul", { class: "plain" }, links.slice(0, 30).map((one) => element("li", {}, one)), links.length > 30 ? element("li", {}, `and ${count(links.length - 30)} more`) : null) : null;
     };
     const decision = network.decisions[node.decision];
     const absorbed = network.absorbed.get(item.id) || [];
-    const error = (facts.errors || []).find((one) => one.node === item.id);
-    const ranges = (facts.ranges || []).find((one) => one.node === item.id);
+    const error = before && (facts.errors || []).find((one) => one.node === before.id);
+    const ranges = before && (facts.ranges || []).find((one) => one.node === before.id);
+    const step = decision && (facts.steps || [])[decision.step];
+    const elsewhere = decision && decision.removed && this.picture.other && network !== this.picture.other && !(decision.into_nodes || []).length ? decision.after?.into_nodes || [] : [];
+    const took = absorbed.map((place) => {
+      const here = network.decisions[place].norm_nodes || [];
+      const there = this.picture.network.decisions[place];
+      return here.length ? here.map(link) : (there.norm_nodes || []).map((id) => this.link(id));
+    });
     const extent = (range) => (range ? `${digits(numeric(range.minimum))} … ${digits(numeric(range.maximum))}` : null);
     const change = (pair) => (pair && (pair.before || pair.after) ? `${extent(pair.before) || "–"} → ${extent(pair.after) || "–"}` : null);
     const mark = network.mark(item);
@@ -91,6 +107,8 @@ class Details {
       element("h3", {}, named(node.label || node.operator)),
       mark ? element("p", {}, badge(mark, { removed: "removed", kept: "kept", changed: "weights changed" }[mark])) : null,
       decision?.removed && (decision.into_nodes || []).length ? element("p", {}, "Taken up by ", ...decision.into_nodes.flatMap((id, place) => (place ? [", ", link(id)] : [link(id)])).filter(Boolean), ".") : null,
+      step ? element("p", {}, "Went with a step: ", stepText(step), ".") : null,
+      elsewhere.length ? element("p", {}, "Its work is done, after, by ", ...elsewhere.flatMap((id, place) => (place ? [", ", this.link(id, this.picture.other)] : [this.link(id, this.picture.other)])).filter(Boolean), ".") : null,
       decision?.reason ? element("p", { class: "reason" }, prose(decision.reason.text)) : null,
       ...(decision?.reason ? reasonLines(decision.reason, link) : []),
       this.list([
@@ -102,7 +120,7 @@ class Details {
         ["channels", decision?.channels ? count(decision.channels) : null],
         ["parameters", (node.parameters || []).length ? element("ul", { class: "plain" }, node.parameters.map((name) => element("li", {}, named(name)))) : null],
         ["created", (node.created || []).length ? element("ul", { class: "plain" }, node.created.map((name) => element("li", {}, named(name)))) : null],
-        ["took up", absorbed.length ? joined(absorbed.flatMap((place) => network.decisions[place].norm_nodes || [])) : null],
+        ["took up", absorbed.length ? listed(took.flat()) : null],
         ["difference", error ? `${digits(numeric(error.relative), 2)} relative; rounding ${digits(numeric(error.rounding), 2)}` : null],
         ["weights", change(ranges?.weight)],
         ["activations", change(ranges?.activation)],

@@ -95,8 +95,7 @@ const HASTE = {
 };
 
 class Layouts {
-  constructor(network) {
-    this.network = network;
+  constructor() {
     this.known = new Map();
     this.waiting = new Map();
     this.asked = 0;
@@ -185,7 +184,7 @@ class Layouts {
 
   described(view) {
     const describe = ({ item, children }) => {
-      const { width, height, headerWidth } = boxOf(this.network, item);
+      const { width, height, headerWidth } = boxOf(item.network, item);
       if (!children) return { id: item.key, width, height };
       return {
         id: item.key,

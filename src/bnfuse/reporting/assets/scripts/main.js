@@ -19,12 +19,14 @@ function themed() {
 
 function networked(facts) {
   const network = new Network(facts);
-  const picture = new Picture(facts, network);
+  const other = networkAfter(facts);
+  const picture = new Picture(facts, network, other);
   const nodes = network.operators.size;
   const made = section(
     "network",
     "The network",
     element("p", {}, `${counted(nodes, "operator")} of ${(facts.calls || [])[0] ? "the call " : "the first call"}`, (facts.calls || [])[0] ? named(facts.calls[0]) : null, ". A module is one box until it is opened."),
+    other ? element("p", {}, `After, the network has another structure (${counted(other.count("after"), "operator")}): hover over a norm to see where it went in both pictures.`) : null,
     nodes ? picture.host : element("p", { class: "none" }, "Nothing was recorded."),
   );
   return { made, picture };

@@ -6,11 +6,16 @@
 
 const MOST_CHILDREN = 120; // more in one group are cut into stretches, to be opened one by one
 const FIRST_VIEW = 44; // as many boxes as one takes in at first sight
+const AFTER = "after:"; // what keys of a network of its own begin with
 
 class Network {
-  constructor(facts) {
-    const graph = facts.graph || {};
-    this.decisions = facts.decisions || [];
+  /**
+   * graph: its operators, edges and modules; decisions: of its norms.
+   * prefix: what its keys begin with, so that those of two networks differ.
+   */
+  constructor(facts, graph = facts.graph || {}, decisions = facts.decisions || [], prefix = "") {
+    this.prefix = prefix;
+    this.decisions = decisions;
     this.edges = graph.edges || [];
     this.modules = new Map((graph.modules || []).map((module) => [module.name, module]));
     this.operators = new Map();
@@ -18,7 +23,7 @@ class Network {
     this.inputs = new Map();
     this.readers = new Map();
     for (const node of graph.nodes || []) {
-      this.operators.set(node.id, { key: `n${node.id}`, node, id: node.id, parent: null, children: null });
+      this.operators.set(node.id, { key: `${prefix}n${node.id}`, network: this, node, id: node.id, parent: null, children: null });
       this.inputs.set(node.id, []);
       this.readers.set(node.id, []);
     }
@@ -45,7 +50,7 @@ class Network {
   }
 
   group(module, kind) {
-    const made = { key: `g${this.groups.size}`, module, kind, parent: null, children: [], stretch: null };
+    const made = { key: `${this.prefix}g${this.groups.size}`, network: this, module, kind, parent: null, children: [], stretch: null };
     this.groups.set(made.key, made);
     return made;
   }
@@ -123,7 +128,8 @@ class Network {
       const { node } = item;
       const norm = typeof node.decision === "number";
       const gone = norm && this.decisions[node.decision]?.removed;
-      item.tally = { operators: 1, removed: Number(norm && gone), kept: Number(norm && !gone), changed: Number(Boolean(node.changed) && !norm) };
+      // A network of its own after is drawn without what is removed, so that is not counted either.
+      item.tally = { operators: this.prefix && node.removed ? 0 : 1, removed: Number(norm && gone), kept: Number(norm && !gone), changed: Number(Boolean(node.changed) && !norm) };
     } else {
       item.tally = none;
       for (const child of item.children) {
@@ -136,7 +142,8 @@ class Network {
 
   /** An operator or a group by its key. */
   item(key) {
-    return key.startsWith("n") ? this.operators.get(Number(key.slice(1))) : this.groups.get(key);
+    const own = `${this.prefix}n`;
+    return key.startsWith(own) ? this.operators.get(Number(key.slice(own.length))) : this.groups.get(key);
   }
 
   /** What an item is called: its module below the group in which it stands. */
@@ -204,7 +211,7 @@ class Network {
         return { item };
       }
       if (!open.has(item.key)) {
-        if (after && item.tally.operators && !this.runs(item)) return null;
+        if (after && !this.runs(item)) return null;
         boxes.set(item.key, item);
         return { item };
       }
@@ -229,6 +236,11 @@ class Network {
       if (text) edges.get(key).texts.add(text);
     }
     return { which, boxes, tree, edges, seen };
+  }
+
+  /** How many operators run. */
+  count(which) {
+    return [...this.operators.values()].filter(({ node }) => which === "before" || !node.removed).length;
   }
 
   runs(group) {
@@ -257,4 +269,40 @@ class Network {
     }
     return edges;
   }
+}
+
+/** The network after fusing where it is another one than that before without what was removed; null if it is not. */
+function networkAfter(facts) {
+  if (!facts.graph_after) return null;
+  const decisions = (facts.decisions || []).map((decision) => {
+    const { refused_by: refusing, ...places } = decision.after || { norm_nodes: [], into_nodes: [], path: [] };
+    return { ...decision, ...places, reason: decision.reason && { ...decision.reason, refused_by: refusing || [] } };
+  });
+  return new Network(facts, facts.graph_after, decisions, AFTER);
+}
+
+/** What an item of one of two networks is in the other: a map of keys to keys, both ways. */
+function twinsOf(before, after) {
+  const twins = new Map();
+  const pair = (one, other) => {
+    if (twins.has(one.key) || twins.has(other.key)) return;
+    twins.set(one.key, other.key);
+    twins.set(other.key, one.key);
+  };
+  for (const item of after.operators.values()) {
+    const twin = before.operators.get(item.node.before);
+    if (!twin) continue;
+    pair(item, twin);
+    // Around both stand the same modules, as long as they are called the same.
+    let [inner, outer] = [item.parent, twin.parent];
+    while (inner && outer && inner.module === outer.module && inner.stretch === outer.stretch) {
+      pair(inner, outer);
+      [inner, outer] = [inner.parent, outer.parent];
+    }
+  }
+  const placed = new Map();
+  for (const group of before.groups.values()) if (!placed.has(group.module)) placed.set(group.module, group);
+  for (const group of after.groups.values()) if (placed.has(group.module)) pair(group, placed.get(group.module));
+  pair(before.root, after.root);
+  return twins;
 }

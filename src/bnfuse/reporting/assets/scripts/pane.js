@@ -28,7 +28,7 @@ class Pane {
   constructor(which, picture) {
     this.which = which;
     this.picture = picture;
-    this.network = picture.network;
+    this.network = (which === "after" && picture.other) || picture.network;
     this.view = null;
     this.layout = null;
     this.at = { x: 0, y: 0, scale: 1 };
@@ -138,7 +138,7 @@ class Pane {
     if (holding && !this.drawing.contains(document.activeElement) && this.current) {
       this.places.get(this.places.has(holding) ? holding : this.current).focus({ preventScroll: true });
     }
-    this.light(this.picture.lit);
+    this.light(this.picture.belongings(this.picture.lit, this.network));
     this.choose(this.picture.chosen);
   }
 
@@ -312,8 +312,8 @@ class Pane {
   }
 
   choose(key) {
-    const item = key && this.network.item(key);
-    const shown = item && this.view ? (this.view.boxes.has(key) ? key : this.view.seen.get(item.id)) : null;
+    const item = key && this.picture.itemIn(this.network, key);
+    const shown = item && this.view ? (this.view.boxes.has(item.key) ? item.key : this.view.seen.get(item.id)) : null;
     for (const [name, place] of this.places) {
       place.classList.toggle("chosen", name === shown);
       if (name === shown) place.setAttribute("aria-current", "true");
@@ -612,7 +612,9 @@ class Pane {
     if (item.node.module) lines.push(`${item.node.module}${item.node.class ? ` (${item.node.class})` : ""}`);
     if (item.node.shape) lines.push(`${item.node.dtype || ""} ${shapeText(item.node.shape)}`.trim());
     const decision = this.network.decisions[item.node.decision];
-    if (decision) lines.push(decision.removed ? `removed: taken up by ${(decision.into || []).join(", ")}` : `kept: ${decision.reason?.text || "no reason given"}`);
+    const step = decision && (this.picture.facts.steps || [])[decision.step];
+    if (step) lines.push(`removed: went with a step, ${step.kind} ${step.subject}`);
+    else if (decision) lines.push(decision.removed ? `removed: taken up by ${(decision.into || []).join(", ")}` : `kept: ${decision.reason?.text || "no reason given"}`);
     const absorbed = this.network.absorbed.get(item.id);
     if (absorbed) lines.push(`took up ${absorbed.map((place) => this.network.decisions[place].norm).join(", ")}`);
     return lines.map((line) => (line.length > 300 ? `${line.slice(0, 300)}…` : line));

@@ -4,11 +4,14 @@ const HINT = "Drag to pan; scroll with Ctrl or pinch to zoom. With the keyboard:
 const MOST_BOXES = 300; // opened at once; more can be opened one by one
 
 class Picture {
-  constructor(facts, network) {
+  constructor(facts, network, other = null) {
     this.facts = facts;
     this.network = network;
-    this.layouts = new Layouts(network);
+    this.other = other; // the network after where it is another one
+    this.twins = other ? twinsOf(network, other) : new Map();
+    this.layouts = new Layouts();
     this.open = network.firstView();
+    if (other) for (const key of other.firstView()) this.open.add(key);
     this.mode = "before";
     this.chosen = null;
     this.lit = null;
@@ -77,6 +80,35 @@ class Picture {
     );
   }
 
+  /** What a key stands for, in whichever network. */
+  item(key) {
+    return this.network.item(key) || this.other?.item(key);
+  }
+
+  /** The same thing in a network; null if it holds no such thing. */
+  itemIn(network, key) {
+    return network.item(key) || network.item(this.twins.get(key) || "") || null;
+  }
+
+  /** The box in which something is seen in a pane: its own, its twin's, or that which it is handed on to; null if none. */
+  keyIn(pane, key) {
+    if (pane.view.boxes.has(key)) return key;
+    const item = this.itemIn(pane.network, key);
+    if (!item) return null;
+    if (pane.view.boxes.has(item.key)) return item.key;
+    return item.children ? null : pane.view.seen.get(pane.network.source(item.id)) || null;
+  }
+
+  /** Open or close a module, and its twin. */
+  setOpen(key, open) {
+    for (const one of [key, this.twins.get(key)]) {
+      const group = one && this.item(one);
+      if (!group?.children) continue;
+      if (open) this.open.add(one);
+      else this.close(group);
+    }
+  }
+
   shown() {
     return this.mode === "both" ? [this.panes.before, this.panes.after] : [this.panes[this.mode]];
   }
@@ -138,11 +170,7 @@ class Picture {
   /** Put a box at the same place of a pane at which it was seen in the other. */
   lead(pane, seen, scale) {
     if (!seen || !pane.layout) return;
-    let key = seen.key;
-    if (!pane.view.boxes.has(key)) {
-      const item = this.network.item(key);
-      key = item.children ? null : pane.view.seen.get(this.network.source(item.id));
-    }
+    const key = this.keyIn(pane, seen.key);
     const box = key && pane.layout.boxes.get(key);
     if (!box) return;
     const { width, height } = pane.size();
@@ -152,10 +180,9 @@ class Picture {
   // Open and close
 
   async toggle(key, pane = this.shown()[0]) {
-    const group = this.network.item(key);
+    const group = this.item(key);
     const opening = !this.open.has(key);
-    if (opening) this.open.add(key);
-    else this.close(group);
+    this.setOpen(key, opening);
     const before = this.onScreen(pane, key);
     const done = await this.reshow();
     this.keep(pane, key, before);
@@ -191,17 +218,17 @@ class Picture {
       const { view } = this.shown()[0];
       let boxes = view.boxes.size;
       for (const key of this.shown()[0].inOrder()) {
-        const group = this.network.item(key);
+        const group = this.item(key);
         if (!group.children || this.open.has(key)) continue;
         boxes += group.children.length;
         if (boxes > MOST_BOXES) {
           cut = true;
           break;
         }
-        this.open.add(key);
+        this.setOpen(key, true);
       }
     } else {
-      const opened = [...this.open].map((key) => this.network.item(key)).filter((group) => group !== this.network.root);
+      const opened = [...this.open].map((key) => this.item(key)).filter((group) => group.parent);
       const deepest = Math.max(0, ...opened.map(level));
       for (const group of opened) if (level(group) === deepest) this.open.delete(group.key);
     }
@@ -209,7 +236,7 @@ class Picture {
     const seen = pane.middle();
     const { scale } = pane.at;
     if (!(await this.reshow())) return;
-    const item = seen && this.network.item(seen.key);
+    const item = seen && this.itemIn(pane.network, seen.key);
     const key = item && (pane.view.boxes.has(item.key) ? item.key : this.visible(item, pane));
     if (key) this.lead(pane, { ...seen, key }, scale);
     this.follow(pane);
@@ -224,13 +251,17 @@ class Picture {
 
   /** Show an operator or a group: open what holds it, bring it to the middle, select it. */
   async reveal(key, { focus = true } = {}) {
-    const item = this.network.item(key);
+    const item = this.item(key);
     if (!item) return;
-    if (!item.children && item.node.removed && this.mode === "after") await this.setMode("before");
-    for (let at = item.parent; at; at = at.parent) this.open.add(at.key);
+    if (this.mode !== "both" && item.network !== this.panes[this.mode].network) {
+      await this.setMode(item.network === this.other ? "after" : "before");
+    } else if (!item.children && item.node.removed && this.mode === "after") {
+      await this.setMode("before");
+    }
+    for (let at = item.parent; at; at = at.parent) this.setOpen(at.key, true);
     this.choose(key);
     if (!(await this.reshow())) return;
-    const pane = this.shown()[0];
+    const pane = this.shown().find((one) => one.network === item.network) || this.shown()[0];
     pane.center(key);
     if (focus) {
       this.host.scrollIntoView({ block: "start", behavior: calm.matches ? "auto" : "smooth" });
@@ -243,24 +274,43 @@ class Picture {
   choose(key) {
     this.chosen = key;
     this.each((pane) => pane.choose(key));
-    this.details.show(key && this.network.item(key));
+    this.details.show(key && this.item(key));
   }
 
   /** What belongs to a box: for a norm its path to the layers that took it up, or to the operator that refused. */
   light(key) {
-    this.lit = key ? this.belongings(key) : null;
-    this.each((pane) => pane.light(this.lit));
+    this.lit = key;
+    this.each((pane) => pane.light(this.belongings(key, pane.network)));
   }
 
-  belongings(key) {
-    const item = this.network.item(key);
+  belongings(key, network) {
+    if (!key) return null;
+    const item = this.itemIn(network, key);
+    if (!item) return this.handedOn(this.item(key), network);
+    return this.around(item, network);
+  }
+
+  /** Of something that another network lacks: the layers there that took up the norms, or the norms they took up. */
+  handedOn(item, network) {
+    const lit = { keys: [], nodes: [], edges: [], decisions: [], refusing: [] };
+    if (item.children) return lit;
+    lit.decisions = typeof item.node.decision === "number" ? [item.node.decision] : item.network.absorbed.get(item.id) || [];
+    for (const place of lit.decisions) {
+      const decision = network.decisions[place];
+      lit.nodes.push(...(decision.norm_nodes || []), ...(decision.into_nodes || []));
+    }
+    return lit;
+  }
+
+  around(item, network) {
+    const { key } = item;
     const lit = { keys: [key], nodes: [], edges: [], decisions: [], refusing: [] };
     if (item.children) {
       for (const pane of this.shown()) {
         for (const edge of pane.view?.edges.values() || []) if (edge.from === key || edge.to === key) lit.keys.push(edge.from, edge.to);
       }
-      for (const [from, to] of this.network.edges) {
-        if (this.inside(this.network.operators.get(from), item) !== this.inside(this.network.operators.get(to), item)) lit.edges.push([from, to]);
+      for (const [from, to] of network.edges) {
+        if (this.inside(network.operators.get(from), item) !== this.inside(network.operators.get(to), item)) lit.edges.push([from, to]);
       }
       for (let at = item.parent; at; at = at.parent) lit.keys.push(at.key);
       const within = (group) => {
@@ -273,22 +323,22 @@ class Picture {
       return lit;
     }
     for (let at = item.parent; at; at = at.parent) lit.keys.push(at.key);
-    const norm = this.network.decisions[item.node.decision];
-    lit.decisions = norm ? [item.node.decision] : this.network.absorbed.get(item.id) || [];
+    const norm = network.decisions[item.node.decision];
+    lit.decisions = norm ? [item.node.decision] : network.absorbed.get(item.id) || [];
     for (const place of lit.decisions) {
-      const decision = this.network.decisions[place];
+      const decision = network.decisions[place];
       lit.nodes.push(...(decision.norm_nodes || []), ...(decision.into_nodes || []));
       lit.edges.push(...(decision.path || []));
       for (const refused of decision.reason?.refused_by || []) {
-        if (!this.network.operators.has(refused)) continue;
+        if (!network.operators.has(refused)) continue;
         lit.refusing.push(refused);
         lit.nodes.push(refused);
-        lit.edges.push(...this.network.between(decision.norm_nodes?.[0] ?? item.id, refused));
+        lit.edges.push(...network.between(decision.norm_nodes?.[0] ?? item.id, refused));
       }
     }
     if (!lit.decisions.length) {
-      lit.edges.push(...this.network.inputs.get(item.id).map(([from]) => [from, item.id]));
-      lit.edges.push(...this.network.readers.get(item.id).map(([to]) => [item.id, to]));
+      lit.edges.push(...network.inputs.get(item.id).map(([from]) => [from, item.id]));
+      lit.edges.push(...network.readers.get(item.id).map(([to]) => [item.id, to]));
     }
     for (const [from, to] of lit.edges) lit.nodes.push(from, to);
     return lit;
@@ -304,11 +354,17 @@ class Picture {
   matches(text) {
     const wanted = text.trim().toLowerCase();
     if (!wanted) return [];
+    // What both networks hold is found in the one before.
+    const both = [this.network, ...(this.other ? [this.other] : [])].map((network) => this.matchesIn(network, wanted));
+    return [...both[0], ...(both[1] || []).filter((item) => !this.twins.has(item.key))];
+  }
+
+  matchesIn(network, wanted) {
     const found = [];
-    for (const group of this.network.groups.values()) {
-      if (group !== this.network.root && !group.stretch && `${group.module} ${group.kind}`.toLowerCase().includes(wanted)) found.push(group);
+    for (const group of network.groups.values()) {
+      if (group !== network.root && !group.stretch && `${group.module} ${group.kind}`.toLowerCase().includes(wanted)) found.push(group);
     }
-    for (const item of this.network.operators.values()) {
+    for (const item of network.operators.values()) {
       const { module, operator, label, parameters, kind } = item.node;
       if (`${module} ${operator} ${label} ${kind} ${item.node.class || ""} ${(parameters || []).join(" ")}`.toLowerCase().includes(wanted)) found.push(item);
     }
@@ -317,7 +373,10 @@ class Picture {
 
   marked() {
     const keys = new Set();
-    for (const item of this.sought || []) keys.add(item.key);
+    for (const item of this.sought || []) {
+      keys.add(item.key);
+      if (this.twins.has(item.key)) keys.add(this.twins.get(item.key));
+    }
     this.each((pane) => pane.found(keys));
   }
 

@@ -161,7 +161,8 @@ function erring(facts, picture) {
     {},
     "At each layer, the difference between the activation of the original and that of the fused network, after undoing the units, relative to the activation; and what rounding alone would explain.",
   );
-  if (!layers.length) return section("errors", "Where error arises", element("p", { class: "none" }, facts.kind === "plan" ? "Nothing was fused yet, so nothing was measured." : "Not measured."));
+  const missing = facts.left_out ? `${counted(facts.left_out, "layer")} of the original ${facts.left_out === 1 ? "has" : "have"} no counterpart in the new structure, and ${facts.left_out === 1 ? "is" : "are"} left out.` : "";
+  if (!layers.length) return section("errors", "Where error arises", element("p", { class: "none" }, facts.kind === "plan" ? "Nothing was fused yet, so nothing was measured." : missing || "Not measured."));
   const sizes = layers.flatMap(({ relative, rounding }) => [relative, rounding]).filter((value) => value > 0 && Number.isFinite(value)).map(Math.log10);
   const [least, most] = sizes.length ? [Math.floor(Math.min(...sizes) - 0.1), Math.ceil(Math.max(...sizes) + 0.1)] : [-8, -5];
   const floor = PLOT.height - PLOT.bottom - 10;
@@ -193,6 +194,7 @@ function erring(facts, picture) {
     "errors",
     "Where error arises",
     explained,
+    missing ? element("p", {}, missing) : null,
     element(
       "ul",
       { class: "legend" },

@@ -54,6 +54,28 @@ function quartiles(pair, unit) {
   return pair ? element("div", { class: "fine" }, `quartiles ${quantity(numeric(pair[0]), unit)}, ${quantity(numeric(pair[1]), unit)}`) : null;
 }
 
+/** What changed in the structure, at which price; and what was asked for and stays. */
+function restructured(facts) {
+  const steps = facts.steps || [];
+  const unchanged = facts.unchanged || [];
+  if (!steps.length && !unchanged.length) return null;
+  const price = ({ parameters }) => (parameters ? `${parameters < 0 ? "−" : "+"}${counted(Math.abs(parameters), "parameter")}` : "no more parameters");
+  return element(
+    "div",
+    { class: "steps" },
+    element("h3", {}, facts.kind === "plan" ? "What would change in the structure" : "What changed in the structure"),
+    steps.length ? element("ul", { class: "lines" }, steps.map((step) => element("li", {}, stepText(step), ` (${price(step)})`))) : element("p", { class: "none" }, "Nothing."),
+    unchanged.length
+      ? element(
+          "details",
+          { class: "words" },
+          element("summary", {}, `What was asked for and stays (${count(unchanged.length)})`),
+          element("ul", { class: "lines" }, unchanged.map(({ kind, subject, reason }) => element("li", {}, `no ${kind} of `, named(subject || "the model"), ": ", prose(reason)))),
+        )
+      : null,
+  );
+}
+
 function summarised(facts) {
   const summary = facts.summary || {};
   const plan = facts.kind === "plan";
@@ -105,7 +127,7 @@ function summarised(facts) {
     element(
       "div",
       { class: "columns" },
-      element("div", {}, table, words),
+      element("div", {}, table, words, restructured(facts)),
       element("div", {}, lines("Recorded calls", facts.calls, named), lines("Inputs", facts.inputs, named), lines("Assumed", summary.assumed, prose), lines("Not seen", summary.unseen, prose)),
     ),
   );
