@@ -54,17 +54,23 @@ function quartiles(pair, unit) {
   return pair ? element("div", { class: "fine" }, `quartiles ${quantity(numeric(pair[0]), unit)}, ${quantity(numeric(pair[1]), unit)}`) : null;
 }
 
+const FIRST_STEPS = 8;
+
 /** What changed in the structure, at which price; and what was asked for and stays. */
 function restructured(facts) {
   const steps = facts.steps || [];
   const unchanged = facts.unchanged || [];
   if (!steps.length && !unchanged.length) return null;
   const price = ({ parameters }) => (parameters ? `${parameters < 0 ? "−" : "+"}${counted(Math.abs(parameters), "parameter")}` : "no more parameters");
+  const listed = (some) => element("ul", { class: "lines" }, some.map((step) => element("li", {}, stepText(step), ` (${price(step)})`)));
   return element(
     "div",
     { class: "steps" },
     element("h3", {}, facts.kind === "plan" ? "What would change in the structure" : "What changed in the structure"),
-    steps.length ? element("ul", { class: "lines" }, steps.map((step) => element("li", {}, stepText(step), ` (${price(step)})`))) : element("p", { class: "none" }, "Nothing."),
+    steps.length ? listed(steps.slice(0, FIRST_STEPS)) : element("p", { class: "none" }, "Nothing."),
+    steps.length > FIRST_STEPS
+      ? element("details", { class: "words" }, element("summary", {}, `and ${counted(steps.length - FIRST_STEPS, "step")} more; all together ${price({ parameters: steps.reduce((sum, { parameters }) => sum + parameters, 0) })}`), listed(steps.slice(FIRST_STEPS)))
+      : null,
     unchanged.length
       ? element(
           "details",
