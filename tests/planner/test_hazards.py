@@ -518,6 +518,8 @@ CASES: dict[str, Case] = {
     "deviation before a norm": Case(lambda: Net(lambda m, x: m.n(m.c(x).std(3)), c=conv(), n=nn.BatchNorm1d(6)), {"n": "a deviation takes no"}),
     "deviation before a scale": Case(lambda: Net(lambda m, x: m.n(m.c(x).var(3, keepdim=True) * m.b), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": "a deviation takes no shift"}),
     "a zero added": Case(lambda: Net(lambda m, x: (m.n(m.c(x) + x.new_zeros(())), m.d(m.k(F.silu(x)) - torch.zeros(3, 1, 1))), c=conv(), d=conv(padding=0), n=norm(), k=norm(3)), {"n": None, "k": None}),
+    "zeros added": Case(lambda: Net(lambda m, x: m.n(m.c(x) + 0.5 * (x.new_zeros(()).clone() - x.new_zeros(1) / 2)), c=conv(), n=norm()), {"n": None}),
+    "a one added": Case(lambda: Net(lambda m, x: m.n(m.c(x) + (x.new_zeros(()) + 1)), c=conv(), n=norm()), {"n": "has no axis"}),
     "a zero added, written to": Case(lambda: Net(written_zero, c=conv(), n=norm()), {"n": "no scale or shift"}),
     "literal tensor": Case(lambda: Net(lambda m, x: m.n(m.a(x) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)), a=conv(3, 3), n=norm(3)), {"n": None}),
     "messages of a graph, averaged": Case(lambda: Net(lambda m, x: averaged(m, m.c(x)), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": None}),

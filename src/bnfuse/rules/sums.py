@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnfuse import reasons
 from bnfuse.graph.graph import Node, Value
-from bnfuse.rules.identity import ZEROS
+from bnfuse.rules.identity import HANDED_ON, ZEROS
 from bnfuse.rules.layers import has_content
 from bnfuse.rules.registry import Family, Trial, cost, lift, link, lower, rule, same
 from bnfuse.units import NotInvertibleError, Unit, add
@@ -40,7 +40,7 @@ def add_tensors(node: Node, trial: Trial) -> None:
         _add_number(node, trial, terms, z)
         return
     for one, zero in (terms, terms[::-1]):
-        if _is_zero(zero[0], trial, z) and isinstance(one[0], Value) and one[0].shape == z.shape:
+        if _is_number_zero(zero[0], trial, z) and isinstance(one[0], Value) and one[0].shape == z.shape:
             _add_number(node, trial, (one, (0.0, zero[1])), z)
             return
     factors = (terms[0][1], terms[1][1])
@@ -58,11 +58,24 @@ def add_tensors(node: Node, trial: Trial) -> None:
         _Sum(node, trial, (x, y), factors, z).settle()
 
 
-def _is_zero(operand: Value | float, trial: Trial, z: Value) -> bool:
-    """Whether an operand that is broadcast is zeros that the code has made, and has no units; then it is a number."""
-    if not isinstance(operand, Value) or operand.producer is None or operand.producer.operator not in ZEROS:
+def _is_number_zero(operand: Value | float, trial: Trial, z: Value) -> bool:
+    """Whether an operand that is broadcast is zeros that the code has made, and has no units."""
+    if not isinstance(operand, Value) or operand.shape == z.shape:
         return False
-    return operand.shape != z.shape and trial.unit(operand) is None
+    return trial.unit(operand) is None and _is_zero(operand)
+
+
+def _is_zero(value: Value) -> bool:
+    """Whether a tensor is zeros that the code has made, or what it has computed of nothing else."""
+    node = value.producer
+    if node is None or node.operator in ZEROS:
+        return node is not None
+    if node.operator in ("add", "sub", "rsub"):
+        return all(isinstance(it, Value) and _is_zero(it) for it in (node.bound["self"], node.bound["other"]))
+    if node.operator in ("mul", "div"):
+        x, number = node.bound["self"], node.bound["other"]
+        return isinstance(x, Value) and not isinstance(number, Value) and number != 0 and _is_zero(x)
+    return node.operator in HANDED_ON and _is_zero(node.inputs[0])
 
 
 def _may_take_shift(node: Node, trial: Trial, bias: Value) -> bool:
