@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import tempfile
 import warnings
 from collections import Counter
@@ -24,6 +25,13 @@ from fuzz.restructured import RestructuredProgram
 
 IN_PLACE_EVERY, APPLIED_EVERY, TRAINED_EVERY = 5, 2, 7
 """One network in so many is also fused in place, by ``Plan.apply``, or trained afterwards."""
+
+
+_LOOKS = re.compile(r"\bm\.[a-z]+\d+\.|get_submodule|isinstance|hasattr|type\(|\(m\.[a-z]+\d+\)")
+"""Code that does more with a module than call it."""
+
+_TIES = re.compile(r"m\.[\w.]+\.(weight|bias|c) = m\.[\w.]+\.\1\n|m\.\w+ = m\.\w+\n")
+"""Lines that give a tensor or a module a second place."""
 
 
 @dataclass
@@ -47,6 +55,11 @@ class RestructuredOutcome(CallsOutcome):
 
 class Refused(Exception):
     """Verification fails without restructuring, too, and nothing is handed out: code looks at what fusing changes."""
+
+
+def looks_at_modules(program: RestructuredProgram) -> bool:
+    """Whether the network's code may do more with modules than call them."""
+    return _LOOKS.search(_TIES.sub("", program.source)) is not None
 
 
 def check(program: RestructuredProgram) -> RestructuredOutcome:
@@ -76,6 +89,9 @@ def _check(program: RestructuredProgram, outcome: RestructuredOutcome) -> None:
     outcome.steps.update(step.kind for step in made.steps)
     outcome.unchanged.update(f"{one.kind}: {reason_text(one.reason)}" for one in made.unchanged)
     outcome.removed = outcome.norms - _norms(fused)
+    failed = [one for one in made.unchanged if one.reason.code == "layer-is-looked-at"]
+    if failed and not looks_at_modules(program):
+        raise Failed(f"wrong: a step of kind {failed[0].kind} fails, though no code looks at a module", str(failed[0]))
     if any(module.training for module in fused.modules()):
         raise Failed("decision: the fused model is in training mode")
     if program.seed % APPLIED_EVERY == 0:

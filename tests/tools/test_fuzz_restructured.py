@@ -16,9 +16,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import bnfuse
+from bnfuse.changes import Source
+from bnfuse.model import placing
 from bnfuse.model.marks import ATTRIBUTE
+from bnfuse.restructuring import bake
 from fuzz import check_restructured, restructured
-from fuzz.check_restructured import RestructuredOutcome, check
+from fuzz.check_restructured import RestructuredOutcome, check, looks_at_modules
 from fuzz.restructured import RestructuredProgram
 from fuzz.restructured_command import shrunk, try_restructuring
 from fuzz.restructured_kinds import KINDS
@@ -50,8 +53,9 @@ def outcome(kind: str, index: int) -> RestructuredOutcome:
 
 
 def first(kind: str, wanted: Callable[[RestructuredOutcome], object]) -> RestructuredProgram:
-    """The first network of a kind of which something holds."""
-    return next(drawn(kind, index) for index in (*NETWORKS, *range(20)) if wanted(outcome(kind, index)))
+    """The first network of a kind of which something holds, and whose code does nothing but call modules."""
+    numbers = (index for index in (*NETWORKS, *range(20)) if not looks_at_modules(drawn(kind, index)))
+    return next(drawn(kind, index) for index in numbers if wanted(outcome(kind, index)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,6 +165,18 @@ def test_a_restructuring_that_keeps_norms_is_found(monkeypatch: pytest.MonkeyPat
     assert not check(program).failure, "verification took them out, the network is told"
     monkeypatch.setattr(check_restructured, "_was_corrected", lambda *_: False)
     assert check(program).failure.startswith("wrong: more norms stay with restructuring")
+
+
+@pytest.mark.parametrize("prefix", STEPS)
+def test_a_wrong_step_is_found_that_verification_drops(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {"untie": "untie_twice", "bake": "bake_layers", "merge": "merge_branches"}
+    program = first(kinds[prefix], lambda found: found.steps[prefix])
+    right = placing._parameter
+    if prefix == "bake":
+        monkeypatch.setattr(bake, "Source", lambda like, exact: Source(like, 1.001 * exact))
+    else:
+        monkeypatch.setattr(placing, "_parameter", lambda *made: nn.Parameter(1.001 * right(*made)))
+    assert check(program).failure == f"wrong: a step of kind {prefix} fails, though no code looks at a module"
 
 
 def test_failures_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
