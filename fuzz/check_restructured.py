@@ -280,9 +280,14 @@ def _compare_bits(what: str, got: dict[str, Any], wanted: dict[str, Any]) -> Non
 
 
 def _check_gradients(program: RestructuredProgram, model: nn.Module, fused: nn.Module) -> None:
-    """The original and the fused network can be trained, if the original could before."""
+    """The original and the fused network can be trained, if the original could before and if it can be fused plainly."""
+    plain = program.build()
+    arguments, options = _asked(program, plain, restructured=False)
+    plain, _ = fuse_with_plan(plain, arguments, **options)
     if _goes_back(program, program.build().train()) is None:
-        for what, net in (("original", model.train()), ("fused network", _copied(program, fused))):
+        nets = [("original", model.train())]
+        nets += [("fused network", _copied(program, fused))] if _goes_back(program, plain) is None else []
+        for what, net in nets:
             error = _goes_back(program, net)
             if error is not None:
                 raise Failed(f"wrong: the {what} has no gradients, {type(error).__name__}", str(error)) from error
