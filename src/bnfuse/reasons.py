@@ -398,7 +398,7 @@ SHARED_WEIGHT = _cause(
     "shared-weight",
     "{parameter} is used more than once, and not every use asks for the same edit: see {other}",
     "The weight is shared, or read elsewhere, and the named use is served by the old contents.",
-    "Untie it, if the tie is an accident.",
+    '`restructure="untie"` gives each use a copy of its own (see restructuring.md).',
 )
 APPLIED_TO_OWN_OUTPUT = _cause(
     "applied-to-own-output",

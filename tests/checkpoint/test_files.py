@@ -336,3 +336,16 @@ def test_bounds_of_an_equalised_model(tmp_path: Path) -> None:
     said["removed"][0]["ceiling"] = [10**9]
     with pytest.raises(CheckpointError, match="more bounds than the model has parameters"):
         bnfuse.restructure(built(Clipped, 1), said)
+
+
+def test_what_is_no_model_and_no_safetensors_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="takes the fused model itself"):
+        bnfuse.save(nn.Linear(2, 2).state_dict(), tmp_path / "m.safetensors")  # type: ignore[arg-type]
+    fused = bnfuse.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), torch.randn(1, 3, 4, 4))
+    found = {"state_dict": fused.state_dict(), "bnfuse": bnfuse.structure(fused).to_dict()}
+    with pytest.raises(CheckpointError, match=r"found\['bnfuse'\]"):
+        bnfuse.load(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), tmp_path / "m.pt")
+    model = bnfuse.restructure(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), found["bnfuse"])
+    model.load_state_dict(found["state_dict"])
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(model.eval()(x), fused(x))

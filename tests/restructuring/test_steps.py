@@ -22,6 +22,7 @@ import bnfuse
 from bnfuse.changes import Former, NewLayer, Placement, Row, Source, Step
 from bnfuse.model.marks import marked
 from bnfuse.planner.steps import former_name
+from bnfuse.restructuring.kinds import checked_kinds
 from bnfuse.tools.cli import main
 from bnfuse.transaction import Changes, rewrite
 
@@ -321,7 +322,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert said["plan"]["kept"] == 0
     assert [step["kind"] for step in said["plan"]["steps"]] == ["untie"]
     assert main(["fuse", "heads.py:make", "--input", "1x4x8x8", "--restructure", "melt"]) == 2
-    assert "restructure=" in capsys.readouterr().err
+    assert "--restructure melt" in capsys.readouterr().err
 
 
 # The parts ------------------------------------------------------------------------------------------------------------
@@ -397,3 +398,9 @@ def test_a_norm_goes_behind_branches_that_are_merged_in_code_that_stays() -> Non
     plan, fused = fused_and_checked(model, torch.randn(2, 4, 8, 8, dtype=torch.float64), restructure="merge")
     assert [step.kind for step in plan.steps] == ["merge"]
     assert type(fused.n) is nn.Identity
+
+
+def test_all_kinds_have_a_word() -> None:
+    assert checked_kinds("all") == checked_kinds(True) == checked_kinds(["untie", "all"]) == ("bake", "untie", "merge")
+    with pytest.raises(bnfuse.InputError, match="melt"):
+        checked_kinds(["all", "melt"])

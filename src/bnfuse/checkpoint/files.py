@@ -47,10 +47,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: ends in ``.safetensors``.
 
     Raises:
-        CheckpointError: the ending is another, the state dict holds something that such a file cannot, or the file
-            cannot be written.
+        CheckpointError: the ending is another, it is no module, the state dict holds something that such a file
+            cannot, or the file cannot be written.
     """
     target = _checked_path(path)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(
+            f"save takes the fused model itself, whose structure goes into the file too; got {type(model).__name__}."
+        )
     _, save_file = _safetensors(target)
     inner, _ = unwrap(model)
     tensors, same = _distinct(inner.state_dict())
@@ -334,7 +338,11 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def _checked_path(path: str | os.PathLike[str]) -> Path:
     checked = Path(path)
     if checked.suffix != ".safetensors":
-        raise CheckpointError(f"A fused model is kept in a file that ends in .safetensors; got {checked}.")
+        raise CheckpointError(
+            f"A fused model is kept in a file that ends in .safetensors; got {checked}. What `bnfuse fuse -o` wrote "
+            f"with torch.save is a dict: bnfuse.restructure(model, found['bnfuse']), then "
+            f"load_state_dict(found['state_dict'])."
+        )
     return checked
 
 

@@ -25,6 +25,8 @@ def checked(model: object) -> nn.Module:
         hint = ""
         if isinstance(model, dict):
             hint = " A state dict holds weights only: build the model, load_state_dict into it, and pass the model."
+        if isinstance(model, type):
+            raise InputError(f"The model must be a torch.nn.Module; got the class {model.__name__}: make one of it.")
         raise InputError(f"The model must be a torch.nn.Module; got {type(model).__name__}.{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError("No module of a scripted or traced model can be replaced: fuse the original, then compile it.")

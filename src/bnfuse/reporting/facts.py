@@ -222,13 +222,20 @@ def _machine() -> str:
     return ", ".join(words)
 
 
+_ONE_CALL = {
+    False: "it is called as in the one call that was recorded",
+    True: "it is called as in the one call that was recorded, or with other sizes and contents of which the same "
+    "operators are made: others were tried where its code asks for them, and made no other",
+}
+
+
 def _assumed(planner: Planner, plan: Plan) -> list[str]:
     """What the plan takes for granted, in words."""
     problem = planner.original
     calls = len(problem.recording.runs)
     found = ["the model runs in evaluation mode, with the statistics that its norms hold now"]
     found.append(
-        "it is called as in the one call that was recorded"
+        _ONE_CALL[problem.options.infer_calls]
         if calls == 1
         else f"it is called as in one of the {calls} calls that were recorded, which differ in what they do"
     )

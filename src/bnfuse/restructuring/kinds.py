@@ -8,6 +8,7 @@ from typing import Any
 
 from bnfuse.errors import InputError
 
+ALL = "all"
 BAKE, UNTIE, MERGE = "bake", "untie", "merge"
 
 KINDS = (BAKE, UNTIE, MERGE)
@@ -21,7 +22,7 @@ def checked_kinds(given: Any) -> tuple[str, ...]:
     ('bake', 'untie')
 
     Args:
-        given: a kind, several, True for all, or None or False for none.
+        given: a kind, several, True or "all" for all, or None or False for none.
 
     Raises:
         InputError: it is something else.
@@ -29,6 +30,8 @@ def checked_kinds(given: Any) -> tuple[str, ...]:
     if given is None or isinstance(given, bool):
         return KINDS if given else ()
     asked = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if ALL in asked:
+        asked = [*KINDS, *(kind for kind in asked if kind != ALL)]
     for kind in asked:
         if kind not in KINDS:
             near = difflib.get_close_matches(str(kind), KINDS, 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ from bnfuse.printing.terminal import say, show, show_plan, show_restructuring, s
 from bnfuse.printing.waiting import waiting
 from bnfuse.reporting.facts import Facts
 from bnfuse.reporting.report import checked_path, write
-from bnfuse.restructuring.kinds import KINDS
+from bnfuse.restructuring.kinds import ALL, KINDS
 from bnfuse.tools import onnx, zoo
 from bnfuse.tools.census.ledger import OUTCOMES
 from bnfuse.tools.completion import SHELLS, PrintCompletion
@@ -154,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--weights",
         metavar="FILE",
-        help="a .safetensors file, or a state dict saved with torch.save (default: random weights and norms)",
+        help="a .safetensors file, or a state dict saved with torch.save (default: a model of a zoo gets random "
+        "weights and norms, one of your own is taken as it is)",
     )
     common.add_argument(
         "--keep",
@@ -208,8 +210,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         metavar="OUT",
         type=Path,
-        help="save the fused weights with their structure, for --weights and bnfuse.load: as OUT.safetensors, or with "
-        "torch.save as OUT.pt or OUT.pth",
+        help="save the fused weights with their structure: as OUT.safetensors, for --weights and bnfuse.load, or with "
+        "torch.save as OUT.pt or OUT.pth, for --weights alone",
     )
     fuse.add_argument(
         "--onnx",
@@ -423,7 +425,12 @@ def _wanted(options: argparse.Namespace) -> Options:
 
 def _kinds(options: argparse.Namespace) -> Sequence[str]:
     """The kinds of restructuring that are named on the command line."""
-    return KINDS if "all" in options.restructure else options.restructure
+    for kind in options.restructure:
+        if kind not in (*KINDS, ALL):
+            near = difflib.get_close_matches(kind.lower(), (*KINDS, ALL), 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"--restructure {kind}: {meant}Write {', '.join(KINDS)} or {ALL}; repeat it for several.")
+    return tuple(options.restructure)
 
 
 def _calls(options: argparse.Namespace, model: nn.Module, inputs: Any) -> list[Call]:

@@ -214,7 +214,14 @@ def _on_device_of(model: nn.Module, call: Call) -> Call:
 def _not_running(name: str, model: nn.Module, number: int, single: bool, call: Call, error: Exception) -> str:
     given = [*tensors(call.args), *tensors(call.kwargs)]
     shapes = ", ".join(f"{path} {tuple(tensor.shape)} {dtype_name(tensor.dtype)}" for path, tensor in given)
-    hint = "" if single else "\n  a list is read as batches; pass a list that is one argument as ([a, b],)"
+    hint = (
+        ""
+        if single
+        else (
+            "\n  several batches are read as (inputs, labels) with labels of shape (N,), as dicts or as arguments:"
+            "\n  for other labels give the inputs alone, or dicts; for a list that is one argument ([a, b],)"
+        )
+    )
     place = "" if single else f" batch {number} of"
     return (
         f"compare() could not run `{name}` ({type(model).__name__}) on{place} the inputs\n"
