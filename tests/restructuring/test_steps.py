@@ -24,6 +24,7 @@ from bnfuse.model.marks import marked
 from bnfuse.planner.steps import former_name
 from bnfuse.restructuring.kinds import checked_kinds
 from bnfuse.tools.cli import main
+from bnfuse.tools.zoo import randomise_
 from bnfuse.transaction import Changes, rewrite
 
 
@@ -404,3 +405,29 @@ def test_all_kinds_have_a_word() -> None:
     assert checked_kinds("all") == checked_kinds(True) == checked_kinds(["untie", "all"]) == ("bake", "untie", "merge")
     with pytest.raises(bnfuse.InputError, match="melt"):
         checked_kinds(["all", "melt"])
+
+
+class OneSize(nn.Module):
+    """Returns at another size what is inside at the first."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 2, 1)), nn.Conv2d(2, 2, 1)
+        self.norm, self.branches = nn.BatchNorm2d(2), branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.b(x) if self.branches else self.a(x)
+        if x.shape[-1] != 4:
+            return y
+        return y + self.norm(x) if self.branches else self.norm(y)
+
+
+@pytest.mark.parametrize("branches", [False, True])
+@pytest.mark.parametrize("kinds", ["bake", "merge", True])
+def test_what_another_call_returns_stays_behind_a_step(branches: bool, kinds: Any) -> None:
+    model = randomise_(OneSize(branches)).double().eval()
+    fused = bnfuse.fuse(model, torch.randn(2, 2, 4, 4, dtype=torch.float64), restructure=kinds)
+    with torch.no_grad():
+        for size in (4, 5, 8, 3):
+            x = torch.randn(2, 2, size, size, dtype=torch.float64)
+            assert (model(x) - fused(x)).abs().max() < 1e-12, size

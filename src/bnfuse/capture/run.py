@@ -141,6 +141,7 @@ class Recording:
     Attributes:
         graph: everything that was recorded.
         runs: one for each call, in the order of the calls.
+        pinning: calls whose runs were dropped since they teach nothing but what is seen of them, which is pinned.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Recording:
         self._hooks_may_see = hooks_may_see
         self._watch_lines = contextlib.nullcontext if lines is None else lines.watching
         self.runs: list[Run] = []
+        self.pinning: list[Call] = []
         self._known = known
         self._watcher = watcher
         self._methods = [name for name in methods if name != FORWARD]
@@ -335,6 +337,20 @@ class Recording:
                 other.record(*calls, shapes_only=True)
             except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
                 other.record(*calls)
+        return other
+
+    def of(self, model: nn.Module) -> Recording:
+        """The same calls of another model, and then those whose runs were dropped, but for what is seen of them.
+
+        Raises:
+            Exception: what `record` raises.
+        """
+        other = self.again(model)
+        for call in self.pinning:
+            try:
+                other.record(call, shapes_only=True)
+            except (NeedsContentsError, Exception):  # noqa: BLE001 (whatever the unwritten numbers lead to)
+                other.record(call)
         return other
 
 

@@ -147,7 +147,7 @@ class CallRecorder:
         rest = main.nodes[returned.place :]
         same = None if _asked_for(run) else counterparts(rest, [returned.value], run.nodes, run.inputs)
         if same is not None and same.certain and _module_calls(run) <= _module_calls(main):
-            self._forget(run, same)
+            self._forget(run, same, piped)
             return True
         self.recording.forget(run)
         return False
@@ -191,22 +191,28 @@ class CallRecorder:
         outputs = None if outputs is None else outputs[: len(made)]
         earlier = self._earlier(made)
         if earlier is not None and earlier.certain:
-            self._forget(made[0], earlier)
+            self._forget(made[0], earlier, calls[0])
         # What ran the same operators needs no proof of its own, which would take as long as the model does.
         proven = earlier is not None and (earlier.certain or len(self.main.nodes) > SMALL)
         if (given or not proven) and all(map(is_complete, calls)):
             self.further.append(FurtherCall(what, calls, outputs, given))
         return earlier is None or not earlier.certain
 
-    def _forget(self, run: Run, earlier: Counterparts) -> None:
-        """Drop a run that teaches nothing, but for what is seen of it: that is pinned in the earlier run too."""
+    def _forget(self, run: Run, earlier: Counterparts, call: Call) -> None:
+        """Drop a run that teaches nothing, but for what is seen of it: that is pinned in the earlier run too.
+
+        Args:
+            call: what makes this run, also of another model.
+        """
         assert run.start is not None
         seen = [(value, other.pinned) for other, value in earlier.same.items()]
         seen += [(leaf, leaf.pinned) for leaf, _ in run.start.pins]
         self.recording.forget(run)
         for value, pinned in seen:
-            if value.pinned is None:
+            if value.pinned is None and pinned is not None:
                 value.pinned = pinned
+                if call not in self.recording.pinning:
+                    self.recording.pinning.append(call)
 
     def _record_for_real(self, calls: tuple[Call, ...], given: bool) -> list[Run]:
         if not given:

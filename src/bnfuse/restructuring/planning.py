@@ -157,7 +157,9 @@ class Restructuring:
                 return None
             priced.append(replace(step, parameters=_size(model) - before))
         problem = _problem(self.original, model, priced)
-        if problem is None or not _is_same_work(_work(self.original, priced), _work(problem, priced)):
+        if problem is None or not _is_same_work(
+            *(_work(one, priced)[: len(self.original.recording.runs)] for one in (self.original, problem))
+        ):
             return None
         return priced, problem
 
@@ -214,7 +216,7 @@ class Restructuring:
 def _problem(original: Problem, model: nn.Module, steps: Sequence[Step]) -> Problem | None:
     """The same calls of a model with steps carried out as a problem; None if it does not take one of them."""
     try:
-        recording: Recording = original.recording.again(model)
+        recording: Recording = original.recording.of(model)
     except Exception:  # noqa: BLE001 (whatever the code around a module raises that is another one now)
         return None
     problem = Problem(model, original.options, recording, (), original.further, original.unseen)
