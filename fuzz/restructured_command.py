@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import re
-import sys
-import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import torch
-
 from bnfuse.restructuring.kinds import KINDS as STEPS
+from fuzz.by_kind import Outcome, Tally, in_processes, is_wanted, report_failure, tally
 from fuzz.check_calls import runs
 from fuzz.check_restructured import RestructuredOutcome, check
 from fuzz.restructured import RestructuredProgram, draw
@@ -25,7 +18,7 @@ HEADINGS = ("networks", "norms", "plainly", "removed", *STEPS, "calls", "wrong",
 
 
 @dataclass
-class Tally:
+class RestructuredTally(Tally):
     """What came of many networks of one kind, or of all.
 
     Attributes:
@@ -34,38 +27,25 @@ class Tally:
         refused: in how many verification fails with and without restructuring.
     """
 
-    networks: int = 0
-    norms: int = 0
     plainly: int = 0
-    removed: int = 0
-    calls: int = 0
-    wrong: int = 0
-    crashed: int = 0
-    skipped: int = 0
     corrected: int = 0
     refused: int = 0
     steps: Counter[str] = field(default_factory=Counter)
     unchanged: Counter[str] = field(default_factory=Counter)
-    failures: Counter[str] = field(default_factory=Counter)
 
     def add(self, outcome: RestructuredOutcome) -> None:
-        self.networks += 1
-        for name in ("norms", "plainly", "removed", "calls", "skipped", "corrected", "refused"):
-            setattr(self, name, getattr(self, name) + getattr(outcome, name))
+        super().add(outcome)
+        self.plainly += outcome.plainly
+        self.corrected += outcome.corrected
+        self.refused += outcome.refused
         self.steps += outcome.steps
         self.unchanged += outcome.unchanged
-        if outcome.failure:
-            crashed = outcome.failure.startswith("crash")
-            self.crashed += crashed
-            self.wrong += not crashed
-            self.failures[outcome.failure] += 1
 
-    def row(self, name: str) -> str:
-        numbers = (
+    def numbers(self) -> tuple[int, ...]:
+        return (
             self.networks, self.norms, self.plainly, self.removed, *(self.steps[kind] for kind in STEPS), self.calls,
             self.wrong, self.crashed, self.skipped, self.refused,
         )  # fmt: skip
-        return f"{name:22s}" + "".join(f"{number:>10d}" for number in numbers)
 
 
 def shrunk(program: RestructuredProgram, failure: str, seconds: float) -> RestructuredProgram:
@@ -75,25 +55,9 @@ def shrunk(program: RestructuredProgram, failure: str, seconds: float) -> Restru
     return small
 
 
-def _job(seed: int, kind: str | None = None) -> tuple[int, RestructuredOutcome | None]:
-    if kind and not re.search(kind, list(KINDS)[seed % len(KINDS)]):
-        return seed, None
-    return seed, check(draw(seed))
-
-
-def _start() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-
-
-def outcomes(seeds: range, jobs: int, kind: str | None = None) -> Iterator[tuple[int, RestructuredOutcome | None]]:
-    """Seed and outcome of each network, None for one of another kind."""
-    job = functools.partial(_job, kind=kind)
-    if jobs < 2:
-        yield from map(job, seeds)
-        return
-    with multiprocessing.get_context("spawn").Pool(jobs, _start, maxtasksperchild=1000) as pool:
-        yield from pool.imap_unordered(job, seeds, chunksize=8)
+def _job(seed: int, kind: str | None = None) -> tuple[int, RestructuredOutcome | None, bool]:
+    """Seed and outcome; each network has to be right."""
+    return seed, check(draw(seed)) if is_wanted(seed, list(KINDS), kind) else None, True
 
 
 def try_restructuring(
@@ -105,43 +69,23 @@ def try_restructuring(
     kind: str | None = None,
 ) -> int:
     """Try many networks and print failures and a table; returns the exit status."""
-    kinds: dict[str, Tally] = {name: Tally() for name in KINDS}
-    every, begun, told = Tally(), time.monotonic(), time.monotonic()
-    for seed, outcome in outcomes(seeds, jobs, kind):
-        now = time.monotonic()
-        if now - begun > seconds:
-            break
-        if outcome is None:
-            continue
-        kinds[outcome.kind].add(outcome)
-        every.add(outcome)
-        if outcome.failure and every.failures[outcome.failure] <= failures:
-            _report(seed, outcome, shrinking)
-        if now - told > 10:
-            told = now
-            told_of = f"... {every.networks} networks, {every.wrong} wrong, {every.crashed} crashed"
-            print(told_of, file=sys.stderr, flush=True)
-    seconds = time.monotonic() - begun
-    print(f"\n{every.networks / seconds:.1f} networks/s; {every.corrected} plans corrected by verification")
-    print(f"{'kind':22s}" + "".join(f"{heading:>10s}" for heading in HEADINGS))
-    for name, tally in kinds.items():
-        if tally.networks:
-            print(tally.row(name))
-    print(every.row("all"), flush=True)
+
+    def small(seed: int, failure: str) -> tuple[RestructuredProgram, str]:
+        program = shrunk(draw(seed), failure, shrinking)
+        return program, check(program).detail
+
+    def report(seed: int, outcome: Outcome) -> None:
+        report_failure(seed, outcome, functools.partial(small, seed, outcome.failure) if shrinking else None)
+
+    found = in_processes(functools.partial(_job, kind=kind), seeds, jobs)
+    tallies = tally(found, KINDS, RestructuredTally, report, seconds, failures)
+    every = tallies.every
+    print(f"\n{every.networks / tallies.seconds:.1f} networks/s; {every.corrected} plans corrected by verification")
+    tallies.show(HEADINGS)
     for reason, count in every.unchanged.most_common(25):
         print(f"  {count:6d}  no {reason}")
-    for failure, count in every.failures.most_common():
-        print(f"{count} x {failure}")
-    return 1 if every.wrong or every.crashed else 0
-
-
-def _report(seed: int, outcome: RestructuredOutcome, seconds: float) -> None:
-    if not seconds:
-        print(f"\n=== seed {seed}, {outcome.kind}: {outcome.failure}\n--- {outcome.detail}\n", flush=True)
-        return
-    small = shrunk(draw(seed), outcome.failure, seconds)
-    detail = check(small).detail or outcome.detail
-    print(f"\n=== seed {seed}, {outcome.kind}: {outcome.failure}\n{small}\n--- {detail}\n", flush=True)
+    tallies.show_failures()
+    return tallies.status
 
 
 def show_restructuring(seed: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -261,9 +261,6 @@ class Graph:
             if call.parent is not None:
                 call.parent.children = []
             call.nodes, call.inputs, call.outputs = [], [], []
-
-    def calls_of(self, module: nn.Module) -> Iterator[ModuleCall]:
-        return (call for call in self.calls if call.module is module)
 
 
 def may_overlap(shape: Sequence[int], strides: Sequence[int]) -> bool:

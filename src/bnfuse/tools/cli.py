@@ -271,20 +271,12 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    facts = _facts(options)
+    facts, wanted = _facts(options), _wanted(options)
     model = _model(options)
     inputs = _inputs(options, model)
     calls = _calls(options, model, inputs)
     with _naming(options, calls), _waiting(options, "planning"):
-        plan = plan_observed(
-            model,
-            inputs,
-            keep=options.keep,
-            calls=calls,
-            restructure=_kinds(options),
-            options=_wanted(options),
-            observer=facts,
-        )
+        plan = plan_observed(model, inputs, calls=calls, observer=facts, **wanted)
     if facts is not None:
         write(facts, options.report)
     if options.json:
@@ -325,22 +317,14 @@ def _fuse(options: argparse.Namespace) -> None:
         raise BnFuseError(f"{output.name} has an ending that is not known: write {', '.join(ENDINGS)}")
     if output is not None and not output.parent.is_dir():
         raise BnFuseError(f"there is no folder {output.parent} to write {output.name} into")
-    facts = _facts(options)
+    facts, wanted = _facts(options), _wanted(options)
     if options.onnx is not None:
         onnx.check(options.onnx)
     model = _model(options)
     inputs = _inputs(options, model)
     calls = _calls(options, model, inputs)
     with _naming(options, calls), _waiting(options, "fusing and verifying"):
-        fused, plan = fuse_with_plan(
-            model,
-            inputs,
-            keep=options.keep,
-            calls=calls,
-            restructure=_kinds(options),
-            options=_wanted(options),
-            observer=facts,
-        )
+        fused, plan = fuse_with_plan(model, inputs, calls=calls, observer=facts, **wanted)
     with _waiting(options, "comparing"):
         comparison = bnfuse.compare(model, fused, [Call.of(inputs), *calls])
     if output is not None:
@@ -419,8 +403,10 @@ def _inputs(options: argparse.Namespace, model: nn.Module) -> tuple[Any, ...] | 
     return given_inputs(options.input, model)
 
 
-def _wanted(options: argparse.Namespace) -> Options:
-    return Options(infer_calls=not options.no_infer_calls)
+def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    """What is asked of `fuse` and `plan`, beside the model and its calls; looked at before any work."""
+    chosen = Options(infer_calls=not options.no_infer_calls)
+    return {"keep": options.keep, "restructure": _kinds(options), "options": chosen}
 
 
 def _kinds(options: argparse.Namespace) -> Sequence[str]:
