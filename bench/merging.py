@@ -145,7 +145,7 @@ def report(findings: list[Finding]) -> Section:
     left = [found.network for found in findings if found.norms[MERGED]]
     targets = [
         at_most(f"merged/{TIMM}", LIMIT, ratios),
-        at_most("error in float64", ERROR, {found.network: found.error for found in findings}, digits=12),
+        at_most("error in float64", ERROR, {found.network: found.error for found in findings}, form=".0e"),
         Target(f"no more layers than {TIMM}", not more),
         Target("no norm left", not left),
     ]

@@ -68,8 +68,8 @@ class Section:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def at_most(what: str, limit: float, found: dict[str, float], digits: int = 2) -> Target:
-    """The target that every number stays within the limit: how many do, and the worst.
+def at_most(what: str, limit: float, found: dict[str, float], form: str = ".2f") -> Target:
+    """The target that every number stays within the limit: how many do, and the worst, written in a form.
 
     >>> print(at_most("fused/deleted", 1.02, {"resnet18": 1.0, "mixnet_s": 1.04}))
     fused/deleted at most 1.02: 1 of 2, worst mixnet_s 1.04: MISSED
@@ -79,7 +79,7 @@ def at_most(what: str, limit: float, found: dict[str, float], digits: int = 2) -
         return Target(text, None)
     kept = sum(number <= limit for number in found.values())
     worst = max(found, key=found.__getitem__)
-    return Target(f"{text}: {kept} of {len(found)}, worst {worst} {found[worst]:.{digits}f}", kept == len(found))
+    return Target(f"{text}: {kept} of {len(found)}, worst {worst} {found[worst]:{form}}", kept == len(found))
 
 
 def progress(text: str) -> None:

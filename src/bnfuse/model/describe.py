@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -57,3 +58,11 @@ def first_few(names: Sequence[str]) -> str:
     'a, b, c, ...'
     """
     return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+
+
+def installed_version() -> str | None:
+    """The version of bnfuse, None where it runs from a folder of sources and is not installed."""
+    try:
+        return version("bnfuse")
+    except PackageNotFoundError:
+        return None

@@ -6,7 +6,6 @@ import itertools
 import math
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from bnfuse.fusion_plan import Plan
 from bnfuse.model import pytree
 from bnfuse.model.calls import FORWARD, Call
-from bnfuse.model.describe import dtype_name, shape_text
+from bnfuse.model.describe import dtype_name, installed_version, shape_text
 from bnfuse.operators import shape_of
 from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.planner import Planner
@@ -61,7 +60,7 @@ class Facts:
                 found = drawn.measured(original, fused)
         rounding = None if found is None else found.rounding
         self.data = {
-            "bnfuse": _version(),
+            "bnfuse": installed_version(),
             "kind": "plan" if fused is None else "fuse",
             "model": plan.model,
             "spec": self._spec,
@@ -208,13 +207,6 @@ def _call(call: Call) -> str:
 
     given = [*map(word, call.args), *(f"{name}={word(value)}" for name, value in call.kwargs.items())]
     return f"{call.method or FORWARD}({', '.join(given)})"
-
-
-def _version() -> str | None:
-    try:
-        return version("bnfuse")
-    except PackageNotFoundError:  # it runs from a folder of sources
-        return None
 
 
 def _machine() -> str:

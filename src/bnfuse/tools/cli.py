@@ -16,7 +16,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +27,7 @@ from bnfuse.api import fuse_with_plan, plan_observed
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.fusion_plan import Plan
 from bnfuse.model.calls import FORWARD, Call
-from bnfuse.model.describe import first_line
+from bnfuse.model.describe import first_line, installed_version
 from bnfuse.model.inputs import random_inputs
 from bnfuse.planner.nothing_fused import nothing_fused
 from bnfuse.planner.options import Options
@@ -123,7 +122,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bnfuse", description="Remove batch normalisation from trained PyTorch models, exactly.")
-    parser.add_argument("--version", action="version", version=f"bnfuse {version('bnfuse')}")
+    parser.add_argument(
+        "--version", action="version", version=f"bnfuse {installed_version() or 'from a folder of sources'}"
+    )
     parser.add_argument(
         "--print-completion",
         metavar="SHELL",
