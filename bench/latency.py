@@ -246,7 +246,7 @@ def report(findings: list[Finding]) -> Section:
             f"fused / {limit} of a network, over all its rounds,",
             LIMIT,
             {network: spread.median for network, spread in _by_network(findings, FUSED, limit).items()},
-            3,
+            form=".3f",
         )
         for limit in (DELETED, BIASED)
     ]
@@ -255,7 +255,7 @@ def report(findings: list[Finding]) -> Section:
             f"fused / {limit}",
             LIMIT,
             {finding.label: ratio.median for finding in findings if (ratio := finding.ratio(limit))},
-            3,
+            form=".3f",
         )
         for limit in (DELETED, BIASED)
     ]

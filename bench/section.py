@@ -68,7 +68,7 @@ class Section:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def at_most(what: str, limit: float, found: dict[str, float], form: str = ".2f") -> Target:
+def at_most(what: str, limit: float, found: dict[str, float], *, form: str = ".2f") -> Target:
     """The target that every number stays within the limit: how many do, and the worst, written in a form.
 
     >>> print(at_most("fused/deleted", 1.02, {"resnet18": 1.0, "mixnet_s": 1.04}))

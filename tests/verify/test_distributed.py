@@ -279,7 +279,9 @@ def work(folder: Path) -> None:
         except Exception:  # noqa: BLE001
             found[name] = traceback.format_exc()
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # both have written all; a thread of gloo that outlives the interpreter would abort the process
 
 
 # The tests ------------------------------------------------------------------------------------------------------------
@@ -296,7 +298,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
         "--master-port", str(port), __file__, str(folder),
     ]  # fmt: skip
-    settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    settings = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=os.environ | settings, start_new_session=True, **pipes) as started:
         try:
