@@ -145,7 +145,7 @@ LAYERS = frozenset(
     {
         "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear", "Identity",
         "ReLU", "ZeroPad2d", "ReLU6", "SiLU", "GELU", "Sigmoid", "Tanh", "Hardswish", "Hardsigmoid", "Mish",
-        "LeakyReLU", "ELU", "Nothing",
+        "LeakyReLU", "ELU", "Nothing", "Clip",
     }
 )  # fmt: skip
 """The classes of layers that may be made anew."""
@@ -184,7 +184,7 @@ class Step:
     """One change of the structure of a model, which changes no output.
 
     Attributes:
-        kind: "bake", "untie" or "merge".
+        kind: "bake", "untie", "merge" or "clip".
         subject: the name of the module that it is about.
         what: what becomes of it, in words.
         placements: the modules that are put in old places. They are made before the first of them is put there.

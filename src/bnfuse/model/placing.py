@@ -21,6 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from bnfuse.changes import LAYERS, Former, ModuleSpec, NewLayer, OwnTensor, Placement, Row, Source, Step
 from bnfuse.errors import FusionError
 from bnfuse.model import tree
+from bnfuse.model.clip import Clip
 from bnfuse.model.describe import one_line
 from bnfuse.model.marks import mark_own, mark_placed
 from bnfuse.model.nothing import Nothing
@@ -108,8 +109,8 @@ def _empty(spec: NewLayer) -> nn.Module:
     """A layer whose parameters have no contents."""
     if spec.kind not in LAYERS:
         raise FusionError(f"{spec.kind} is no layer that is made anew.")
-    kind: Any = Nothing if spec.kind == "Nothing" else getattr(nn, spec.kind)
-    where = {"device": "meta"} if spec.kind.startswith(("Conv", "Linear")) else {}
+    kind: Any = {"Nothing": Nothing, "Clip": Clip}.get(spec.kind) or getattr(nn, spec.kind)
+    where = {"device": "meta"} if spec.kind.startswith(("Conv", "Linear", "Clip")) else {}
     try:
         return kind(**spec.settings, **where)  # type: ignore[no-any-return]
     except Exception as error:  # (whatever a constructor raises on what it does not take)

@@ -15,7 +15,7 @@ from bnfuse.graph.norms import Norm
 from bnfuse.planner.assumptions import needed_in_place
 from bnfuse.planner.culprits import culprits
 from bnfuse.planner.problem import Problem
-from bnfuse.planner.steps import exact_contents, former_name, rounded_once
+from bnfuse.planner.steps import exact_contents, former_name, rounded_once, settled
 from bnfuse.planner.trying_plans import Trials
 from bnfuse.reasons import (
     CALLER_KEEPS,
@@ -64,11 +64,12 @@ class Planner:
                 break
             forbidden += needed
         names = {id(module): name for name, module in problem.model.named_modules()} if made.out_of_place else {}
+        steps, edits = settled(self.steps, made.changes.edits)
         return Plan(
             model=type(problem.model).__name__,
             decisions=tuple(replace(one, norm=former_name(one.norm, self.steps)) for one in made.decisions),
-            steps=self.steps,
-            edits=tuple(rounded_once(edit, self._exact) for edit in made.changes.edits),
+            steps=steps,
+            edits=tuple(rounded_once(edit, self._exact) for edit in edits),
             replacements=made.changes.replacements,
             out_of_place=tuple(names[id(module)] for module in made.out_of_place),
             unseen=tuple(self._unseen()),

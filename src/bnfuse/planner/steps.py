@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bnfuse.changes import Edit, Former, ModuleSpec, NewLayer, Source, Step
+from bnfuse.changes import Edit, Former, ModuleSpec, NewLayer, Placement, Row, Source, Step
+from bnfuse.solve.network import edited
 from bnfuse.units import Unit
 
 
@@ -67,3 +68,78 @@ def rounded_once(edit: Edit, exact: Mapping[str, Tensor]) -> Edit:
         return edit
     start = Unit(torch.zeros((1,) * contents.dim(), dtype=torch.float64, device="cpu"), contents)
     return replace(edit, factors=(start, *edit.factors))
+
+
+# Clips ----------------------------------------------------------------------------------------------------------------
+
+
+def settled(steps: Sequence[Step], edits: Iterable[Edit]) -> tuple[tuple[Step, ...], tuple[Edit, ...]]:
+    """The steps with clips as they are in the end, in order and without what bounds or adds nothing; and the edits of
+    everything else.
+
+    Where a scale is negative, the bounds of a clip change places, which no edit does. So its contents become those
+    that the edits make of them.
+    """
+    edits = tuple(edits)
+    waiting = {name: edit for edit in edits for name in edit.names}
+    made = tuple(_settled(step, waiting) for step in steps)
+    made = tuple(
+        replace(after, parameters=after.parameters - _clip_numbers(before) + _clip_numbers(after))
+        for before, after in zip(steps, made, strict=True)
+    )
+    clips = {name for step in steps for name, _ in _clips(step)}
+    return made, tuple(edit for edit in edits if edit.names[0].rpartition(".")[0] not in clips)
+
+
+def _settled(step: Step, edits: Mapping[str, Edit]) -> Step:
+    if not any(_clips(step)):
+        return step
+    placements = []
+    for placement in step.placements:
+        module = _settled_in(placement.names[0], placement.module, edits)
+        assert isinstance(module, (NewLayer, Row))
+        placements.append(Placement(placement.names, module))
+    return replace(step, placements=tuple(placements))
+
+
+def _settled_in(name: str, spec: ModuleSpec, edits: Mapping[str, Edit]) -> ModuleSpec:
+    if isinstance(spec, Row):
+        return Row(tuple((place, _settled_in(f"{name}.{place}", part, edits)) for place, part in spec.parts))
+    if not isinstance(spec, NewLayer) or spec.kind != "Clip":
+        return spec
+    held: dict[str, Tensor] = {}
+    for place, source in spec.sources.items():
+        assert source.exact is not None
+        edit = edits.get(f"{name}.{place}")
+        held[place] = source.exact
+        for unit in () if edit is None else edit.factors:
+            held[place] = edited(held[place], unit)
+    if held.keys() >= {"lower", "upper"}:
+        low, high = held["lower"], held["upper"]
+        held |= {"lower": torch.minimum(low, high), "upper": torch.maximum(low, high)}
+    idle = {"lower": -torch.inf, "upper": torch.inf, "bias": 0.0}
+    held = {place: contents for place, contents in held.items() if bool((contents != idle[place]).any())}
+    settings = {**spec.settings, **{place: place in held for place in idle}}
+    return NewLayer(spec.kind, settings, {place: Source(spec.sources[place].like, held[place]) for place in held})
+
+
+def _clips(step: Step) -> Iterator[tuple[str, NewLayer]]:
+    """The clips that a step puts somewhere, by each of their names."""
+    for placement in step.placements:
+        for name in placement.names:
+            yield from _clips_in(name, placement.module)
+
+
+def _clips_in(name: str, spec: ModuleSpec) -> Iterator[tuple[str, NewLayer]]:
+    if isinstance(spec, Row):
+        for place, part in spec.parts:
+            yield from _clips_in(f"{name}.{place}", part)
+    elif isinstance(spec, NewLayer) and spec.kind == "Clip":
+        yield name, spec
+
+
+def _clip_numbers(step: Step) -> int:
+    """How many parameters the clips have."""
+    distinct = {id(clip): clip for _, clip in _clips(step)}
+    contents = [source.exact for clip in distinct.values() for source in clip.sources.values()]
+    return sum(it.numel() for it in contents if it is not None)

@@ -9,9 +9,9 @@ from typing import Any
 from bnfuse.errors import InputError
 
 ALL = "all"
-BAKE, UNTIE, MERGE = "bake", "untie", "merge"
+BAKE, UNTIE, MERGE, CLIP = "bake", "untie", "merge", "clip"
 
-KINDS = (BAKE, UNTIE, MERGE)
+KINDS = (BAKE, UNTIE, MERGE, CLIP)
 """In the order in which they are carried out."""
 
 

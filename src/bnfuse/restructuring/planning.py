@@ -26,7 +26,8 @@ from bnfuse.planner.steps import exact_contents, former_name
 from bnfuse.planner.trying_plans import Trials
 from bnfuse.reasons import GAINS_NOTHING, LAYER_IS_LOOKED_AT, LOADS_WITHOUT_A_WORD, Cause
 from bnfuse.restructuring.bake import baked
-from bnfuse.restructuring.kinds import BAKE, MERGE, UNTIE
+from bnfuse.restructuring.clip import clipped, open_clips
+from bnfuse.restructuring.kinds import BAKE, CLIP, MERGE, UNTIE
 from bnfuse.restructuring.merge import merged
 from bnfuse.restructuring.untie import untied
 from bnfuse.transaction import fused_copy, rewrite
@@ -35,8 +36,8 @@ from bnfuse.verify.reference import Reference
 
 log = logging.getLogger("bnfuse")
 
-_ROUNDS = 3
-"""So many times each kind is proposed: what one step makes may be what another needs."""
+_ROUNDS = {BAKE: 3, UNTIE: 3, MERGE: 3}
+"""So many times a kind is proposed: what one step makes may be what another needs."""
 
 
 class Restructuring:
@@ -51,6 +52,7 @@ class Restructuring:
         self.original, self.kinds = original, kinds
         self._dropped: dict[tuple[str, str], Unchanged] = {}
         self._unchanged: dict[tuple[str, str], Unchanged] = {}
+        self._adding: set[str] = set()
         self._before: Plan | None = None
 
     def plan(self, make: Callable[[Planner], Plan]) -> tuple[Planner, Plan]:
@@ -62,7 +64,9 @@ class Restructuring:
         while True:
             planner, made = self._planned(make)
             useless = self._useless(planner, made)
-            self._drop(useless, GAINS_NOTHING)
+            waiting = {step.subject for step in useless if step.kind == CLIP} - self._adding
+            self._adding |= waiting  # they may gain something yet
+            self._drop([step for step in useless if step.subject not in waiting], GAINS_NOTHING)
             unguarded = [] if useless else self._unguarded(made)
             self._drop(unguarded, LOADS_WITHOUT_A_WORD)
             if not (useless or unguarded):
@@ -74,7 +78,7 @@ class Restructuring:
         taken = {
             former_name(norm, made.steps[:place]): step
             for place, step in enumerate(made.steps)
-            for norm in (step.norms if step.kind != UNTIE else ())
+            for norm in (step.norms if step.kind in (BAKE, MERGE) else ())
         }
         rest: dict[str, list[Decision]] = {}
         for decision in made.decisions:
@@ -88,7 +92,8 @@ class Restructuring:
                 decisions.append(Decision(norm.label, norm.kind, norm.channels, True, step.kind, (step.subject,)))
         decisions += [decision for others in rest.values() for decision in others]
         unchanged = {**self._unchanged, **self._dropped}
-        return replace(made, decisions=tuple(decisions), unchanged=tuple(unchanged.values()))
+        said = [it for it in unchanged.values() if it.kind != CLIP or it.reason.code != GAINS_NOTHING.code]
+        return replace(made, decisions=tuple(decisions), unchanged=tuple(said))
 
     def drop_failing(self, made: Plan) -> bool:
         """Drop the steps of a plan that change what the original gives; True if there are any.
@@ -110,12 +115,14 @@ class Restructuring:
         self._unchanged = {}
         steps: list[Step] = []
         problem = self.original
-        for kind in (BAKE, UNTIE, MERGE):
-            for _ in range(_ROUNDS if kind in self.kinds else 0):
+        for kind in (BAKE, UNTIE, MERGE, CLIP):
+            for _ in range(_ROUNDS.get(kind, 1) if kind in self.kinds else 0):
                 if kind == BAKE:
                     found, unchanged = baked(problem)
                 elif kind == MERGE:
                     found, unchanged = merged(problem)
+                elif kind == CLIP:
+                    found, unchanged = clipped(problem, self._plain(problem), self._adding), []
                 else:
                     found, unchanged = untied(problem, lambda problem=problem: self._plain(problem))  # type: ignore[misc]
                 self._unchanged.update({(one.kind, one.subject): one for one in unchanged})
@@ -168,7 +175,7 @@ class Restructuring:
         norms = {
             step: {former_name(norm, planner.steps[:place]) for norm in step.norms}
             for place, step in enumerate(planner.steps)
-            if step.kind == UNTIE
+            if step.kind in (UNTIE, CLIP)
         }
         if not norms:
             return []
@@ -219,6 +226,7 @@ def _problem(original: Problem, model: nn.Module, steps: Sequence[Step]) -> Prob
         recording: Recording = original.recording.of(model)
     except Exception:  # noqa: BLE001 (whatever the code around a module raises that is another one now)
         return None
+    open_clips(recording.graph, steps)
     problem = Problem(model, original.options, recording, (), original.further, original.unseen)
     reasons = {norm.label: reason for norm, reason in original.kept.items()}
     labels: dict[Norm, str] = {norm: former_name(norm.label, steps) for norm in problem.norms}

@@ -65,7 +65,9 @@ def _scaled_up(network: Network, value: Value, unit: Unit) -> float:
 def _in_range(network: Network, value: Value, unit: Unit) -> bool:
     if value.kind is Kind.LAYER:
         return True
-    return float(edited(network.content(value), unit).abs().amax()) <= torch.finfo(value.dtype).max
+    before = network.content(value)
+    after = edited(before, unit).where(torch.isfinite(before), 0.0)  # a bound may be infinite
+    return float(after.abs().amax()) <= torch.finfo(value.dtype).max
 
 
 def not_shared(parameter: Value, node: Node, other: Node) -> Reason:

@@ -73,12 +73,16 @@ def solve(
         if isinstance(found, Removal):
             replacements.append(Replacement(norm.names, norm.keep))
             removals.append(found)
-    gone = tuple(f"{name}." for replacement in replacements for name in replacement.names)
+    gone = tuple(f"{name}." for it in replacements for name in it.names)
+    staying = tuple(
+        f"{name}.{child}.".replace("..", ".") for it in replacements for name in it.names for child in it.keep
+    )
     edits = tuple(
         Edit(value.names, value.shape, tuple(factors), value.kind is Kind.ABSENT, value.handler)
         for value, factors in network.edits.items()
         # A norm may be edited before it goes itself.
-        if value.handler is not None or not all(name.startswith(gone) for name in value.names)
+        if value.handler is not None
+        or not all(name.startswith(gone) and not name.startswith(staying) for name in value.names)
     )
     changes = Changes(edits=edits, replacements=tuple(replacements))
     in_order = tuple(decisions[norm] for norm in norms)

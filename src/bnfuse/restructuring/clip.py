@@ -1,0 +1,182 @@
+r"""Clipping: a norm before an activation that only clips becomes the bounds of the clip, or an addition.
+
+For a norm ``s*x + t`` and an activation that keeps its input between two bounds, as ReLU does between 0 and infinity,
+
+    clip(s*x + t, p, q)  =  s * median(x, (p - t)/s, (q - t)/s) + t,
+
+for negative ``s`` too. So the activation becomes a clip with bounds of its own for each channel, and ``s`` and ``t`` go
+on into the layers behind it, where it let no shift and no negative scale pass. A layer that pads with zeros takes no
+shift; then the clip adds it, ``max(x, -t/s) + t/s``. Either way nothing is computed that was not computed before, and
+less where the norm did not only scale.
+
+Where the activation is of another kind, or stands in code that stays, but a positive scale passes, the place of the
+norm holds an addition: ``relu(s*x + t) = s*relu(x + t/s)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bnfuse.changes import Former, NewLayer, Placement, Row, Source, Step
+from bnfuse.fusion_plan import Plan
+from bnfuse.graph.graph import Graph, ModuleCall, Node, Value
+from bnfuse.graph.norms import Norm
+from bnfuse.planner.problem import Problem
+from bnfuse.restructuring.kinds import CLIP
+from bnfuse.restructuring.layers import NORM
+from bnfuse.restructuring.ownership import Owners, StaysError
+
+SHIFT = "shift"
+"""The name of the addition behind a norm in the place of that norm."""
+
+
+def clipped(problem: Problem, plan: Plan, adding: Collection[str]) -> list[Step]:
+    """Steps that let the norms go that stay before an activation.
+
+    Args:
+        problem: the model.
+        plan: of fusing it as it is.
+        adding: the names of activations whose clip adds a shift as well, since none can go on.
+    """
+    search = _Search(problem)
+    steps: list[Step] = []
+    for norm, decision in zip(problem.norms, plan.decisions, strict=True):
+        if decision.fused or norm.obstacle is not None or norm in problem.kept or not norm.names or not norm.sites:
+            continue
+        like = _like(problem.model.get_submodule(norm.names[0]), norm.names[0])
+        shape = _shape(norm)
+        if like is None or shape is None:
+            continue
+        step = search.clip(norm, like, shape, adding) or search.addition(norm, like, shape)
+        if step is not None:
+            steps.append(step)
+    return steps
+
+
+class _Search:
+    def __init__(self, problem: Problem) -> None:
+        self.owners = Owners(problem.model, problem.graph)
+
+    def clip(self, norm: Norm, like: str, shape: tuple[int, ...], adding: Collection[str]) -> Step | None:
+        """A clip in the place of the activation behind a norm; None if there is no such activation."""
+        calls = [_reader(site.y) for site in norm.sites]
+        modules = {id(call.module): call.module for call in calls if call is not None}
+        if None in calls or len(modules) != 1:
+            return None
+        [activation] = modules.values()
+        bounds = bounds_of(activation)
+        names = self.owners.names.get(id(activation))
+        values = {site.y for site in norm.sites}
+        if bounds is None or not names or not self._is_free(activation, values):
+            return None
+        bias = names[0] in adding
+        contents = dict(zip(("lower", "upper"), bounds, strict=True)) | ({"bias": 0.0} if bias else {})
+        return Step(
+            kind=CLIP,
+            subject=names[0],
+            what=f"bounds for each of {norm.channels} channels, which let {norm.label} go",
+            placements=(Placement(tuple(names), _layer(shape, like, contents)),),
+            norms=(norm.names[0],),
+        )
+
+    def addition(self, norm: Norm, like: str, shape: tuple[int, ...]) -> Step | None:
+        """An addition behind a norm."""
+        if norm.keep:
+            return None
+        row = Row(((NORM, Former()), (SHIFT, _layer(shape, like, {"bias": 0.0}))))
+        return Step(
+            kind=CLIP,
+            subject=norm.names[0],
+            what=f"an addition for each of {norm.channels} channels",
+            placements=(Placement(norm.names, row),),
+            norms=(norm.names[0],),
+        )
+
+    def _is_free(self, activation: nn.Module, values: Collection[Value]) -> bool:
+        """Whether another module can stand in the place of an activation, which reads nothing but these values."""
+        calls = self.owners.calls.get(id(activation), ())
+        if not all(call.plain and call.inputs and call.inputs[0] in values for call in calls):
+            return False
+        try:
+            self.owners.check([activation], [], ())
+        except StaysError:
+            return False
+        return True
+
+
+def bounds_of(activation: nn.Module) -> tuple[float, float] | None:
+    """Between which bounds an activation keeps its input; None if it is another function.
+
+    >>> bounds_of(nn.ReLU6()), bounds_of(nn.GELU())
+    ((0.0, 6.0), None)
+    """
+    kind = type(activation)
+    if kind is nn.ReLU:
+        return 0.0, math.inf
+    if kind in (nn.ReLU6, nn.Hardtanh):
+        assert isinstance(activation, nn.Hardtanh)
+        return float(activation.min_val), float(activation.max_val)
+    return None
+
+
+def open_clips(graph: Graph, steps: Sequence[Step]) -> None:
+    """Let the two bounds of each clip that steps have put somewhere be one operator, which passes negative scales."""
+    places = {
+        name
+        for step in steps
+        for placement in step.placements
+        if step.kind == CLIP and isinstance(placement.module, NewLayer)
+        for name in placement.names
+    }
+    for call in graph.calls:
+        if call.path in places:
+            first, second, *_ = call.nodes
+            if (first.operator, second.operator) == ("maximum", "clamp_max"):
+                _join(first, second)
+
+
+def _join(first: Node, second: Node) -> None:
+    x, lower = first.bound["self"], first.bound["other"]
+    (between,) = first.outputs
+    for value in (x, lower):
+        value.consumers[value.consumers.index(first)] = second
+    between.consumers.remove(second)
+    second.operator, second.written = "clip", []
+    second.bound = {"input": x, "lower": lower, "upper": second.bound["max"]}
+    second.inputs = list(second.bound.values())
+    first.operator, first.bound, first.inputs, first.outputs = "inside", {}, [], []
+
+
+def _reader(value: Value) -> ModuleCall | None:
+    """The call of a module of PyTorch's that alone reads a value; None if there is none."""
+    if value.pinned is not None or len(value.consumers) != 1:
+        return None
+    call = value.consumers[0].call
+    return call if call.is_standard and call.inputs == [value] and len(call.nodes) == 1 else None
+
+
+def _shape(norm: Norm) -> tuple[int, ...] | None:
+    """Of numbers for each channel, wherever the norm is applied; None if the channels are not always on axis 1."""
+    dimensions = {len(site.y.shape) for site in norm.sites}
+    if len(dimensions) != 1 or any(site.y.shape[1:2] != (norm.channels,) for site in norm.sites):
+        return None
+    return (norm.channels, *(1,) * (dimensions.pop() - 2))
+
+
+def _like(norm: nn.Module, name: str) -> str | None:
+    """The tensor of a norm that gives the clip its dtype and device."""
+    held: Iterator[tuple[str, Tensor | None]] = iter([*norm._parameters.items(), *norm._buffers.items()])
+    return next((f"{name}.{place}" for place, it in held if it is not None and it.is_floating_point()), None)
+
+
+def _layer(shape: tuple[int, ...], like: str, contents: dict[str, float]) -> NewLayer:
+    settings = {name: name in contents for name in ("lower", "upper", "bias")}
+    sources = {
+        name: Source(like, torch.full(shape, number, dtype=torch.float64, device="cpu"))
+        for name, number in contents.items()
+    }
+    return NewLayer("Clip", {"shape": shape, **settings}, sources)
