@@ -91,6 +91,26 @@ def settled(steps: Sequence[Step], edits: Iterable[Edit]) -> tuple[tuple[Step, .
     return made, tuple(edit for edit in edits if edit.names[0].rpartition(".")[0] not in clips)
 
 
+def is_idle(step: Step, after: Step) -> bool:
+    """True if all that a step does is to put clips somewhere, and these do what stood there before.
+
+    Args:
+        after: the step as it is in the end.
+    """
+    before = [clip for _, clip in _clips(_settled(step, {}))]
+    pairs = zip(before, (clip for _, clip in _clips(after)), strict=True)
+    return bool(before) and all(
+        one.sources.keys() == other.sources.keys()
+        and all(torch.equal(_exact(source), _exact(other.sources[place])) for place, source in one.sources.items())
+        for one, other in pairs
+    )
+
+
+def _exact(source: Source) -> Tensor:
+    assert source.exact is not None
+    return source.exact
+
+
 def _settled(step: Step, edits: Mapping[str, Edit]) -> Step:
     if not any(_clips(step)):
         return step
@@ -109,9 +129,8 @@ def _settled_in(name: str, spec: ModuleSpec, edits: Mapping[str, Edit]) -> Modul
         return spec
     held: dict[str, Tensor] = {}
     for place, source in spec.sources.items():
-        assert source.exact is not None
         edit = edits.get(f"{name}.{place}")
-        held[place] = source.exact
+        held[place] = _exact(source)
         for unit in () if edit is None else edit.factors:
             held[place] = edited(held[place], unit)
     if held.keys() >= {"lower", "upper"}:
@@ -141,5 +160,4 @@ def _clips_in(name: str, spec: ModuleSpec) -> Iterator[tuple[str, NewLayer]]:
 def _clip_numbers(step: Step) -> int:
     """How many parameters the clips have."""
     distinct = {id(clip): clip for _, clip in _clips(step)}
-    contents = [source.exact for clip in distinct.values() for source in clip.sources.values()]
-    return sum(it.numel() for it in contents if it is not None)
+    return sum(_exact(source).numel() for clip in distinct.values() for source in clip.sources.values())

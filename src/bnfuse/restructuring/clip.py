@@ -1,4 +1,4 @@
-r"""Clipping: a norm before an activation that only clips becomes the bounds of the clip, or an addition.
+r"""Clipping: a norm beside an activation that only clips becomes the bounds of the clip, or an addition.
 
 For a norm ``s*x + t`` and an activation that keeps its input between two bounds, as ReLU does between 0 and infinity,
 
@@ -7,7 +7,7 @@ For a norm ``s*x + t`` and an activation that keeps its input between two bounds
 for negative ``s`` too. So the activation becomes a clip with bounds of its own for each channel, and ``s`` and ``t`` go
 on into the layers behind it, where it let no shift and no negative scale pass. A layer that pads with zeros takes no
 shift; then the clip adds it, ``max(x, -t/s) + t/s``. Either way nothing is computed that was not computed before, and
-less where the norm did not only scale.
+less where the norm did not only scale. Behind an activation it is the same the other way round, into the layer before.
 
 Where the activation is of another kind, or stands in code that stays, but a positive scale passes, the place of the
 norm holds an addition: ``relu(s*x + t) = s*relu(x + t/s)``.
@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from bnfuse.changes import Former, NewLayer, Placement, Row, Source, Step
 from bnfuse.fusion_plan import Plan
-from bnfuse.graph.graph import Graph, ModuleCall, Node, Value
+from bnfuse.graph.graph import Graph, Node
 from bnfuse.graph.norms import Norm
 from bnfuse.planner.problem import Problem
 from bnfuse.restructuring.kinds import CLIP
@@ -34,61 +35,67 @@ SHIFT = "shift"
 """The name of the addition behind a norm in the place of that norm."""
 
 
-def clipped(problem: Problem, plan: Plan, adding: Collection[str]) -> list[Step]:
-    """Steps that let the norms go that stay before an activation.
+def clipped(problem: Problem, plan: Plan, adding: Collection[str], additions: bool) -> list[Step]:
+    """Steps that let the norms go that stay beside an activation.
 
     Args:
         problem: the model.
         plan: of fusing it as it is.
         adding: the names of activations whose clip adds a shift as well, since none can go on.
+        additions: whether norms without such an activation may become additions.
     """
-    search = _Search(problem)
-    steps: list[Step] = []
+    search = _Search(problem, adding)
     for norm, decision in zip(problem.norms, plan.decisions, strict=True):
         if decision.fused or norm.obstacle is not None or norm in problem.kept or not norm.names or not norm.sites:
             continue
         like = _like(problem.model.get_submodule(norm.names[0]), norm.names[0])
         shape = _shape(norm)
-        if like is None or shape is None:
-            continue
-        step = search.clip(norm, like, shape, adding) or search.addition(norm, like, shape)
-        if step is not None:
-            steps.append(step)
-    return steps
+        if like is not None and shape is not None and not search.add_clips(norm, like, shape) and additions:
+            search.add_addition(norm, like, shape)
+    return list(search.found.values())
 
 
 class _Search:
-    def __init__(self, problem: Problem) -> None:
-        self.owners = Owners(problem.model, problem.graph)
+    """Steps, by the names of the modules that they are about."""
 
-    def clip(self, norm: Norm, like: str, shape: tuple[int, ...], adding: Collection[str]) -> Step | None:
-        """A clip in the place of the activation behind a norm; None if there is no such activation."""
-        calls = [_reader(site.y) for site in norm.sites]
-        modules = {id(call.module): call.module for call in calls if call is not None}
-        if None in calls or len(modules) != 1:
-            return None
-        [activation] = modules.values()
-        bounds = bounds_of(activation)
-        names = self.owners.names.get(id(activation))
-        values = {site.y for site in norm.sites}
-        if bounds is None or not names or not self._is_free(activation, values):
-            return None
-        bias = names[0] in adding
-        contents = dict(zip(("lower", "upper"), bounds, strict=True)) | ({"bias": 0.0} if bias else {})
-        return Step(
-            kind=CLIP,
-            subject=names[0],
-            what=f"bounds for each of {norm.channels} channels, which let {norm.label} go",
-            placements=(Placement(tuple(names), _layer(shape, like, contents)),),
-            norms=(norm.names[0],),
-        )
+    def __init__(self, problem: Problem, adding: Collection[str]) -> None:
+        self.owners, self.adding = Owners(problem.model, problem.graph), adding
+        self.found: dict[str, Step] = {}
 
-    def addition(self, norm: Norm, like: str, shape: tuple[int, ...]) -> Step | None:
-        """An addition behind a norm."""
+    def add_clips(self, norm: Norm, like: str, shape: tuple[int, ...]) -> bool:
+        """Steps for the activations right behind and right before a norm; whether there is one."""
+        nodes = [node for site in norm.sites for node in (*site.y.consumers, site.x.producer) if node is not None]
+        activations = {id(node.call.module): node.call.module for node in nodes if bounds_of(node.call.module)}
+        found = False
+        for activation in activations.values():
+            if not self._is_free(activation, norm):
+                continue
+            found = True
+            names = self.owners.names[id(activation)]
+            known = self.found.get(names[0])
+            if known is not None:
+                self.found[names[0]] = replace(known, norms=(*known.norms, norm.names[0]))
+                continue
+            bounds = bounds_of(activation)
+            assert bounds is not None
+            contents = dict(zip(("lower", "upper"), bounds, strict=True))
+            if names[0] in self.adding:
+                contents["bias"] = 0.0
+            self.found[names[0]] = Step(
+                kind=CLIP,
+                subject=names[0],
+                what=f"bounds for each of {norm.channels} channels",
+                placements=(Placement(tuple(names), _layer(shape, like, contents)),),
+                norms=(norm.names[0],),
+            )
+        return found
+
+    def add_addition(self, norm: Norm, like: str, shape: tuple[int, ...]) -> None:
+        """A step that puts an addition behind a norm."""
         if norm.keep:
-            return None
+            return
         row = Row(((NORM, Former()), (SHIFT, _layer(shape, like, {"bias": 0.0}))))
-        return Step(
+        self.found[norm.names[0]] = Step(
             kind=CLIP,
             subject=norm.names[0],
             what=f"an addition for each of {norm.channels} channels",
@@ -96,11 +103,16 @@ class _Search:
             norms=(norm.names[0],),
         )
 
-    def _is_free(self, activation: nn.Module, values: Collection[Value]) -> bool:
-        """Whether another module can stand in the place of an activation, which reads nothing but these values."""
-        calls = self.owners.calls.get(id(activation), ())
-        if not all(call.plain and call.inputs and call.inputs[0] in values for call in calls):
+    def _is_free(self, activation: nn.Module, norm: Norm) -> bool:
+        """Whether another module can stand in the place of an activation, which only runs beside a norm."""
+        if id(activation) not in self.owners.names:
             return False
+        before, behind = ({site.x for site in norm.sites}, {site.y for site in norm.sites})
+        for call in self.owners.calls.get(id(activation), ()):
+            if not call.plain or not call.is_standard or len(call.nodes) != 1 or len(call.inputs) != 1:
+                return False
+            if call.inputs[0] not in behind and not (call.outputs and call.outputs[0] in before):
+                return False
         try:
             self.owners.check([activation], [], ())
         except StaysError:
@@ -149,14 +161,6 @@ def _join(first: Node, second: Node) -> None:
     second.bound = {"input": x, "lower": lower, "upper": second.bound["max"]}
     second.inputs = list(second.bound.values())
     first.operator, first.bound, first.inputs, first.outputs = "inside", {}, [], []
-
-
-def _reader(value: Value) -> ModuleCall | None:
-    """The call of a module of PyTorch's that alone reads a value; None if there is none."""
-    if value.pinned is not None or len(value.consumers) != 1:
-        return None
-    call = value.consumers[0].call
-    return call if call.is_standard and call.inputs == [value] and len(call.nodes) == 1 else None
 
 
 def _shape(norm: Norm) -> tuple[int, ...] | None:

@@ -22,7 +22,7 @@ from bnfuse.model.pretrained import is_guarded, lenient_places
 from bnfuse.planner.culprits import culprits
 from bnfuse.planner.planner import Planner
 from bnfuse.planner.problem import Problem
-from bnfuse.planner.steps import exact_contents, former_name
+from bnfuse.planner.steps import exact_contents, former_name, is_idle
 from bnfuse.planner.trying_plans import Trials
 from bnfuse.reasons import GAINS_NOTHING, LAYER_IS_LOOKED_AT, LOADS_WITHOUT_A_WORD, Cause
 from bnfuse.restructuring.bake import baked
@@ -36,7 +36,7 @@ from bnfuse.verify.reference import Reference
 
 log = logging.getLogger("bnfuse")
 
-_ROUNDS = {BAKE: 3, UNTIE: 3, MERGE: 3}
+_ROUNDS = {BAKE: 3, UNTIE: 3, MERGE: 3, CLIP: 2}
 """So many times a kind is proposed: what one step makes may be what another needs."""
 
 
@@ -116,13 +116,13 @@ class Restructuring:
         steps: list[Step] = []
         problem = self.original
         for kind in (BAKE, UNTIE, MERGE, CLIP):
-            for _ in range(_ROUNDS.get(kind, 1) if kind in self.kinds else 0):
+            for turn in range(_ROUNDS[kind] if kind in self.kinds else 0):
                 if kind == BAKE:
                     found, unchanged = baked(problem)
                 elif kind == MERGE:
                     found, unchanged = merged(problem)
                 elif kind == CLIP:
-                    found, unchanged = clipped(problem, self._plain(problem), self._adding), []
+                    found, unchanged = clipped(problem, self._plain(problem), self._adding, not turn), []
                 else:
                     found, unchanged = untied(problem, lambda problem=problem: self._plain(problem))  # type: ignore[misc]
                 self._unchanged.update({(one.kind, one.subject): one for one in unchanged})
@@ -171,7 +171,7 @@ class Restructuring:
         return priced, problem
 
     def _useless(self, planner: Planner, made: Plan) -> list[Step]:
-        """The steps that untie something and let no more norms go than go without any steps."""
+        """The steps that untie or clip something and let no more norms go than go without any steps."""
         norms = {
             step: {former_name(norm, planner.steps[:place]) for norm in step.norms}
             for place, step in enumerate(planner.steps)
@@ -180,7 +180,8 @@ class Restructuring:
         if not norms:
             return []
         before, gone = ({one.norm for one in plan.fused} for plan in (self._plain(self.original), self.complete(made)))
-        return [step for step, own in norms.items() if len(gone & own) <= len(before & own)]
+        idle = {step for step, after in zip(planner.steps, made.steps, strict=True) if is_idle(step, after)}
+        return [step for step, own in norms.items() if step in idle or len(gone & own) <= len(before & own)]
 
     def _unguarded(self, made: Plan) -> list[Step]:
         """The steps, where nothing would keep a library that is lenient about names from loading a file of the model

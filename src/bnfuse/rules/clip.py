@@ -1,8 +1,11 @@
 r"""A clip between two parameters, of which either may be the larger one.
 
 With bounds ``p`` and ``q`` it gives the median of x, p and q, and ``median(s*x + t, s*p + t, s*q + t)`` is
-``s*median(x, p, q) + t`` for every s but 0, negative ones too. For s = 0 the input is t, and the result is
-``median(t, p, q)``: the bounds stay as they are, and the shift is clipped.
+``s*median(x, p, q) + t`` for every s but 0, negative ones too. Where s is 0, the bounds say all:
+
+* the result is to become ``c``: it is with both bounds c, and the input may stay as it is;
+* the input has been t, so the result has been ``c = median(t, p, q)``: with both bounds c it stays, whatever the input;
+* the input becomes t: the result becomes c, and the bounds stay as they are.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from bnfuse import reasons
 from bnfuse.graph.graph import Node
-from bnfuse.rules.registry import Trial, link, lower, rule
+from bnfuse.rules.registry import Trial, lower, rule
 from bnfuse.units import Unit
 
 
@@ -22,24 +25,37 @@ def clip(node: Node, trial: Trial) -> None:
     x, y = node.bound["input"], node.outputs[0]
     bounds = [node.bound["lower"], node.bound["upper"]]
 
-    def forward(unit: Unit) -> Unit:
-        if unit.scale is None or not bool((unit.scale == 0).any()):
-            return unit
-        shift = torch.zeros_like(unit.scale) if unit.shift is None else unit.shift
+    def clipped(tensor: Tensor) -> Tensor:
         low, high = (trial.content(bound) for bound in bounds)
-        constant = torch.minimum(torch.maximum(shift, torch.minimum(low, high)), torch.maximum(low, high))
-        return Unit.of(unit.scale, torch.where(unit.scale == 0, constant, shift), unit.inverse)
+        return torch.minimum(torch.maximum(tensor, torch.minimum(low, high)), torch.maximum(low, high))
 
-    def backward(unit: Unit) -> Unit:
-        if unit.scale is not None and bool((unit.scale == 0).any()):
+    def follow(unit: Unit) -> tuple[Unit, Unit]:
+        """The units of the result and of the bounds for one of the input."""
+        dead = _dead(unit)
+        if dead is None:
+            return unit, unit
+        constant, alive = clipped(_shift(unit)), _alive(unit, dead)
+        if unit.inverse:
+            return alive, _with_dead(alive.turned(False), dead, constant)
+        return _with_dead(alive, dead, constant), alive
+
+    def precede(unit: Unit) -> tuple[Unit, Unit]:
+        """The units of the input and of the bounds for one of the result."""
+        dead = _dead(unit)
+        if dead is not None and unit.inverse:
             trial.refuse(node, reasons.UNDOES_ZERO_SCALE)
-        return unit
+        return (unit if dead is None else _alive(unit, dead)), unit
 
-    link(trial, x, y, forward, backward)
-    unit = trial.unit_or_identity(x)
-    if unit.is_identity:
+    before, after = trial.unit(x), trial.unit(y)
+    if before is None and after is None:
         return
-    moved = _of_bounds(unit)
+    if before is None or (after is not None and _dead(after) is not None and not after.inverse):
+        assert after is not None
+        other, moved = precede(after)
+        trial.demand(x, other)
+    else:
+        other, moved = follow(before)
+        trial.demand(y, other)
     for bound in bounds:
         lowered = lower(moved, bound, y)
         if lowered is None:
@@ -47,9 +63,25 @@ def clip(node: Node, trial: Trial) -> None:
         trial.demand(bound, lowered)
 
 
-def _of_bounds(unit: Unit) -> Unit:
-    if unit.scale is None or not bool((unit.scale == 0).any()):
-        return unit
-    alive = unit.scale != 0
-    shift: Tensor | None = None if unit.shift is None else unit.shift.where(alive, 0.0)
-    return Unit(unit.scale.where(alive, 1.0), shift, unit.inverse)
+def _dead(unit: Unit) -> Tensor | None:
+    """Where the scale is 0; None if it is nowhere."""
+    dead = None if unit.scale is None else unit.scale == 0
+    return dead if dead is not None and bool(dead.any()) else None
+
+
+def _shift(unit: Unit) -> Tensor:
+    assert unit.scale is not None
+    return torch.zeros_like(unit.scale) if unit.shift is None else unit.shift
+
+
+def _alive(unit: Unit, dead: Tensor) -> Unit:
+    """The unit without what it says where the scale is 0."""
+    assert unit.scale is not None
+    return Unit(unit.scale.where(~dead, 1.0), _shift(unit).where(~dead, 0.0), unit.inverse)
+
+
+def _with_dead(unit: Unit, dead: Tensor, constant: Tensor) -> Unit:
+    """The unit with a scale of 0 and a constant in some places."""
+    assert unit.scale is not None
+    assert unit.shift is not None
+    return Unit(unit.scale.where(~dead, 0.0), torch.where(dead, constant, unit.shift), unit.inverse)

@@ -317,6 +317,9 @@ def edited(tensor: Tensor, unit: Unit) -> Tensor:
     """The contents after an edit."""
     if unit.scale is not None:
         tensor = tensor * unit.scale
+        dead = unit.scale == 0
+        if bool(dead.any()):
+            tensor = tensor.where(~dead, 0.0)  # of a bound, which may be infinite
     if unit.shift is not None:
         tensor = tensor + unit.shift
     return tensor if unit.entries is None else unit.entries.add_to(tensor.clone())
