@@ -1111,6 +1111,13 @@ GAINS_NOTHING = _cause(
     "Each use would cost a copy of the weights, and the norms behind them stay all the same.",
     "Nothing.",
 )
+CLIP_TAKES_LONGER = _cause(
+    "clip-takes-longer",
+    "two bounds and an addition would take longer than the norm and its activation",
+    "Some scales are negative, or the activation has two bounds, and what comes next takes no shift, as a layer that "
+    "pads with zeros.",
+    "Nothing.",
+)
 LOADS_WITHOUT_A_WORD = _cause(
     "loads-without-a-word",
     "the library that keeps the model in a folder would load a file of the new one into the old one without a word",

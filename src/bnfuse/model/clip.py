@@ -27,10 +27,6 @@ class Clip(nn.Module):
     [[-0.5, 1.0]]
     """
 
-    lower: Tensor | None
-    upper: Tensor | None
-    bias: Tensor | None
-
     def __init__(
         self,
         shape: Sequence[int],
@@ -43,22 +39,24 @@ class Clip(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = tuple(shape)
-        for name, wanted in (("lower", lower), ("upper", upper), ("bias", bias)):
-            parameter = nn.Parameter(torch.zeros(self.shape, device=device, dtype=dtype)) if wanted else None
-            self.register_parameter(name, parameter)
+
+        def numbers(wanted: bool) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(self.shape, device=device, dtype=dtype)) if wanted else None
+
+        self.lower, self.upper, self.bias = numbers(lower), numbers(upper), numbers(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Works in place on what it has made itself, and in the dtype of its input."""
-        y = x
-        if self.lower is not None:
-            y = torch.maximum(y, self.lower.to(y.dtype))
-        if self.upper is not None:
-            upper = self.upper.to(y.dtype)
-            y = torch.minimum(y, upper) if y is x else y.clamp_max_(upper)
-        if self.bias is not None:
-            bias = self.bias.to(y.dtype)
-            y = y + bias if y is x else y.add_(bias)
-        return y
+        """Works in the dtype of its input, and in place on what it has made itself."""
+        lower, upper, bias = self.lower, self.upper, self.bias
+        if lower is None and upper is None:
+            return x if bias is None else x + bias.to(x.dtype)
+        if lower is not None:
+            x = torch.maximum(x, lower.to(x.dtype))
+            if upper is not None:
+                x = x.clamp_max_(upper.to(x.dtype))
+        elif upper is not None:
+            x = torch.minimum(x, upper.to(x.dtype))
+        return x if bias is None else x.add_(bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         """What ``print`` shows: the shape, and which of the parameters there are."""

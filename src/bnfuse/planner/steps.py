@@ -106,6 +106,11 @@ def is_idle(step: Step, after: Step) -> bool:
     )
 
 
+def clips_for_long(step: Step) -> bool:
+    """True if a clip has two bounds and adds something: three operators in place of a norm and an activation."""
+    return any(len(clip.sources) > 2 for _, clip in _clips(step))
+
+
 def _exact(source: Source) -> Tensor:
     assert source.exact is not None
     return source.exact

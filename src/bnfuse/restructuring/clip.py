@@ -146,20 +146,20 @@ def open_clips(graph: Graph, steps: Sequence[Step]) -> None:
     }
     for call in graph.calls:
         if call.path in places:
-            first, second, *_ = call.nodes
+            first, second, *rest = call.nodes
             if (first.operator, second.operator) == ("maximum", "clamp_max"):
-                _join(first, second)
+                _join(first, second, adds=bool(rest))
 
 
-def _join(first: Node, second: Node) -> None:
+def _join(first: Node, second: Node, adds: bool) -> None:
     x, lower = first.bound["self"], first.bound["other"]
     (between,) = first.outputs
     for value in (x, lower):
         value.consumers[value.consumers.index(first)] = second
     between.consumers.remove(second)
     second.operator, second.written = "clip", []
-    second.bound = {"input": x, "lower": lower, "upper": second.bound["max"]}
-    second.inputs = list(second.bound.values())
+    second.inputs = [x, lower, second.bound["max"]]
+    second.bound = dict(zip(("input", "lower", "upper"), second.inputs, strict=True)) | {"adds": adds}
     first.operator, first.bound, first.inputs, first.outputs = "inside", {}, [], []
 
 

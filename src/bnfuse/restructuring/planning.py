@@ -22,9 +22,9 @@ from bnfuse.model.pretrained import is_guarded, lenient_places
 from bnfuse.planner.culprits import culprits
 from bnfuse.planner.planner import Planner
 from bnfuse.planner.problem import Problem
-from bnfuse.planner.steps import exact_contents, former_name, is_idle
+from bnfuse.planner.steps import clips_for_long, exact_contents, former_name, is_idle
 from bnfuse.planner.trying_plans import Trials
-from bnfuse.reasons import GAINS_NOTHING, LAYER_IS_LOOKED_AT, LOADS_WITHOUT_A_WORD, Cause
+from bnfuse.reasons import CLIP_TAKES_LONGER, GAINS_NOTHING, LAYER_IS_LOOKED_AT, LOADS_WITHOUT_A_WORD, Cause
 from bnfuse.restructuring.bake import baked
 from bnfuse.restructuring.clip import clipped, open_clips
 from bnfuse.restructuring.kinds import BAKE, CLIP, MERGE, UNTIE
@@ -64,12 +64,14 @@ class Restructuring:
         while True:
             planner, made = self._planned(make)
             useless = self._useless(planner, made)
-            waiting = {step.subject for step in useless if step.kind == CLIP} - self._adding
+            waiting = {step.subject for step in useless if step.kind == CLIP and not useless[step]} - self._adding
             self._adding |= waiting  # they may gain something yet
             self._drop([step for step in useless if step.subject not in waiting], GAINS_NOTHING)
-            unguarded = [] if useless else self._unguarded(made)
+            slow = [] if useless else [step for step in made.steps if clips_for_long(step)]
+            self._drop(slow, CLIP_TAKES_LONGER)
+            unguarded = [] if useless or slow else self._unguarded(made)
             self._drop(unguarded, LOADS_WITHOUT_A_WORD)
-            if not (useless or unguarded):
+            if not (useless or slow or unguarded):
                 break
         return planner, made
 
@@ -170,18 +172,20 @@ class Restructuring:
             return None
         return priced, problem
 
-    def _useless(self, planner: Planner, made: Plan) -> list[Step]:
-        """The steps that untie or clip something and let no more norms go than go without any steps."""
+    def _useless(self, planner: Planner, made: Plan) -> dict[Step, bool]:
+        """The steps that untie or clip something and let no more norms go than go without any steps; and whether their
+        norms go all the same."""
         norms = {
             step: {former_name(norm, planner.steps[:place]) for norm in step.norms}
             for place, step in enumerate(planner.steps)
             if step.kind in (UNTIE, CLIP)
         }
         if not norms:
-            return []
+            return {}
         before, gone = ({one.norm for one in plan.fused} for plan in (self._plain(self.original), self.complete(made)))
         idle = {step for step, after in zip(planner.steps, made.steps, strict=True) if is_idle(step, after)}
-        return [step for step, own in norms.items() if step in idle or len(gone & own) <= len(before & own)]
+        gain = {step: len(gone & own) > len(before & own) for step, own in norms.items()}
+        return {step: gains for step, gains in gain.items() if step in idle or not gains}
 
     def _unguarded(self, made: Plan) -> list[Step]:
         """The steps, where nothing would keep a library that is lenient about names from loading a file of the model

@@ -4,7 +4,8 @@ With bounds ``p`` and ``q`` it gives the median of x, p and q, and ``median(s*x 
 ``s*median(x, p, q) + t`` for every s but 0, negative ones too. Where s is 0, the bounds say all:
 
 * the result is to become ``c``: it is with both bounds c, and the input may stay as it is;
-* the input has been t, so the result has been ``c = median(t, p, q)``: with both bounds c it stays, whatever the input;
+* the input has been t, so the result has been ``c = median(t, p, q)``: with both bounds c it stays, whatever the input.
+  A c of 0 is left to what reads the result, which multiplies by 0, unless something is added to the result first;
 * the input becomes t: the result becomes c, and the bounds stay as they are.
 """
 
@@ -29,14 +30,30 @@ def clip(node: Node, trial: Trial) -> None:
         low, high = (trial.content(bound) for bound in bounds)
         return torch.minimum(torch.maximum(tensor, torch.minimum(low, high)), torch.maximum(low, high))
 
+    def turned(unit: Unit) -> Unit:
+        """The unit as one of the bounds, which an edit gives them; no scale is too small for that, unless it is 0."""
+        if not unit.inverse or unit.is_identity:
+            return unit
+        scale = torch.ones(1, dtype=torch.float64, device="cpu") if unit.scale is None else 1 / unit.scale
+        shift = None if unit.shift is None else -unit.shift * scale
+        for bound in bounds:
+            contents = trial.content(bound)
+            largest = contents.where(contents.isfinite(), 0.0).abs().amax() * scale.abs().amax()
+            largest = largest if shift is None else torch.maximum(largest, shift.abs().amax())
+            if float(largest) > torch.finfo(bound.dtype).max / _FAR:
+                trial.refuse(node, reasons.UNDOES_ZERO_SCALE)
+        return Unit(None if unit.scale is None else scale, shift)
+
     def follow(unit: Unit) -> tuple[Unit, Unit]:
         """The units of the result and of the bounds for one of the input."""
         dead = _dead(unit)
         if dead is None:
-            return unit, unit
-        constant, alive = clipped(_shift(unit)), _alive(unit, dead)
+            return unit, turned(unit)
+        constant = clipped(_shift(unit))
+        alive = _alive(unit, dead)
         if unit.inverse:
-            return alive, _with_dead(alive.turned(False), dead, constant)
+            told = dead if node.bound["adds"] else dead & (constant != 0)
+            return _with_dead(alive, dead & ~told, constant), _with_dead(turned(alive), told, constant)
         return _with_dead(alive, dead, constant), alive
 
     def precede(unit: Unit) -> tuple[Unit, Unit]:
@@ -44,7 +61,7 @@ def clip(node: Node, trial: Trial) -> None:
         dead = _dead(unit)
         if dead is not None and unit.inverse:
             trial.refuse(node, reasons.UNDOES_ZERO_SCALE)
-        return (unit if dead is None else _alive(unit, dead)), unit
+        return (unit if dead is None else _alive(unit, dead)), turned(unit)
 
     before, after = trial.unit(x), trial.unit(y)
     if before is None and after is None:
@@ -61,6 +78,10 @@ def clip(node: Node, trial: Trial) -> None:
         if lowered is None:
             trial.refuse(node, reasons.OPERAND_IS_BROADCAST)
         trial.demand(bound, lowered)
+
+
+_FAR = 1e3
+"""So far from the largest number of their dtype bounds stay."""
 
 
 def _dead(unit: Unit) -> Tensor | None:
