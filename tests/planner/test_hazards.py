@@ -519,6 +519,8 @@ CASES: dict[str, Case] = {
     "deviation before a scale": Case(lambda: Net(lambda m, x: m.n(m.c(x).var(3, keepdim=True) * m.b), c=conv(), n=norm(), b=torch.randn(6, 1, 1)), {"n": "a deviation takes no shift"}),
     "a zero added": Case(lambda: Net(lambda m, x: (m.n(m.c(x) + x.new_zeros(())), m.d(m.k(F.silu(x)) - torch.zeros(3, 1, 1))), c=conv(), d=conv(padding=0), n=norm(), k=norm(3)), {"n": None, "k": None}),
     "zeros added": Case(lambda: Net(lambda m, x: m.n(m.c(x) + 0.5 * (x.new_zeros(()).clone() - x.new_zeros(1) / 2)), c=conv(), n=norm()), {"n": None}),
+    "zeros added up": Case(lambda: Net(lambda m, x: m.n(m.c(x) + sum([x.new_zeros(()), x.new_zeros(())])), c=conv(), n=norm()), {"n": None}),
+    "a zero added, at one size": Case(lambda: Net(lambda m, x: m.n(m.c(x) + (x.new_zeros(()) + (x.shape[-1] - 8))), c=conv(), n=norm()), {"n": "depend"}),
     "a one added": Case(lambda: Net(lambda m, x: m.n(m.c(x) + (x.new_zeros(()) + 1)), c=conv(), n=norm()), {"n": "has no axis"}),
     "a zero added, written to": Case(lambda: Net(written_zero, c=conv(), n=norm()), {"n": "no scale or shift"}),
     "literal tensor": Case(lambda: Net(lambda m, x: m.n(m.a(x) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)), a=conv(3, 3), n=norm(3)), {"n": None}),

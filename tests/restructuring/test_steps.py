@@ -431,3 +431,21 @@ def test_what_another_call_returns_stays_behind_a_step(branches: bool, kinds: An
         for size in (4, 5, 8, 3):
             x = torch.randn(2, 2, size, size, dtype=torch.float64)
             assert (model(x) - fused(x)).abs().max() < 1e-12, size
+
+
+class SumOfBranches(NormBehindASum):
+    """Python's own ``sum`` begins with the number 0, to which two zeros are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.n(self.a(x) + sum([self.b(x), self.c(x)])))
+
+
+def test_a_norm_goes_behind_zeros_that_python_adds_up() -> None:
+    model = prepared(SumOfBranches())
+    plan, fused = fused_and_checked(model, torch.randn(2, 4, 8, 8, dtype=torch.float64), restructure="merge")
+    assert [step.subject for step in plan.steps] == ["a"]
+    assert type(fused.n) is nn.Identity

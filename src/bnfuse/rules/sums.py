@@ -62,20 +62,25 @@ def _is_number_zero(operand: Value | float, trial: Trial, z: Value) -> bool:
     """Whether an operand that is broadcast is zeros that the code has made, and has no units."""
     if not isinstance(operand, Value) or operand.shape == z.shape:
         return False
-    return trial.unit(operand) is None and _is_zero(operand)
+    return trial.unit(operand) is None and _is_zero(operand, trial)
 
 
-def _is_zero(value: Value) -> bool:
+def _is_zero(value: Value, trial: Trial) -> bool:
     """Whether a tensor is zeros that the code has made, or what it has computed of nothing else."""
     node = value.producer
     if node is None or node.operator in ZEROS:
         return node is not None
     if node.operator in ("add", "sub", "rsub"):
-        return all(isinstance(it, Value) and _is_zero(it) for it in (node.bound["self"], node.bound["other"]))
+        operands = (node.bound["self"], node.bound["other"])
+        if not all(_is_zero(it, trial) if isinstance(it, Value) else it == 0 for it in operands):
+            return False
+        if len(node.inputs) < 2:
+            trial.assume(node)  # the number 0, with which Python's own sum begins
+        return True
     if node.operator in ("mul", "div"):
         x, number = node.bound["self"], node.bound["other"]
-        return isinstance(x, Value) and not isinstance(number, Value) and number != 0 and _is_zero(x)
-    return node.operator in HANDED_ON and _is_zero(node.inputs[0])
+        return isinstance(x, Value) and not isinstance(number, Value) and number != 0 and _is_zero(x, trial)
+    return node.operator in HANDED_ON and _is_zero(node.inputs[0], trial)
 
 
 def _may_take_shift(node: Node, trial: Trial, bias: Value) -> bool:
