@@ -1118,6 +1118,13 @@ CLIP_TAKES_LONGER = _cause(
     "pads with zeros.",
     "Nothing.",
 )
+COSTS_NORMS = _cause(
+    "costs-norms",
+    "with it norms stay that go without it",
+    "A norm that folds into the layers as they are, or through them, finds no way through the one that would take "
+    "their place: that pads, say, and takes no shift.",
+    "Nothing.",
+)
 LOADS_WITHOUT_A_WORD = _cause(
     "loads-without-a-word",
     "the library that keeps the model in a folder would load a file of the new one into the old one without a word",

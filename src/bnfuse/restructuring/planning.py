@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +26,15 @@ from bnfuse.planner.planner import Planner
 from bnfuse.planner.problem import Problem
 from bnfuse.planner.steps import clips_for_long, exact_contents, former_name, is_idle
 from bnfuse.planner.trying_plans import Trials
-from bnfuse.reasons import CLIP_TAKES_LONGER, GAINS_NOTHING, LAYER_IS_LOOKED_AT, LOADS_WITHOUT_A_WORD, Cause
+from bnfuse.reasons import (
+    CLIP_TAKES_LONGER,
+    COSTS_NORMS,
+    GAINS_NOTHING,
+    LAYER_IS_LOOKED_AT,
+    LOADS_WITHOUT_A_WORD,
+    Cause,
+)
+from bnfuse.restructuring import losses
 from bnfuse.restructuring.bake import baked
 from bnfuse.restructuring.clip import clipped, open_clips
 from bnfuse.restructuring.kinds import BAKE, CLIP, MERGE, UNTIE
@@ -63,17 +73,26 @@ class Restructuring:
         """
         while True:
             planner, made = self._planned(make)
-            useless = self._useless(planner, made)
-            waiting = {step.subject for step in useless if step.kind == CLIP and not useless[step]} - self._adding
-            self._adding |= waiting  # they may gain something yet
-            self._drop([step for step in useless if step.subject not in waiting], GAINS_NOTHING)
-            slow = [] if useless else [step for step in made.steps if clips_for_long(step)]
-            self._drop(slow, CLIP_TAKES_LONGER)
-            unguarded = [] if useless or slow else self._unguarded(made)
-            self._drop(unguarded, LOADS_WITHOUT_A_WORD)
-            if not (useless or slow or unguarded):
-                break
-        return planner, made
+            if not self._drops_any(planner, made):
+                return planner, made
+
+    def _drops_any(self, planner: Planner, made: Plan) -> bool:
+        """Drop steps that are not worth it; whether there are any, so that the plan has to be made anew."""
+        useless = self._useless(planner, made)
+        waiting = {step.subject for step, gains in useless.items() if step.kind == CLIP and not gains} - self._adding
+        self._adding |= waiting  # they may gain something yet
+        self._drop([step for step in useless if step.subject not in waiting], GAINS_NOTHING)
+        if useless:
+            return True
+        for steps, cause in (
+            ([step for step in made.steps if clips_for_long(step)], CLIP_TAKES_LONGER),
+            (self._costly(planner, made), COSTS_NORMS),
+            (self._unguarded(made), LOADS_WITHOUT_A_WORD),
+        ):
+            self._drop(steps, cause)
+            if steps:
+                return True
+        return False
 
     def complete(self, made: Plan) -> Plan:
         """The plan with a decision for every norm of the original, also for those that a step took away."""
@@ -186,6 +205,30 @@ class Restructuring:
         idle = {step for step, after in zip(planner.steps, made.steps, strict=True) if is_idle(step, after)}
         gain = {step: len(gone & own) > len(before & own) for step, own in norms.items()}
         return {step: gains for step, gains in gain.items() if step in idle or not gains}
+
+    def _costly(self, planner: Planner, made: Plan) -> list[Step]:
+        """The steps with which norms stay that go without any: see :mod:`bnfuse.restructuring.losses`."""
+        problem = self.original
+        if problem.options.budget is not None:  # what that keeps says nothing of the steps
+            made = planner.plan()
+        now = losses.gone(self.complete(made).decisions)
+        able = Counter(norm.label for norm in problem.norms if norm.obstacle is None and norm not in problem.kept)
+        if not planner.steps or able <= now:
+            return []
+        plainly = losses.gone(self._plain(problem).decisions)
+        if plainly <= now:
+            return []
+
+        def go_with(steps: Sequence[Step]) -> losses.Gone:
+            if len(steps) in (0, len(planner.steps)):
+                return now if steps else plainly
+            gc.collect()  # each trial has a copy of the model
+            tried = self._tried([], steps)
+            if tried is None:  # one needs another that is not among them
+                return losses.Gone()
+            return losses.gone(self.complete(Planner(tried[1], problem, tried[0]).plan()).decisions)
+
+        return losses.costly(planner.steps, plainly, go_with)
 
     def _unguarded(self, made: Plan) -> list[Step]:
         """The steps, where nothing would keep a library that is lenient about names from loading a file of the model
