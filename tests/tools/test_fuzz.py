@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from bnfuse.solve import parallel_layer as beside
 from bnfuse.solve import propagation as trial
 from bnfuse.solve import search as solve
 from fuzz.check import bare_algebra, check
+from fuzz.command import main
 from fuzz.generate import draw
 from fuzz.program import Program
 from fuzz.shrink import shrink
@@ -271,3 +273,14 @@ def test_failures_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     small = shrink(program, lambda candidate: bool(check(candidate).failure), seconds=5)
     assert check(small).failure
     assert len(small.steps) <= 4, str(small)
+
+
+def test_what_crossed_which_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    accept = trial.Trial.accept
+    with warnings.catch_warnings():  # the command ignores them from then on
+        assert main(["--coverage", "--count", "3"]) == 0
+    said = capsys.readouterr().out
+    crossed = re.findall(r"^  (\w+): (\d+), \d+$", said, re.M)
+    assert any(int(times) for operator, times in crossed if operator == "conv2d")
+    assert said.splitlines()[-1].startswith("3 networks, ")
+    assert trial.Trial.accept is accept
