@@ -26,9 +26,7 @@ def promised(outcome: CallsOutcome, program: CalledProgram) -> bool:
 
 def shrunk(program: CalledProgram, failure: str, seconds: float) -> CalledProgram:
     """The failing network made small."""
-    small = shrink(program, lambda candidate: runs(candidate) and check(candidate).failure == failure, seconds)
-    assert isinstance(small, CalledProgram)
-    return small
+    return shrink(program, lambda candidate: runs(candidate) and check(candidate).failure == failure, seconds)
 
 
 def _job(seed: int, kind: str | None = None) -> tuple[int, CallsOutcome | None, bool]:

@@ -146,7 +146,7 @@ def _reported(what: str) -> Iterator[None]:
 def bare_algebra() -> Iterator[None]:
     """Plans are not tried on further calls inside, so that this cannot hide a mistake of the rules."""
     failure = Trials.failure
-    Trials.failure = lambda *_: None  # type: ignore[method-assign, assignment]
+    Trials.failure = lambda *_: None  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -168,7 +168,7 @@ class Snapshot:
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
         for place, module in self.model.named_modules(remove_duplicate=False):
-            attributes = {}
+            attributes: dict[str, tuple[Any, Any]] = {}
             for name, value in module.__dict__.items():
                 if isinstance(value, (dict, list)):
                     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -367,7 +367,7 @@ class _Noise(TorchDispatchMode):
     """Every operator's result is off by a relative error; views and copies are exact."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.generator = generator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -177,6 +177,12 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     return found
 
 
+def go_back(output: Any) -> None:
+    """Gradients from the sum of all tensors in an output; raises what PyTorch does, also if none has any."""
+    tensors = [leaf for leaf in leaves(output).values() if isinstance(leaf, Tensor) and leaf.requires_grad]
+    sum((tensor.sum() for tensor in tensors), torch.zeros(())).backward()
+
+
 def runs(program: CalledProgram) -> bool:
     """True if the network holds a norm and runs on the recorded call, and what it gives is finite."""
     try:
@@ -290,8 +296,7 @@ def _trains(program: CalledProgram, fused_before: bool) -> str:
     model.train()
     arguments, options = _evaluated(program.recorded, _names(model))
     try:
-        outputs = leaves(model(*arguments, **options)).values()
-        sum(leaf.sum() for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad).backward()
+        go_back(model(*arguments, **options))
     except Exception:  # noqa: BLE001 - any exception is the answer
         return traceback.format_exc()
     return ""

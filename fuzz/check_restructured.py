@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 import bnfuse
 from bnfuse.api import fuse_with_plan
 from fuzz.check import Failed, Snapshot, _reported, reason_text
-from fuzz.check_calls import CallsOutcome, Run, _compare, _evaluated, _names, _norms, _reset, _ruin, leaves
+from fuzz.check_calls import CallsOutcome, Run, _compare, _evaluated, _names, _norms, _reset, _ruin, go_back
 from fuzz.restructured import RestructuredProgram
 
 IN_PLACE_EVERY, APPLIED_EVERY, TRAINED_EVERY = 5, 2, 7
@@ -241,7 +241,7 @@ class _Work(TorchDispatchMode):
     """Counts floating point operations, as PyTorch's FlopCounterMode does, which fails on some parametrisations."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.done = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -298,8 +298,7 @@ def _goes_back(program: RestructuredProgram, net: nn.Module) -> Exception | None
     _reset(program, net)
     arguments, options = _evaluated(program.recorded, _names(net))
     try:
-        outputs = leaves(net(*arguments, **options)).values()
-        sum(leaf.sum() for leaf in outputs if isinstance(leaf, torch.Tensor) and leaf.requires_grad).backward()  # type: ignore[union-attr]
+        go_back(net(*arguments, **options))
     except Exception as error:  # noqa: BLE001 (whatever the network raises in training)
         return error
     return None

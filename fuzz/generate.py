@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fuzz import layers as vocabulary
-from fuzz.program import DefaultDtype, Input, Layer, Program, Step, arguments
+from fuzz.program import AnyProgram, DefaultDtype, Input, Layer, Program, Step, arguments
 
 LARGEST, SMALLEST = 1e5, 1e-6
 """Magnitudes that the largest element of an activation may have."""
@@ -256,7 +256,7 @@ def _sane(value: Any) -> bool:
     return SMALLEST < largest < LARGEST  # False for NaN
 
 
-def without_unused_layers(program: Program) -> Program:
+def without_unused_layers(program: AnyProgram) -> AnyProgram:
     """The program without layers that nothing mentions, and without setup lines about layers that are gone."""
     import dataclasses
 

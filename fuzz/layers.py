@@ -126,6 +126,8 @@ class ScaledConv(nn.Conv2d):
 class MaskedConv(nn.Conv2d):
     """A convolution with a mask of the weight, that is no parameter."""
 
+    mask: Tensor
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_buffer("mask", torch.ones(self.weight.shape, dtype=torch.int64))
@@ -161,7 +163,9 @@ class BatchConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.inner
-        factor = inner.weight / (inner.running_var + inner.eps).sqrt()
+        assert inner.running_var is not None
+        assert inner.running_mean is not None
+        factor = inner.weight / torch.sqrt(inner.running_var + inner.eps)
         bias = inner.bias - factor * inner.running_mean
         if self.bias is not None:
             bias = bias + factor * self.bias
@@ -171,6 +175,7 @@ class BatchConv(nn.Conv2d):
 
 def pruned(layer: nn.Module) -> nn.Module:
     """Every other element of the weight is masked by a hook."""
+    assert isinstance(layer.weight, Tensor)
     mask = torch.arange(layer.weight.numel()).reshape(layer.weight.shape) % 2
     prune.custom_from_mask(layer, "weight", mask)
     return layer
@@ -200,11 +205,11 @@ class SummedConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         half = self.in_channels // 2
-        options = self.bias, self.stride, self.padding, self.dilation
-        first, rest = slice(0, half), slice(half, None)
-        return F.conv2d(x[:, first], self.weight[:, first], *options) + F.conv2d(
-            x[:, rest], self.weight[:, rest], *options
-        )
+        parts = [
+            F.conv2d(x[:, part], self.weight[:, part], self.bias, self.stride, self.padding, self.dilation)
+            for part in (slice(0, half), slice(half, None))
+        ]
+        return parts[0] + parts[1]
 
 
 class Scaling(nn.Module):
@@ -222,7 +227,8 @@ class Combined(nn.Sequential):
     """Layers in turn, with the input added to the result."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        y: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return x + y
 
 
 class Branched(nn.Module):
@@ -270,6 +276,11 @@ class NormWithActivation(nn.BatchNorm2d):
 class DetectronFrozenNorm(nn.Module):
     """A frozen norm that calls the function when no gradient is wanted, as detectron2's does."""
 
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
@@ -278,7 +289,7 @@ class DetectronFrozenNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
             bias = self.bias - self.running_mean * scale
             return x * scale.reshape(1, -1, 1, 1) + bias.reshape(1, -1, 1, 1)
         return F.batch_norm(
@@ -286,7 +297,7 @@ class DetectronFrozenNorm(nn.Module):
         )
 
 
-def functional_norm(x: Tensor, norm: nn.Module) -> Tensor:
+def functional_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
     """A norm whose tensors are handed to the function by other code."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, norm.eps)
 

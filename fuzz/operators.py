@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fuzz.generate import Builder, Unfit, operator
 
 SPATIAL = (3, 4, 5)
@@ -26,7 +28,7 @@ def convolution(g: Builder, x: str, out: int | None = None, keep_size: bool = Fa
     size = g.one_of(1, 1, 3, 3, 3, 2)
     if keep_size and size == 2:
         size = 3
-    options = {}
+    options: dict[str, Any] = {}
     groups = g.weighted(one=6, depthwise=1.5, some=1.5)
     if groups == "depthwise" and out % channels == 0:
         options["groups"] = channels

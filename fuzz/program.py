@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fuzz import layers as vocabulary
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 INDENT = "    "
 
@@ -60,6 +63,9 @@ class Step:
         return f"{', '.join(self.outputs)} = {self.expression}" if self.outputs else self.expression
 
 
+AnyProgram = TypeVar("AnyProgram", bound="Program")
+
+
 @dataclass(frozen=True)
 class Program:
     """A network.
@@ -102,6 +108,10 @@ class Program:
         lines += [2 * INDENT + str(step) for step in self.steps]
         lines += [2 * INDENT + f"return {self.returned.expression}", ""]
         return "\n".join(lines)
+
+    def smaller(self) -> Iterator[Self]:
+        """The same network with less of what is not in every network."""
+        yield from ()
 
     def build(self) -> nn.Module:
         """The network, with its contents, in evaluation mode and float64."""

@@ -6,10 +6,13 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import bnfuse
 from fuzz.program import INDENT, Program, Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class CalledProgram(Program):
         ]
         return f", calls=[{', '.join(calls)}]" if calls and hasattr(bnfuse, "Call") else ""
 
-    def smaller(self) -> Iterator[CalledProgram]:
+    def smaller(self) -> Iterator[Self]:
         """The same network with fewer calls, or with less around it."""
         if self.further:
             yield dataclasses.replace(self, further=())
@@ -207,7 +210,8 @@ class CalledProgram(Program):
         for name in ("preamble", "memory", "signature", "methods", "ending", "kept", "given"):
             items: tuple[Any, ...] = getattr(self, name)
             for index in range(len(items)):
-                yield dataclasses.replace(self, **{name: items[:index] + items[index + 1 :]})
+                rest: dict[str, Any] = {name: items[:index] + items[index + 1 :]}
+                yield dataclasses.replace(self, **rest)
 
 
 def _without(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,6 +25,9 @@ from fuzz.check_calls import runs
 from fuzz.generate import Spoilt, Unfit
 from fuzz.program import DefaultDtype, Layer, Step
 from fuzz.protocol import CalledProgram
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 KINDS_ASKED = ("True",) * 9 + ("'{0}'",) * 2 + ("['bake', 'untie']", "['merge', 'untie']", "('bake', 'merge')")
 
@@ -64,10 +68,8 @@ class RestructuredProgram(CalledProgram):
     def planning(self) -> str:
         return f"bnfuse.plan({self.arguments_of_fuse()})"
 
-    def smaller(self) -> Iterator[RestructuredProgram]:
-        for candidate in super().smaller():
-            assert isinstance(candidate, RestructuredProgram)
-            yield candidate
+    def smaller(self) -> Iterator[Self]:
+        yield from super().smaller()
         for index, step in enumerate(self.steps):
             flat = self._flat(index, step)
             if flat is not None:
@@ -80,7 +82,7 @@ class RestructuredProgram(CalledProgram):
             if self.asked != kind and not re.fullmatch(r"'\w+'", self.asked):
                 yield dataclasses.replace(self, asked=kind)
 
-    def _flat(self, index: int, step: Step) -> RestructuredProgram | None:
+    def _flat(self, index: int, step: Step) -> Self | None:
         """The network with the lines of a module in the place of its call; None where it is no such call."""
         called = re.fullmatch(r"m\.(\w+)\((\$\d(, )?)+\)", step.code)
         layer = next((layer for layer in self.layers if called and layer.name == called[1]), None)

@@ -50,9 +50,7 @@ class RestructuredTally(Tally):
 
 def shrunk(program: RestructuredProgram, failure: str, seconds: float) -> RestructuredProgram:
     """The failing network made small."""
-    small = shrink(program, lambda candidate: runs(candidate) and check(candidate).failure == failure, seconds)
-    assert isinstance(small, RestructuredProgram)
-    return small
+    return shrink(program, lambda candidate: runs(candidate) and check(candidate).failure == failure, seconds)
 
 
 def _job(seed: int, kind: str | None = None) -> tuple[int, RestructuredOutcome | None, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -99,7 +100,7 @@ def layer_code(
         dilation = 2 if size > 1 and g.chance(0.15) else 1
         mode = g.one_of("reflect", "replicate", "circular") if size > 1 and g.chance(0.1) else ""
     padding = dilation * (size - 1) // 2
-    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     if stride == 1 and padding and not plain and g.chance(0.1):
         options["padding"] = "'same'"

@@ -9,15 +9,13 @@ import itertools
 import re
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from fuzz.generate import without_unused_layers
-from fuzz.program import Program, Step
-from fuzz.protocol import CalledProgram
-
-Failing = Callable[[Program], bool]
+from fuzz.program import AnyProgram, Step
 
 
-def shrink(program: Program, failing: Failing, seconds: float = 30.0) -> Program:
+def shrink(program: AnyProgram, failing: Callable[[AnyProgram], bool], seconds: float = 30.0) -> AnyProgram:
     """A smaller program that still fails.
 
     Args:
@@ -45,10 +43,9 @@ def shrink(program: Program, failing: Failing, seconds: float = 30.0) -> Program
     return program
 
 
-def _candidates(program: Program) -> Iterator[Program]:
+def _candidates(program: AnyProgram) -> Iterator[AnyProgram]:
     """Programs with something left out, the largest savings first."""
-    if isinstance(program, CalledProgram):
-        yield from program.smaller()
+    yield from program.smaller()
     operands = program.returned.operands
     if len(operands) > 1 or program.returned.code != "$0":
         for operand in operands:
@@ -75,16 +72,19 @@ def _candidates(program: Program) -> Iterator[Program]:
             yield dataclasses.replace(program, steps=_replaced(program.steps, index, changed))
 
 
-def _replaced(items: tuple, index: int, item: object) -> tuple:  # type: ignore[type-arg]
+_Item = TypeVar("_Item")
+
+
+def _replaced(items: tuple[_Item, ...], index: int, item: _Item) -> tuple[_Item, ...]:
     return (*items[:index], item, *items[index + 1 :])
 
 
-def _returning(program: Program, operands: tuple[str, ...]) -> Program:
+def _returning(program: AnyProgram, operands: tuple[str, ...]) -> AnyProgram:
     code = ", ".join(f"${index}" for index in range(len(operands)))
     return dataclasses.replace(program, returned=Step((), code, operands))
 
 
-def _without(program: Program, index: int) -> Iterator[Program]:
+def _without(program: AnyProgram, index: int) -> Iterator[AnyProgram]:
     """The program without a step: its results are replaced by an operand, or everything that follows from it goes."""
     step = program.steps[index]
     rest = program.steps[:index] + program.steps[index + 1 :]
@@ -98,7 +98,7 @@ def _without(program: Program, index: int) -> Iterator[Program]:
     yield from _cut(program, index)
 
 
-def _cut(program: Program, index: int) -> Iterator[Program]:
+def _cut(program: AnyProgram, index: int) -> Iterator[AnyProgram]:
     lost = set(program.steps[index].outputs)
     kept = list(program.steps[:index])
     for step in program.steps[index + 1 :]:
@@ -118,7 +118,7 @@ def _renamed(step: Step, names: dict[str, str]) -> Step:
     return dataclasses.replace(step, operands=tuple(names.get(operand, operand) for operand in step.operands))
 
 
-def _pruned(program: Program) -> Program:
+def _pruned(program: AnyProgram) -> AnyProgram:
     """Without steps whose results nothing reads."""
     steps = list(program.steps)
     while True:
