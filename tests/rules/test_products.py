@@ -24,7 +24,8 @@ from rule_cases import (
     no_shift,
     parameter,
 )
-from torch import nn
+from support import fused_and_checked
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import bnfuse
@@ -199,3 +200,24 @@ def test_a_constant_factor_stays_whatever_the_rounding_of_the_scale(seed: int) -
     fused = bnfuse.fuse(model, x)
     assert type(fused.n) is nn.Identity
     torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_gain_that_takes_a_scale_does_so_for_all_its_readers(seed: int) -> None:
+    """For the second one the gain has its new units already, and what is left of the scale is 1 up to rounding."""
+    torch.manual_seed(seed)
+
+    def one(m: Any, y: Tensor) -> Tensor:
+        return m.n(y) * m.gain.p + m.u(y)
+
+    model = Net(
+        lambda m, x: (one(m, F.silu(x)), one(m, x.cos())),
+        u=conv(16, 16),
+        gain=parameter([[[1.0 + channel / 7]] for channel in range(16)]),
+        n=nn.BatchNorm2d(16),
+    )
+    nn.init.normal_(model.n.weight)
+    nn.init.normal_(model.n.bias)
+    plan, fused = fused_and_checked(model.double().eval(), torch.randn(2, 16, 4, 4, dtype=torch.float64))
+    assert type(fused.n) is nn.Identity
+    assert plan.fused[0].into == ("u", "gain")

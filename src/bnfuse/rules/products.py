@@ -205,10 +205,10 @@ class _Gain:
 
     def _forward(self, unit: Unit, ratio: Tensor | None) -> Unit:
         if unit.inverse:
-            scale = unit.scale if ratio is None else multiply(unit.scale, reciprocal(ratio))
+            scale = unit.scale if ratio is None else _combined(unit.scale, reciprocal(ratio))
             return Unit(scale, None if unit.shift is None else unit.shift * self._contents(), True)
         shift = None if unit.shift is None else multiply(unit.shift * self._contents(), ratio)
-        return Unit(multiply(unit.scale, ratio), shift)
+        return Unit(_combined(unit.scale, ratio), shift)
 
     def _backward(self, unit: Unit, ratio: Tensor | None) -> Unit:
         shift = None
@@ -218,10 +218,10 @@ class _Gain:
             if bool((contents.abs() < 1e-8).any()):
                 self.trial.refuse_shift(self.node, reasons.GAIN_IS_ZERO)
         if unit.inverse:
-            return Unit(multiply(unit.scale, ratio), shift, True)
+            return Unit(_combined(unit.scale, ratio), shift, True)
         inverse = None if ratio is None else reciprocal(ratio)
         shift = None if shift is None else multiply(shift, inverse)
-        return Unit(multiply(unit.scale, inverse), shift)
+        return Unit(_combined(unit.scale, inverse), shift)
 
     def _missing(self, of_x: Unit, of_z: Unit) -> Unit:
         """What p needs so that given units of x and z fit."""
@@ -306,6 +306,12 @@ def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> Non
             trial.demand(value, unit)
     else:
         trial.choose(node, alternatives, scale=True)
+
+
+def _combined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The product of two scales, None where one undoes the other: ``s*(1/s)`` is not always 1."""
+    made = multiply(a, b)
+    return made if a is None or b is None or not _equal(made, None) else None
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
