@@ -139,3 +139,26 @@ def test_a_norm_is_not_blamed_for_another_that_goes_once_a_third_stays(size: int
     assert [type(norm) for norm in (fused.n, fused.m, fused.k)] == [nn.BatchNorm2d, nn.BatchNorm2d, nn.Identity]
     for x in (small, large):
         torch.testing.assert_close(fused(x), model(x), rtol=1e-11, atol=1e-11)
+
+
+class TwoTogether(nn.Module):
+    """Alone, each norm goes into ``c``. Together, one goes on into ``d``, whose bias the code looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.d = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.n, self.m = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.n(self.c(x))
+        return self.d(self.m(self.c(x))), y * (2 if self.d.bias is None else 3)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_of_two_that_fit_alone_and_not_together_one_goes(inplace: bool) -> None:
+    model = prepared(TwoTogether())
+    x = torch.randn(2, 4, dtype=torch.float64)
+    expected = model(x)
+    fused = bnfuse.fuse(model, x, inplace=inplace)
+    assert [type(norm) for norm in (fused.n, fused.m)] == [nn.Identity, nn.BatchNorm1d]
+    torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)

@@ -38,7 +38,7 @@ def without_misfits(planner: Planner, plan: Plan) -> Plan | None:
         return _fits(problem, planner.plan({**staying, **kept}))
 
     found = [norm for group in culprits(fused, fits, limited=False) for norm in group]
-    bad = [norm for norm in found if not fits([norm])]
+    bad = [norm for norm in found if not fits([norm])] or found  # each alone may go another way than all together
     return planner.plan({**kept, **dict.fromkeys(bad, reason)}) if bad else None
 
 
