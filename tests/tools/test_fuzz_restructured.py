@@ -171,6 +171,20 @@ def test_a_wrong_step_is_found_that_verification_drops(prefix: str, monkeypatch:
     assert check(program).failure == f"wrong: a step of kind {prefix} fails, though no code looks at a module"
 
 
+def test_what_cannot_be_fused_plainly_is_trained_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding alone may move more without the steps than with them."""
+    program = first("untie_twice", lambda found: found.steps["untie"])
+
+    def fuse_with_plan(model: nn.Module, *arguments: Any, **options: Any) -> tuple[nn.Module, bnfuse.Plan]:
+        if not options.get("restructure"):
+            raise bnfuse.VerificationError
+        return real(model, *arguments, **options)
+
+    monkeypatch.setattr(check_restructured, "TRAINED_EVERY", 1)
+    monkeypatch.setattr(check_restructured, "fuse_with_plan", fuse_with_plan)
+    assert not check(program).failure
+
+
 def test_failures_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     program = first("untie_twice", lambda found: found.steps["untie"])
 
