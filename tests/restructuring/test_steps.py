@@ -402,7 +402,12 @@ def test_a_norm_goes_behind_branches_that_are_merged_in_code_that_stays() -> Non
 
 
 def test_all_kinds_have_a_word() -> None:
-    assert checked_kinds("all") == checked_kinds(True) == checked_kinds(["untie", "all"]) == ("bake", "untie", "merge")
+    assert (
+        checked_kinds("all")
+        == checked_kinds(True)
+        == checked_kinds(["untie", "all"])
+        == (*("bake", "untie", "merge", "clip"),)
+    )
     with pytest.raises(bnfuse.InputError, match="melt"):
         checked_kinds(["all", "melt"])
 

@@ -10,7 +10,7 @@ the caller counts on the tensor being changed. Runs with the setting switched of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,14 +47,21 @@ def _by_place(nodes: Sequence[Node]) -> dict[tuple[str | None, str], list[Node]]
     return found
 
 
-def needed_in_place(recording: Recording, modules: Sequence[nn.Module]) -> Sequence[nn.Module]:
-    """The modules, if their callers count on their working in place; none otherwise."""
+def needed_in_place(
+    recording: Recording, modules: Sequence[nn.Module], prepare: Callable[[nn.Module, Graph], None]
+) -> Sequence[nn.Module]:
+    """The modules, if their callers count on their working in place; none otherwise.
+
+    Args:
+        prepare: what was done to the graph of the recording.
+    """
     if not modules:
         return ()
     try:
         for module in modules:
             setattr(module, "inplace", False)  # noqa: B010
         other = recording.again().graph
+        prepare(recording.model, other)
     finally:
         for module in modules:
             setattr(module, "inplace", True)  # noqa: B010

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bnfuse.analysis.custom_layers import add_custom_layers
 from bnfuse.capture.run import capture
 from bnfuse.errors import InputError
 from bnfuse.fusion_plan import Plan
@@ -57,7 +56,7 @@ def _fits(problem: Problem, plan: Plan) -> bool:
         graph = capture(fused, *problem.main.call.inputs, known=RULES).graph
     except InputError:
         return False
-    add_custom_layers(fused, graph, problem.options.handlers or {})
+    problem.prepare(fused, graph)
     created = [name for edit in plan.edits if edit.created for name in edit.names]
     made = {graph.leaves[name] for name in created if name in graph.leaves}
     ran = []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
 
+from bnfuse.analysis.clips import open_clips
 from bnfuse.analysis.custom_layers import add_custom_layers
 from bnfuse.analysis.missing_parameters import add_missing_parameters
 from bnfuse.analysis.norms import find_norms
@@ -18,6 +19,7 @@ from bnfuse.capture.lines import LineWatch
 from bnfuse.capture.run import Recording
 from bnfuse.capture.shapes_only import NeedsContentsError
 from bnfuse.errors import InputError
+from bnfuse.graph.graph import Graph
 from bnfuse.graph.norms import Norm
 from bnfuse.model import tree
 from bnfuse.model.calls import Call
@@ -66,12 +68,17 @@ class Problem:
         keep: Sequence[str] = (),
         further: Sequence[FurtherCall] = (),
         unseen: Sequence[str] = (),
+        clips: Collection[str] = (),
     ) -> None:
-        self.model, self.options = model, options
+        """
+        Args:
+            clips: the names of clips whose bounds are to be found.
+        """
+        self.model, self.options, self._clips = model, options, clips
         self.recording, self.main, self.graph = recording, recording.runs[0], recording.graph
         self.further, self.unseen = list(further), list(unseen)
         self.varying = varying(recording.runs)
-        add_custom_layers(model, self.graph, options.handlers or {})
+        self.prepare(model, self.graph)
         self.norms = find_norms(model, self.graph, options.also, options.hooks == "ignore")
         _check_also(model, options.also)
         self.kept = _kept(self.norms, keep)
@@ -81,6 +88,11 @@ class Problem:
         if options.layers is not None:
             pin_others(model, [*self.graph.leaves.values(), *created], tuple(options.layers))
         self.stateful = self.main.stateful
+
+    def prepare(self, model: nn.Module, graph: Graph) -> None:
+        """Make one operator of what is one for the rules, in what was recorded of the model or of another like it."""
+        add_custom_layers(model, graph, self.options.handlers or {})
+        open_clips(graph, self._clips)
 
     @staticmethod
     def of(

@@ -16,7 +16,7 @@ norm holds an addition: ``relu(s*x + t) = s*relu(x + t/s)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from bnfuse.changes import Former, NewLayer, Placement, Row, Source, Step
 from bnfuse.fusion_plan import Plan
-from bnfuse.graph.graph import Graph, Node
 from bnfuse.graph.norms import Norm
+from bnfuse.planner.assumptions import needed_in_place
 from bnfuse.planner.problem import Problem
 from bnfuse.restructuring.kinds import CLIP
 from bnfuse.restructuring.layers import NORM
@@ -52,6 +52,7 @@ def clipped(problem: Problem, plan: Plan, adding: Collection[str], additions: bo
         shape = _shape(norm)
         if like is not None and shape is not None and not search.add_clips(norm, like, shape) and additions:
             search.add_addition(norm, like, shape)
+    search.leave_out_needed_in_place()
     return list(search.found.values())
 
 
@@ -59,7 +60,8 @@ class _Search:
     """Steps, by the names of the modules that they are about."""
 
     def __init__(self, problem: Problem, adding: Collection[str]) -> None:
-        self.owners, self.adding = Owners(problem.model, problem.graph), adding
+        self.problem, self.adding = problem, adding
+        self.owners = Owners(problem.model, problem.graph)
         self.found: dict[str, Step] = {}
 
     def add_clips(self, norm: Norm, like: str, shape: tuple[int, ...]) -> bool:
@@ -103,6 +105,21 @@ class _Search:
             norms=(norm.names[0],),
         )
 
+    def leave_out_needed_in_place(self) -> None:
+        """Take away the steps for activations whose callers count on their working in place, which no clip does."""
+        problem = self.problem
+        modules = {name: problem.model.get_submodule(name) for name in self.found}
+        in_place = {name: module for name, module in modules.items() if getattr(module, "inplace", False) is True}
+
+        def needed(names: Iterable[str]) -> bool:
+            some = [in_place[name] for name in names]
+            return bool(needed_in_place(problem.recording, some, problem.prepare))
+
+        if needed(in_place):
+            for name in in_place:
+                if needed([name]):
+                    del self.found[name]
+
     def _is_free(self, activation: nn.Module, norm: Norm) -> bool:
         """Whether another module can stand in the place of an activation, which only runs beside a norm."""
         if id(activation) not in self.owners.names:
@@ -135,32 +152,15 @@ def bounds_of(activation: nn.Module) -> tuple[float, float] | None:
     return None
 
 
-def open_clips(graph: Graph, steps: Sequence[Step]) -> None:
-    """Let the two bounds of each clip that steps have put somewhere be one operator, which passes negative scales."""
-    places = {
+def open_places(steps: Sequence[Step]) -> set[str]:
+    """The names of the clips that steps put in the places of activations."""
+    return {
         name
         for step in steps
         for placement in step.placements
         if step.kind == CLIP and isinstance(placement.module, NewLayer)
         for name in placement.names
     }
-    for call in graph.calls:
-        if call.path in places:
-            first, second, *rest = call.nodes
-            if (first.operator, second.operator) == ("maximum", "clamp_max"):
-                _join(first, second, adds=bool(rest))
-
-
-def _join(first: Node, second: Node, adds: bool) -> None:
-    x, lower = first.bound["self"], first.bound["other"]
-    (between,) = first.outputs
-    for value in (x, lower):
-        value.consumers[value.consumers.index(first)] = second
-    between.consumers.remove(second)
-    second.operator, second.written = "clip", []
-    second.inputs = [x, lower, second.bound["max"]]
-    second.bound = dict(zip(("input", "lower", "upper"), second.inputs, strict=True)) | {"adds": adds}
-    first.operator, first.bound, first.inputs, first.outputs = "inside", {}, [], []
 
 
 def _shape(norm: Norm) -> tuple[int, ...] | None:

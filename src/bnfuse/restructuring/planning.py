@@ -36,7 +36,7 @@ from bnfuse.reasons import (
 )
 from bnfuse.restructuring import losses
 from bnfuse.restructuring.bake import baked
-from bnfuse.restructuring.clip import clipped, open_clips
+from bnfuse.restructuring.clip import clipped, open_places
 from bnfuse.restructuring.kinds import BAKE, CLIP, MERGE, UNTIE
 from bnfuse.restructuring.merge import merged
 from bnfuse.restructuring.untie import untied
@@ -84,11 +84,13 @@ class Restructuring:
         self._drop([step for step in useless if step.subject not in waiting], GAINS_NOTHING)
         if useless:
             return True
-        for steps, cause in (
-            ([step for step in made.steps if clips_for_long(step)], CLIP_TAKES_LONGER),
-            (self._costly(planner, made), COSTS_NORMS),
-            (self._unguarded(made), LOADS_WITHOUT_A_WORD),
-        ):
+        searches: tuple[tuple[Callable[[], list[Step]], Cause], ...] = (
+            (lambda: [step for step in made.steps if clips_for_long(step)], CLIP_TAKES_LONGER),
+            (lambda: self._costly(planner, made), COSTS_NORMS),
+            (lambda: self._unguarded(made), LOADS_WITHOUT_A_WORD),
+        )
+        for search, cause in searches:
+            steps = search()
             self._drop(steps, cause)
             if steps:
                 return True
@@ -203,7 +205,10 @@ class Restructuring:
             return {}
         before, gone = ({one.norm for one in plan.fused} for plan in (self._plain(self.original), self.complete(made)))
         idle = {step for step, after in zip(planner.steps, made.steps, strict=True) if is_idle(step, after)}
-        gain = {step: len(gone & own) > len(before & own) for step, own in norms.items()}
+        gain = {
+            step: bool(own & gone) if step.kind == CLIP else len(gone & own) > len(before & own)
+            for step, own in norms.items()
+        }
         return {step: gains for step, gains in gain.items() if step in idle or not gains}
 
     def _costly(self, planner: Planner, made: Plan) -> list[Step]:
@@ -274,8 +279,8 @@ def _problem(original: Problem, model: nn.Module, steps: Sequence[Step]) -> Prob
         recording: Recording = original.recording.of(model)
     except Exception:  # noqa: BLE001 (whatever the code around a module raises that is another one now)
         return None
-    open_clips(recording.graph, steps)
-    problem = Problem(model, original.options, recording, (), original.further, original.unseen)
+    clips = open_places(steps)
+    problem = Problem(model, original.options, recording, (), original.further, original.unseen, clips)
     reasons = {norm.label: reason for norm, reason in original.kept.items()}
     labels: dict[Norm, str] = {norm: former_name(norm.label, steps) for norm in problem.norms}
     problem.kept = {norm: reasons[label] for norm, label in labels.items() if label in reasons}
