@@ -29,7 +29,7 @@ from fuzz.protocol import CalledProgram
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-KINDS_ASKED = ("True",) * 9 + ("'{0}'",) * 2 + ("['bake', 'untie']", "['merge', 'untie']", "('bake', 'merge')")
+KINDS_ASKED = ("True",) * 9 + ("'{0}'",) * 2 + ("['bake', 'untie']", "['merge', 'untie']", "('bake', 'merge', 'clip')")
 
 
 @dataclass(frozen=True)

@@ -777,6 +777,99 @@ NORM_LOOKS = (
     "$0 if hasattr({n}, 'running_mean') else -$0", "$0 + {n}.bias.mean()", "$0 * {n}.weight.abs().max()", "$0 * (not {n}.training)",
 )  # fmt: skip
 
+# Activations between bounds -----------------------------------------------------------------------------------------
+
+
+def bounded(g: RestructuredBuilder) -> str:
+    """An activation that keeps its input between bounds, or another, as source."""
+    place = g.one_of("", "", "inplace=True")
+    return g.weighted(
+        **{
+            f"nn.ReLU({place})": 6.0,
+            f"nn.ReLU6({place})": 1.5,
+            "nn.Hardtanh(-1.5, 0.5)": 0.7,
+            "nn.Hardtanh(0.25, 2.0)": 0.7,
+            "nn.LeakyReLU(0.1)": 0.7,
+            "nn.Sequential(nn.ReLU())": 0.3,
+            "nn.PReLU()": 0.3,
+        }
+    )
+
+
+def unyielding(g: RestructuredBuilder, x: str) -> str:
+    """What no norm passes, or no scale that is negative, or what every norm passes."""
+    codes = ["torch.sigmoid($0)", "torch.tanh($0)", "F.relu($0)", "F.leaky_relu($0, 0.1)", "torch.sin($0)", "$0"]
+    n = len(g.shape(x)) - 2
+    if n > 0 and min(g.shape(x)[2:]) > 3:
+        codes.append(f"F.max_pool{n}d($0, 2)")
+    return g.emit(g.one_of(*codes), x)
+
+
+@kind
+def clip_between(g: RestructuredBuilder) -> None:
+    """A norm beside activations that only clip, between what it cannot pass."""
+    x = unyielding(g, begin(g))
+    first = len(g.steps)
+    for _ in range(g.one_of(1, 1, 2)):
+        order = g.one_of("na", "na", "na", "an", "ana", "nan", "naa")
+        for part in order:
+            if part == "n":
+                x = norm_module(g, x)
+            else:
+                y = g.apply(g.layer("a", bounded(g)), x)
+                x = g.emit("$0 + $1", x, y) if g.chance(0.07) else y
+        if g.chance(0.8):
+            x = plain_layer(g, x)
+        x = unyielding(g, x)
+    maybe_wrapped(g, first)
+
+
+@kind
+def clip_dense(g: RestructuredBuilder) -> None:
+    """Norms and activations that all read what is concatenated or added up, as before the layers of a dense block."""
+    x = unyielding(g, begin(g))
+    first = len(g.steps)
+    shared = g.layer("a", bounded(g)) if g.chance(0.2) else None
+    dense = g.chance(0.6)
+    for _ in range(g.one_of(1, 2, 2, 3)):
+        y = norm_module(g, x)
+        y = g.apply(shared or g.layer("a", bounded(g)), y)
+        channels = g.shape(x)[1]
+        y = plain_layer(g, y, g.one_of(2, 3) if dense else channels)
+        if g.shape(y)[2:] != g.shape(x)[2:]:
+            raise Unfit
+        if g.chance(0.4):
+            y = unyielding(g, y) if dense else g.emit("torch.tanh($0)", y)
+        if g.shape(y)[2:] != g.shape(x)[2:]:
+            raise Unfit
+        x = g.emit("torch.cat([$0, $1], 1)" if dense else "$0 + $1", x, y)
+    x = g.apply(g.layer("a", bounded(g)), norm_module(g, x))
+    plain_layer(g, x)
+    maybe_wrapped(g, first)
+
+
+@kind
+def clip_shared(g: RestructuredBuilder) -> None:
+    """One activation behind several norms, one norm with several readers, an activation that is read twice."""
+    x = unyielding(g, begin(g))
+    first = len(g.steps)
+    way = g.weighted(activation=2, norm=2, result=2, seen=1, written=1)
+    activation = g.layer("a", bounded(g))
+    y = norm_module(g, x)
+    z = g.apply(activation, y)
+    if way == "activation":
+        z = g.apply(activation, norm_module(g, plain_layer(g, z, g.shape(x)[1])))
+    elif way == "norm":
+        g.emit(g.one_of("$0 * torch.sigmoid($1)", "$0 + $1", "torch.maximum($0, $1)"), y, z)
+    elif way == "result":
+        z = g.emit(g.one_of("$0 + $1", "torch.cat([$0, $1], 1)"), z, g.emit(g.one_of("$0 * 0.5", "-$0"), z))
+    elif way == "seen":
+        z = g.emit(f"$0 * (2.0 if isinstance({activation}, nn.ReLU) else 1.0)", z)
+    else:
+        z = g.emit("$0 * 0.5", y)  # of what works in place, the result of the activation
+    unyielding(g, plain_layer(g, z))
+    maybe_wrapped(g, first)
+
 
 def disturb(g: RestructuredBuilder) -> None:
     """Code that looks at modules, hooks on them, norms that the caller keeps."""

@@ -197,13 +197,17 @@ class Activated(nn.BatchNorm2d):
         return self.act(super().forward(x))
 
 
-def test_an_activation_built_into_the_norm() -> None:
+def test_an_activation_built_into_the_norm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = randomise_(nn.Sequential(nn.Tanh(), Activated(4), nn.Conv2d(4, 3, 1))).eval().double()
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     fused = bnfuse.fuse(model, x, restructure="clip")
     assert held(fused[1]) == {"lower", "upper"}
     assert error(model, fused, x) < 1e-12
+    bnfuse.save(fused, tmp_path / "fused.safetensors")
+    again = nn.Sequential(nn.Tanh(), Activated(4), nn.Conv2d(4, 3, 1)).eval()
+    with torch.no_grad():
+        assert torch.equal(bnfuse.load(again, tmp_path / "fused.safetensors")(x), fused(x))
 
 
 class Looked(Before):

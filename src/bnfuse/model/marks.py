@@ -199,7 +199,8 @@ def marked(model: nn.Module) -> dict[str, Any]:
         if mark.out_of_place:
             out_of_place.append(_name_before(places[0], known, names))
         if mark.placed is not None:
-            placed.append({"names": places, "kind": mark.place_of, "module": dict(mark.placed)})
+            before = [_name_before(name, known, names) for name in places]
+            placed.append({"names": before, "kind": mark.place_of, "module": dict(mark.placed)})
         for place, shape in (mark.own or {}).items():
             full = [f"{name}.{place}" if name else place for name in places]
             own.append({"names": full, "shape": list(shape)})
