@@ -69,7 +69,8 @@ def fuse(
             parameters of the original.
         restructure: what may change in the structure of the model, so that more norms can go: ``"untie"`` gives each
             use of a shared layer weights of its own, ``"bake"`` makes a weight that is computed from parameters its
-            result, ``"merge"`` makes one layer of parallel ones; several of them, or True for all. Not for graphs.
+            result, ``"merge"`` makes one layer of parallel ones, ``"clip"`` makes a norm beside an activation the
+            bounds of a clip; several of them, or True for all. Not for graphs.
         options: what few need: further modules to fold, the only layers that may change, handlers for layers of your
             own, a budget of precision; see :class:`bnfuse.Options`.
 

@@ -510,7 +510,7 @@ BENDS_ELSEWHERE = _cause(
     "bends-elsewhere",
     "it changes its slope elsewhere than at 0",
     "A clamp at another number than 0, from above, or between two tensors: `clamp(s*x, 1)` is not `s*clamp(x, 1)`.",
-    "Nothing.",
+    '`restructure="clip"`, where it is a module such as ReLU6 or Hardtanh (see restructuring.md).',
 )
 QUERY_KEY_OR_MASK = _cause(
     "query-key-or-mask",
@@ -627,7 +627,7 @@ NO_NEGATIVE_SCALE = _cause(
     "no-negative-scale",
     "no negative scale passes through it",
     "Some `a` is negative, and `relu(-x)` is not `-relu(x)`.",
-    "Nothing.",
+    '`restructure="clip"`, where the activation is a module between bounds such as ReLU (see restructuring.md).',
 )
 MAXIMUM_NEGATIVE_SCALE = _cause(
     "maximum-negative-scale",
@@ -645,7 +645,7 @@ NO_SHIFT = _cause(
     "no-shift",
     "no shift passes through it",
     "Some `c` is not 0, and `relu(x + t)` is not `relu(x) + t'`.",
-    "Nothing.",
+    '`restructure="clip"`, where the activation is a module between bounds such as ReLU (see restructuring.md).',
 )
 GATE_SHIFT = _cause(
     "gate-shift",

@@ -10,7 +10,7 @@ the caller counts on the tensor being changed. Runs with the setting switched of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,26 +47,22 @@ def _by_place(nodes: Sequence[Node]) -> dict[tuple[str | None, str], list[Node]]
     return found
 
 
-def needed_in_place(
-    recording: Recording, modules: Sequence[nn.Module], prepare: Callable[[nn.Module, Graph], None]
-) -> Sequence[nn.Module]:
+def needed_in_place(recording: Recording, modules: Sequence[nn.Module]) -> Sequence[nn.Module]:
     """The modules, if their callers count on their working in place; none otherwise.
 
-    Args:
-        prepare: what was done to the graph of the recording.
+    Both ways are recorded anew: the graph that there is says more, such as what was seen in calls that were dropped.
     """
     if not modules:
         return ()
+    before = recording.again().graph
     try:
         for module in modules:
             setattr(module, "inplace", False)  # noqa: B010
-        other = recording.again().graph
-        prepare(recording.model, other)
+        after = recording.again().graph
     finally:
         for module in modules:
             setattr(module, "inplace", True)  # noqa: B010
-    graph = recording.graph
-    return () if (graph.exposed, _steps(graph)) == (other.exposed, _steps(other)) else modules
+    return () if (before.exposed, _steps(before)) == (after.exposed, _steps(after)) else modules
 
 
 def _steps(graph: Graph) -> list[tuple[str, list[int], list[bool]]]:

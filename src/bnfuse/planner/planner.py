@@ -59,7 +59,7 @@ class Planner:
         forbidden: list[nn.Module] = []
         while True:
             made = solve(problem.graph, problem.norms, kept, problem.varying, forbidden)
-            needed = needed_in_place(problem.recording, made.out_of_place, problem.prepare)
+            needed = needed_in_place(problem.recording, made.out_of_place)
             if not needed:
                 break
             forbidden += needed

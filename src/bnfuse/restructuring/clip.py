@@ -113,7 +113,7 @@ class _Search:
 
         def needed(names: Iterable[str]) -> bool:
             some = [in_place[name] for name in names]
-            return bool(needed_in_place(problem.recording, some, problem.prepare))
+            return bool(needed_in_place(problem.recording, some))
 
         if needed(in_place):
             for name in in_place:
