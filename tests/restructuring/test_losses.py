@@ -54,12 +54,20 @@ def test_a_step_that_costs_a_norm_is_not_taken() -> None:
 
 
 def test_the_others_are() -> None:
-    plan, fused = fused_and_checked(prepared(Several()), IMAGE, restructure=True)
+    plan, fused = fused_and_checked(prepared(Several()), IMAGE, restructure=["bake", "untie", "merge"])
     assert [step.subject for step in plan.steps] == ["one", "three"]
     assert len(plan.fused) == 5
     assert not plan.kept
     assert [one.subject for one in plan.unchanged] == ["beside.b"]
     assert type(fused.beside.n) is nn.Identity
+
+
+def test_nor_is_it_lost_where_it_can_become_an_addition() -> None:
+    """A norm that clips take costs nothing then, and the layers may be one."""
+    plan, _ = fused_and_checked(prepared(Several()), IMAGE, restructure=True)
+    assert {step.subject for step in plan.steps if step.kind == "merge"} == {"one", "three", "beside.b"}
+    assert [step.subject for step in plan.steps if step.kind == "clip"] == ["beside.n"]
+    assert not plan.kept
 
 
 def test_what_a_budget_keeps_is_no_loss() -> None:
