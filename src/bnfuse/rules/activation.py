@@ -15,7 +15,7 @@ from bnfuse.units import Unit
 def pass_positive_scale(node: Node, trial: Trial, x: Value, y: Value) -> None:
     def checked(unit: Unit) -> Unit:
         if unit.has_negative_scale:
-            trial.refuse(node, reasons.NO_NEGATIVE_SCALE)
+            trial.refuse_negative(node, (x, y), reasons.NO_NEGATIVE_SCALE)
         if unit.shift is not None:
             trial.refuse_shift(node, reasons.NO_SHIFT)
         return unit
@@ -48,7 +48,9 @@ def one_sided(node: Node, trial: Trial) -> None:
         "relu6": True,
         "hardtanh": bound.get("min_val") == 0,
     }[node.operator]
-    if not at_zero or len(node.inputs) != 1 or (upper is not None and not _stays_below(node, trial, upper)):
+    if not at_zero or len(node.inputs) != 1:
+        trial.refuse_any(node, (*node.inputs, *node.outputs), reasons.BENDS_ELSEWHERE)
+    if upper is not None and not _stays_below(node, trial, upper):
         trial.refuse(node, reasons.BENDS_ELSEWHERE)
     pass_positive_scale(node, trial, node.inputs[0], node.outputs[0])
 

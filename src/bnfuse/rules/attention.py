@@ -58,10 +58,12 @@ def fixed(node: Node, trial: Trial) -> None:
     forbid(node, trial, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)
 
 
-def mix_rows(node: Node, trial: Trial, v: Value, y: Value, averages: bool, mixed: set[int]) -> None:
-    """Tie v and ``y = A @ v``: the units must be uniform along the mixed axes."""
+def mix_rows(
+    node: Node, trial: Trial, v: Value, y: Value, averages: bool, mixed: set[int], always: bool = True
+) -> None:
+    """Tie v and ``y = A @ v``: the units must be uniform along the mixed axes. ``always``: as in `link`."""
     if len(v.shape) != len(y.shape):
-        forbid(node, trial, (v, y), reasons.DIFFERENT_RANKS)
+        forbid(node, trial, (v, y), reasons.DIFFERENT_RANKS, always)
         return
 
     def checked(unit: Unit) -> Unit:
@@ -72,7 +74,7 @@ def mix_rows(node: Node, trial: Trial, v: Value, y: Value, averages: bool, mixed
             trial.refuse_shift(node, reasons.WEIGHTS_DO_NOT_SUM_TO_ONE)
         return unit
 
-    link(trial, v, y, checked, checked)
+    link(trial, v, y, checked, checked, always)
 
 
 def is_softmax(value: Value) -> bool:

@@ -185,11 +185,12 @@ def _product(node: Node, trial: Trial) -> None:
     if _is_sum(node, trial):
         einsum.check(node, trial)
         return
+    always = node.operator == "addmm" or einsum.operands(node) is None  # else units of other axes are absorbed
     if node.operator == "addmm" or a is v or len(v.shape) < 2 or len(a.shape) < 2:
-        forbid(node, trial, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)
+        forbid(node, trial, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES, always)
         return
-    forbid(node, trial, [a], reasons.LEFT_FACTOR)
-    mix_rows(node, trial, v, node.outputs[0], is_softmax(a), {len(v.shape) - 2})
+    forbid(node, trial, [a], reasons.LEFT_FACTOR, always)
+    mix_rows(node, trial, v, node.outputs[0], is_softmax(a), {len(v.shape) - 2}, always)
 
 
 def _is_sum(node: Node, trial: Trial) -> bool:

@@ -37,17 +37,17 @@ def product(node: Node, trial: Trial) -> None:
         trial.refuse(node, reasons.IS_COMPLEX)
     power = 1 if node.operator.startswith("mul") else -1
     if node.argument("rounding_mode") is not None:
-        trial.refuse(node, reasons.ROUNDS)
+        trial.refuse_any(node, (*node.inputs, *node.outputs), reasons.ROUNDS)
     if not isinstance(x, Value):
         if power < 0:
-            trial.refuse(node, reasons.DIVIDES_A_NUMBER)
+            trial.refuse_any(node, (*node.inputs, *node.outputs), reasons.DIVIDES_A_NUMBER)
         x, y = y, x
     if not isinstance(y, Value):
         if power < 0 and y == 0:
             trial.refuse(node, reasons.DIVIDES_BY_ZERO)
         _times_number(node, trial, x, float(y) ** power, z)
     elif x is y:
-        trial.refuse(node, reasons.MULTIPLIES_BY_ITSELF)
+        trial.refuse_any(node, (x, z), reasons.MULTIPLIES_BY_ITSELF)
     elif power > 0 and (masked := _masked(trial, x, y, z)) is not None:
         link(trial, masked, z, same, same)
     elif y.independent and not x.independent:
@@ -128,9 +128,7 @@ def gated_half(node: Node, trial: Trial) -> None:
 
 
 def _times_number(node: Node, trial: Trial, x: Value, number: float, z: Value) -> None:
-    def by(factor: float) -> Unit:
-        unit = trial.unit(x) or trial.unit(z)
-        assert unit is not None
+    def by(unit: Unit, factor: float) -> Unit:
         if unit.shift is None:
             return unit
         if number == 0:
@@ -139,7 +137,7 @@ def _times_number(node: Node, trial: Trial, x: Value, number: float, z: Value) -
             trial.assume(node)
         return Unit(unit.scale, unit.shift * factor, unit.inverse)
 
-    link(trial, x, z, lambda unit: by(number), lambda unit: by(1 / number if number else 0.0))
+    link(trial, x, z, lambda unit: by(unit, number), lambda unit: by(unit, 1 / number if number else 0.0))
 
 
 class _Gain:
@@ -150,6 +148,8 @@ class _Gain:
 
     def settle(self) -> None:
         trial, x, p, z = self.trial, self.x, self.p, self.z
+        if not trial.bears_scale(p):
+            trial.tie((x, z))
         of_x, of_p, of_z = trial.unit(x), trial.unit(p), trial.unit(z)
         if of_p is not None:
             if of_p.shift is not None:
@@ -255,6 +255,9 @@ class _Gain:
 def _gate(node: Node, trial: Trial, terms: tuple[tuple[Value, int], ...]) -> None:
     """Scales of tensors whose product, each to its power, is fixed."""
     z = terms[0][0]
+    bearing = [value for value, _ in terms if trial.bears_scale(value)]
+    if 1 < len(bearing) < len(terms):
+        trial.tie(bearing)
     known: dict[Value, Tensor | None] = {}
     for inverse in (False, True):
         try:

@@ -57,10 +57,12 @@ def _pool(
 
 def _passed(node: Node, trial: Trial, maximum: bool, shift: bool = True) -> _Change:
     """Units pass as they are, unless a maximum meets a negative scale, or a shift what takes none."""
+    if maximum:
+        trial.tie((node.inputs[0], node.outputs[0]))
 
     def checked(unit: Unit) -> Unit:
         if maximum and unit.has_negative_scale:
-            trial.refuse(node, reasons.MAXIMUM_NEGATIVE_SCALE)
+            trial.refuse_negative(node, (node.inputs[0], node.outputs[0]), reasons.MAXIMUM_NEGATIVE_SCALE)
         if not shift and unit.shift is not None:
             trial.refuse_shift(node, reasons.DOES_NOT_DIVIDE)
         return unit
@@ -126,7 +128,7 @@ def deviation(node: Node, trial: Trial) -> None:
         if unit.shift is not None:
             trial.refuse_shift(node, reasons.DEVIATION_SHIFT)
         if unit.has_negative_scale:
-            trial.refuse(node, reasons.DEVIATION_NEGATIVE_SCALE)
+            trial.refuse_negative(node, node.outputs, reasons.DEVIATION_NEGATIVE_SCALE)
         return Unit(unit.scale.sqrt() if variance and unit.scale is not None else unit.scale, None, unit.inverse)
 
     _pool(node, trial, axes, node.outputs[0], keep, there, back)

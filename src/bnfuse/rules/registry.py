@@ -52,6 +52,21 @@ class Trial(Contents, Protocol):
     def demand(self, value: Value, unit: Unit) -> None:
         """Ask for a unit; refuses if the value has another one already or cannot change."""
 
+    def pass_on(self, source: Value, target: Value, change: Callable[[Unit], Unit]) -> None:
+        """Ask of a value for what follows from the unit of another one, whatever units others have: see `link`.
+
+        Where a scale is handed on as it is, the two are tied.
+        """
+
+    def tie(self, values: Iterable[Value]) -> None:
+        """Tell all trials: if one of the values has a scale, so have all, whatever units others have.
+
+        They have the same one, in any order of its elements, or 1 over it; so what one can never have, none can.
+        """
+
+    def bears_scale(self, value: Value) -> bool:
+        """False if it is known that the value can have no scale, whatever units others have."""
+
     def share(self, node: Node, parameter: Value, other: Node, value: Value, unit: Unit) -> None:
         """Ask for a unit at another operator that reads the same parameter, so that both ask for the same edit."""
 
@@ -76,6 +91,14 @@ class Trial(Contents, Protocol):
 
     def refuse_unit(self, node: Node, unit: Unit, cause: Cause, **values: Any) -> NoReturn:
         """Give up because of a whole unit: as `refuse` if it has a scale, as `refuse_shift` if it has none."""
+
+    def refuse_any(self, node: Node, values: Iterable[Value], cause: Cause) -> NoReturn:
+        """Give up as `refuse`, and tell all trials that no scale of one of the values passes, whatever units others
+        have."""
+
+    def refuse_negative(self, node: Node, values: Iterable[Value], cause: Cause) -> NoReturn:
+        """Give up as `refuse`, and tell all trials that no negative scale of one of the values passes, whatever units
+        others have."""
 
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
         """Ask, from an absorber, for new contents ``scale*old + shift`` of a parameter.
@@ -145,23 +168,41 @@ def absorber(*operators: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def link(trial: Trial, x: Value, y: Value, forward: Callable[[Unit], Unit], backward: Callable[[Unit], Unit]) -> None:
-    """Tie the units of two values: each follows from the other."""
+def link(
+    trial: Trial,
+    x: Value,
+    y: Value,
+    forward: Callable[[Unit], Unit],
+    backward: Callable[[Unit], Unit],
+    always: bool = True,
+) -> None:
+    """Tie the units of two values: each follows from the other.
+
+    Args:
+        always: False if that depends on the units: for others the rule does something else.
+    """
+    ask = trial.pass_on if always else lambda source, target, change: trial.demand(target, change(trial.unit(source)))
     unit = trial.unit(x)
     if unit is not None:
         if not (unit.is_identity and trial.unit(y) is None):
-            trial.demand(y, forward(unit))
+            ask(x, y, forward)
         return
     unit = trial.unit(y)
     if unit is not None and not unit.is_identity:
-        trial.demand(x, backward(unit))
+        ask(y, x, backward)
 
 
-def forbid(node: Node, trial: Trial, values: Iterable[Value], cause: Cause) -> None:
-    """Refuse if one of the values has units: all of them must stay as they are."""
-    for value in values:
-        if not trial.unit_or_identity(value).is_identity:
-            trial.refuse(node, cause)
+def forbid(node: Node, trial: Trial, values: Iterable[Value], cause: Cause, always: bool = True) -> None:
+    """Refuse if one of the values has units: all of them must stay as they are.
+
+    Args:
+        always: False if that depends on the units: for others the rule does something else.
+    """
+    values = list(values)
+    if not all(trial.unit_or_identity(value).is_identity for value in values):
+        if always:
+            trial.refuse_any(node, values, cause)
+        trial.refuse(node, cause)
 
 
 def same(unit: Unit) -> Unit:

@@ -31,11 +31,11 @@ def extremum(node: Node, trial: Trial) -> None:
     if "other" not in node.bound:
         for value in (*node.inputs, *node.outputs):
             if trial.unit(value) is not None:
-                trial.refuse(node, reasons.NOTHING_PASSES)
+                trial.refuse_any(node, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)
         return
     unit = share(node, trial, [node.bound["self"], node.bound["other"]])
     if unit is not None and unit.has_negative_scale:
-        trial.refuse(node, reasons.MAXIMUM_NEGATIVE_SCALE)
+        trial.refuse_negative(node, (*node.inputs, *node.outputs), reasons.MAXIMUM_NEGATIVE_SCALE)
 
 
 @rule("where")
@@ -117,6 +117,7 @@ def share(node: Node, trial: Trial, operands: Sequence[Value | float]) -> Unit |
             lowered = lower(unit, operand, z)
             if lowered is None:
                 trial.refuse(node, reasons.OPERAND_IS_BROADCAST)
+            trial.tie((given, operand))
             trial.demand(operand, lowered)
     return unit
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bnfuse import reasons
-from bnfuse.graph.graph import Node, Value
+from bnfuse.graph.graph import Kind, Node, Value
 from bnfuse.rules.identity import HANDED_ON, ZEROS
 from bnfuse.rules.layers import has_content
 from bnfuse.rules.registry import Family, Trial, cost, lift, link, lower, rule, same
@@ -222,10 +222,15 @@ class _Sum:
         return [units]
 
     def _demand(self, value: Value, unit: Unit) -> None:
+        self.trial.tie(term for term, _ in self.terms if self._must_follow(term))
         lowered = lower(unit, value, self.z)
         if lowered is None:
             self.trial.refuse_unit(self.node, unit, reasons.OPERAND_IS_BROADCAST)
         self.trial.demand(value, lowered)
+
+    def _must_follow(self, term: Value) -> bool:
+        """False for what may also keep its units: a bias that does not exist yet, and zeros."""
+        return term.kind is not Kind.ABSENT and (term.shape == self.z.shape or not _is_zero(term))
 
     def _same_direction(self, known: dict[Value, Unit]) -> dict[Value, Unit]:
         directions = {unit.inverse for unit in known.values() if not unit.is_identity}

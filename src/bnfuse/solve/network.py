@@ -49,13 +49,21 @@ class Network:
 
     Attributes:
         varying: operators whose numbers are others in another call.
+        steps: the operators of norms that are written as arithmetic, which pass nothing on while their norm is tried.
         removed: the operators of norms that go.
         edits: the new contents of each parameter, one after the other.
     """
 
-    def __init__(self, graph: Graph, varying: Collection[Node] = (), forbidden: Collection[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        varying: Collection[Node] = (),
+        forbidden: Collection[nn.Module] = (),
+        steps: Collection[Node] = (),
+    ) -> None:
         self.nodes = graph.nodes
         self.varying = varying
+        self.steps = steps
         self.memory = Memory(forbidden)
         nodes = sorted([*graph.nodes, *graph.paths], key=lambda node: node.index)  # what a bias is added to comes first
         self.layouts = Layouts(nodes)

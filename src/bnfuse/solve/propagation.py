@@ -3,7 +3,8 @@
 A demand on a value is a demand on its producer and on every consumer; their rules answer with further demands or
 refuse. When nothing is left to settle, the absorbers turn the units into edits of parameters, and an edit stands only
 if every use of the parameter asks for it. A trial is accepted whole or leaves nothing behind. Accepted edits are
-composed: the next trial sees the network as it would then be.
+composed: the next trial sees the network as it would then be. What a trial finds out of tensors that holds whatever
+norm is tried is kept, and spares later ones the way along a stream (:mod:`bnfuse.solve.fixed_units`).
 
 The graph and its tensors are only read.
 """
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from bnfuse import reasons
@@ -59,6 +61,8 @@ class Trial:
         self.network = network
         self._steps_left = math.inf
         self._backtracks = self._deepest = 0
+        self._is_far = self._looks_back = False
+        self._applied: Node | None = None
         self._first: tuple[Reason, bool] | None = None
         self.targets = set(targets)
         self.units: dict[Value, Unit] = {}
@@ -100,12 +104,30 @@ class Trial:
             broken = self.network.limits.refusal(value, unit, self.targets, self.network.removed)
             if broken is not None:
                 raise Refusal(*broken)
+            if self._is_far:
+                self._check_learned(value, unit)
             self.units[value] = unit
         self._trail.append(value)
         for node in value.consumers if value.producer is None else (value.producer, *value.consumers):
             if node not in self._queued:
                 self._queued.add(node)
                 self._queue.append(node)
+
+    def pass_on(self, source: Value, target: Value, change: Callable[[Unit], Unit]) -> None:
+        unit = self.units[source]
+        moved = change(unit)
+        if not self.network.limits.are_tied(source, target) and (change is same or _keeps_scale(unit, moved, change)):
+            self.tie((source, target))
+        self.demand(target, moved)
+
+    def tie(self, values: Iterable[Value]) -> None:
+        if self._applied not in self.network.steps:
+            first, *others = values
+            for other in others:
+                self.network.limits.tie(first, other)
+
+    def bears_scale(self, value: Value) -> bool:
+        return self.network.limits.bears_scale(value)
 
     def share(self, node: Node, parameter: Value, other: Node, value: Value, unit: Unit) -> None:
         try:
@@ -131,6 +153,19 @@ class Trial:
 
     def refuse_unit(self, node: Node, unit: Unit, cause: Cause, **values: Any) -> NoReturn:
         raise Refusal(cause.reason(*node.place, **values), unit.scale is not None)
+
+    def refuse_any(self, node: Node, values: Iterable[Value], cause: Cause) -> NoReturn:
+        self._refuse_always(node, values, cause, negative=False)
+
+    def refuse_negative(self, node: Node, values: Iterable[Value], cause: Cause) -> NoReturn:
+        self._refuse_always(node, values, cause, negative=True)
+
+    def _refuse_always(self, node: Node, values: Iterable[Value], cause: Cause, negative: bool) -> NoReturn:
+        reason = cause.reason(*node.place)
+        if node not in self.network.steps:
+            for value in values:
+                self.network.limits.learn(value, reason, node, negative)
+        raise Refusal(reason, True)
 
     def edit(self, node: Node, value: Value, unit: Unit) -> None:
         if unit.is_identity:
@@ -191,8 +226,12 @@ class Trial:
         self._search()
 
     def go_on(self, limit: int | None) -> None:
-        """Go on with a run that went too far, by so many operators; raises as `run`."""
+        """Go on with a run that went too far, by so many operators; raises as `run`.
+
+        Without a limit, it asks what earlier trials have found out.
+        """
         self._steps_left = math.inf if limit is None else limit
+        self._is_far = self._looks_back = limit is None
         self._search()
 
     def _search(self) -> None:
@@ -215,7 +254,25 @@ class Trial:
             parallel_layer.absorb(sibling, site, a, c, self)
         check_edits(self.network, self.edits)
 
+    def _check_learned(self, value: Value, unit: Unit) -> None:
+        reason = self.network.limits.learned_refusal(value, unit)
+        if reason is not None:
+            raise Refusal(reason, True)
+
+    def _look_back(self) -> None:
+        """Look whether what was settled nearby is known to be refused far away."""
+        for place, value in enumerate(self._trail):
+            try:
+                self._check_learned(value, self.units[value])
+            except Refusal:
+                while self._choices and self._choices[-1].settled > place:
+                    self._choices.pop()  # no other choice after it would help
+                raise
+        self._looks_back = False
+
     def _settle(self) -> None:
+        if self._looks_back:
+            self._look_back()
         while True:
             self._drain()
             if self._pending:
@@ -246,6 +303,7 @@ class Trial:
                 if is_rearrangement(node):
                     self._apply(RULES[node.operator], node)
                 else:
+                    self._applied = None
                     link(self, node.data, node.outputs[0], same, same)
                 continue
             if all(
@@ -263,9 +321,10 @@ class Trial:
             if rule is not None:
                 self._apply(rule, node)
             else:
-                self.refuse(node, reasons.NOTHING_PASSES)
+                self.refuse_any(node, (*node.inputs, *node.outputs), reasons.NOTHING_PASSES)
 
     def _apply(self, rule: Rule, node: Node) -> None:
+        self._applied = node
         try:
             rule(node, self)
         except NotInvertibleError:
@@ -332,3 +391,19 @@ class Trial:
 
     def _refuse_value(self, value: Value, why: Reason, unit: Unit) -> NoReturn:
         raise Refusal(fixed(value, why), unit.scale is not None)
+
+
+def _keeps_scale(unit: Unit, moved: Unit, change: Callable[[Unit], Unit]) -> bool:
+    """True if a change hands the elements of a scale on with their signs, in whatever order, as it did with a unit."""
+    if unit.scale is None or not _same_elements(unit.scale, moved.scale):
+        return False
+    try:
+        return _same_elements(-unit.scale, change(Unit(-unit.scale, None, unit.inverse)).scale)
+    except (Refusal, NotInvertibleError):
+        return False
+
+
+def _same_elements(a: Tensor, b: Tensor | None) -> bool:
+    if b is None or a is b:
+        return a is b
+    return a.numel() == b.numel() and torch.equal(a.reshape(-1).sort().values, b.reshape(-1).sort().values)

@@ -63,7 +63,8 @@ def solve(
     Returns:
         The decisions, and the changes that follow from them.
     """
-    network = Network(graph, varying, forbidden)
+    steps = {node for norm in norms for site in norm.sites for node in site.nodes}
+    network = Network(graph, varying, forbidden, steps)
     decisions: dict[Norm, Decision] = {}
     replacements, removals = [], []
     for norm in sorted(norms, key=_order):
