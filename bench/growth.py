@@ -1,4 +1,4 @@
-"""How the time of fusing grows with the number of norms: chains, residual streams and dense blocks."""
+"""How the time of fusing grows with the number of norms: chains, residual and refused streams, and dense blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import bnfuse
-from bench.networks import GROWTH_SHAPE, DenseBlock, Network, chain, forward, matches, residual_stream
+from bench.networks import GROWTH_SHAPE, DenseBlock, Network, chain, forward, matches, refused_stream, residual_stream
 from bench.rivals import count_norms
 from bench.section import Section, Settings, Target, progress
 from bench.stages import STAGES, median_stages, stages, with_stages
@@ -47,11 +47,13 @@ class Family:
 FAMILIES = (
     Family("chain", chain, (10, 100, 500, 1000, 5000)),
     Family("residual stream", residual_stream, (10, 100, 500, 1000, 5000)),
+    Family("refused stream", refused_stream, (10, 100, 500, 1000)),
     Family("dense block", DenseBlock, (10, 20, 50, 100, 200), "layers"),
 )
 QUICK = (
     Family("chain", chain, (5, 50)),
     Family("residual stream", residual_stream, (5, 50)),
+    Family("refused stream", refused_stream, (5, 50)),
     Family("dense block", DenseBlock, (2, 20), "layers"),
 )
 

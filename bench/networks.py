@@ -175,6 +175,30 @@ def residual_stream(norms: int) -> nn.Module:
     return nn.Sequential(stem, *(_Branch(1 / norms) for _ in range(norms)), head)
 
 
+class _RefusedBranch(nn.Module):
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(_CHANNELS)
+        self.convolution = nn.Conv2d(_CHANNELS, _CHANNELS, 1)
+        with torch.no_grad():
+            self.convolution.weight.mul_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        added: Tensor = self.convolution(nn.functional.silu(self.norm(x)))
+        return x + added
+
+
+class _Square(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+def refused_stream(norms: int) -> nn.Module:
+    """A residual stream of which no norm can go: behind each is a SiLU, and at the end of the stream it is squared."""
+    stem, head = nn.Conv2d(_CHANNELS, _CHANNELS, 1), nn.Conv2d(_CHANNELS, _CHANNELS, 1)
+    return nn.Sequential(stem, *(_RefusedBranch(1 / norms) for _ in range(norms)), _Square(), head)
+
+
 class _DenseLayer(nn.Module):
     def __init__(self, inputs: int) -> None:
         super().__init__()

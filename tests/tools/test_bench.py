@@ -21,7 +21,17 @@ from bench import command, compiling, fusing, growth, latency, memory, rivals
 from bench import stages as stages_of_fuse
 from bench.child import child
 from bench.growth import Family
-from bench.networks import NETWORKS, QUICK, DenseBlock, Network, chain, forward, residual_stream, selected
+from bench.networks import (
+    NETWORKS,
+    QUICK,
+    DenseBlock,
+    Network,
+    chain,
+    forward,
+    refused_stream,
+    residual_stream,
+    selected,
+)
 from bench.section import Section, Settings, Target, at_most
 from bench.timing import Effort, Rounds, Spread, geometric_mean, measured
 from bnfuse.tools.timing import interleaved, threads, timed
@@ -243,7 +253,7 @@ def test_our_own_networks_lose_all_norms(network: Network) -> None:
     assert rivals.count_norms(model) > rivals.count_norms(fused) == 0
 
 
-@pytest.mark.parametrize(("make", "norms"), [(chain, 6), (residual_stream, 6), (DenseBlock, 12)])
+@pytest.mark.parametrize(("make", "norms"), [(chain, 6), (residual_stream, 6), (refused_stream, 6), (DenseBlock, 12)])
 def test_growing_networks_have_as_many_norms_as_asked_for(make: Callable[[int], nn.Module], norms: int) -> None:
     model, x = make(6).eval(), torch.randn(1, *growth.GROWTH_SHAPE)
     assert rivals.count_norms(model) == norms
