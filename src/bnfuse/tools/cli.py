@@ -256,6 +256,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="only the smallest model of each family of those in the file, with torch.fx beside",
     )
+    census.add_argument(
+        "--restructure",
+        action="store_true",
+        help="the models of the file once more, with every kind of restructuring, where that may do something; their "
+        "rows go into a file of the same name in the folder restructured beside it",
+    )
     census.add_argument("--timeout", metavar="SECONDS", type=float, default=300.0, help="for one model (default: 300)")
     census.add_argument("--memory", metavar="GIB", type=float, default=10.0, help="for one model (default: 10)")
     census.set_defaults(run=_census, json=False)
@@ -380,9 +386,17 @@ def _census(options: argparse.Namespace) -> None:
     from bnfuse.tools.census import run
     from bnfuse.tools.census.worker import Settings
 
-    settings = Settings(options.max_params, options.timeout, round(options.memory * 2**30), options.sample)
+    settings = Settings(
+        max_parameters=options.max_params,
+        seconds=options.timeout,
+        memory=round(options.memory * 2**30),
+        rivals=options.sample and not options.restructure,
+        infer_calls=not options.restructure,  # what the rows of the census, which those are put beside, were made with
+        restructure=options.restructure,
+    )
     output = options.output or Path(f"census-{options.zoo}.jsonl")
-    if run.census(options.zoo, output, settings, options.jobs, options.match, options.again, options.sample):
+    visit = run.census_restructured if options.restructure else run.census
+    if visit(options.zoo, output, settings, options.jobs, options.match, options.again, options.sample):
         raise VerificationError(f"bnfuse failed on some models: see the rows in {output}")
 
 

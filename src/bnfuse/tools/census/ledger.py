@@ -34,6 +34,10 @@ FAILURES = (WRONG, CRASHED)
 """The outcomes that are mistakes of bnfuse; `NOT_BUILT` and `NOT_RUN` are the zoo's own."""
 
 
+RESTRUCTURED = "restructured"
+"""The folder, beside the files of rows, of those that were made with restructuring."""
+
+
 @dataclass(frozen=True)
 class KeptReason:
     """Why a norm stays, without names: two norms that stay for the same reason have equal ones.
@@ -82,6 +86,26 @@ class Rival:
 
 
 @dataclass(frozen=True)
+class Restructured:
+    """What ``restructure=True`` made of the model.
+
+    Attributes:
+        kinds: the kinds of restructuring that there were when the row was made.
+        plain: norms that go without restructuring, by the same code.
+        steps: how many steps were carried out, by kind.
+        gone: norms that stay without restructuring and go with it, by the kind of the step that lets them go; "" where
+            no single step can be told.
+        grown: by how many numbers the parameters of the model grow through the steps.
+    """
+
+    kinds: tuple[str, ...]
+    plain: int
+    steps: Mapping[str, int] = field(default_factory=dict)
+    gone: Mapping[str, int] = field(default_factory=dict)
+    grown: int = 0
+
+
+@dataclass(frozen=True)
 class Row:
     """What became of one model.
 
@@ -109,6 +133,7 @@ class Row:
         phase: what it was doing when it failed.
         error: why it failed.
         rivals: what other tools made of it, by name.
+        restructured: in a row of the pass in which the structure may change, what that did.
     """
 
     model: str
@@ -134,6 +159,7 @@ class Row:
     error: str | None = None
     rivals: Mapping[str, Rival] = field(default_factory=dict)
     noise64: float | None = None
+    restructured: Restructured | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, without what is empty."""
@@ -149,6 +175,9 @@ class Row:
             for k in data.get("kept", ())
         )
         known["rivals"] = {name: Rival(**rival) for name, rival in data.get("rivals", {}).items()}
+        if "restructured" in known:
+            found = known["restructured"]
+            known["restructured"] = Restructured(**{**found, "kinds": tuple(found["kinds"])})
         return Row(**known)
 
 

@@ -14,8 +14,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from bnfuse.errors import InputError
+from bnfuse.restructuring.kinds import KINDS
 from bnfuse.tools import zoo
-from bnfuse.tools.census.ledger import FAILURES, FUSED, OUTCOMES, Ledger, Row
+from bnfuse.tools.census.ledger import FAILURES, FUSED, OUTCOMES, RESTRUCTURED, Ledger, Row, read
 from bnfuse.tools.census.sweep import Sweep, heading
 from bnfuse.tools.census.worker import Job, Settings
 
@@ -48,12 +49,7 @@ def census(
         InputError: nothing matches, or the number of jobs makes no sense.
         BnFuseError: the file is none of a census, or the zoo is not installed.
     """
-    if jobs < 1:
-        raise InputError(f"--jobs takes a number from 1 up; got {jobs}")
-    names = zoo.names(name)
-    chosen = [model for model in names if fnmatch.fnmatchcase(model, match)]
-    if not chosen:
-        raise InputError(f"no model of {name} matches {match!r}; they are named like {names[0]}")
+    names, chosen = _chosen(name, jobs, match)
     ledger = Ledger(output, heading(name, settings))
     try:
         if sample:
@@ -61,14 +57,96 @@ def census(
             due = [model for model in chosen if model in smallest and not smallest[model].rivals]
         else:
             due = [model for model in chosen if model not in ledger.rows or ledger.rows[model].outcome in again]
-        todo = [Job(f"{name}:{model}", zoo.family(f"{name}:{model}")) for model in due]
-        with progress(name, len(chosen), len(chosen) - len(todo)) as report, _interruptible() as interrupted:
-            Sweep(name, ledger, settings, jobs, report, interrupted.is_set).run(interleaved(todo))
-        if interrupted.is_set():
-            print("interrupted: the same command continues", file=sys.stderr)
+        _sweep(name, ledger, settings, jobs, due, len(chosen))
     finally:
         ledger.close(names)
     return _summary(ledger, chosen, output)
+
+
+def census_restructured(
+    name: str,
+    rows: Path,
+    settings: Settings,
+    jobs: int,
+    match: str = "*",
+    again: Collection[str] = (),
+    sample: bool = False,
+) -> int:
+    """Visit the models of a census once more, with all kinds of restructuring, where these may do something.
+
+    First comes the smallest model of each family. Then come those in which plain fusing leaves norms, and those whose
+    family has a model that was changed: in a family with branches all norms may go, and branches can be merged still.
+
+    Args:
+        rows: the file of rows of the census; the new ones are in a file of the same name in the folder `RESTRUCTURED`
+            beside it. Rows that were made when there were other kinds of restructuring are made again.
+        name, settings, jobs, match, again: as for `census`.
+        sample: visit only the smallest model of each family.
+
+    Returns:
+        How many of the new rows that match are failures of bnfuse.
+
+    Raises:
+        InputError, BnFuseError: as for `census`, or there are no rows.
+    """
+    names, chosen = _chosen(name, jobs, match)
+    if not rows.exists():
+        raise InputError(f"there is no {rows}: the same command without --restructure makes it")
+    plain = {model: row for model, row in read(rows)[1].items() if model in set(chosen)}
+    output = rows.parent / RESTRUCTURED / rows.name
+    output.parent.mkdir(exist_ok=True)
+    ledger = Ledger(output, heading(name, settings))
+
+    def sweep(models: Collection[str]) -> bool:
+        due = [model for model in models if _is_due(ledger.rows.get(model), again)]
+        return _sweep(name, ledger, settings, jobs, due, len(models))
+
+    models = list(sampled(plain))
+    try:
+        if sweep(models) and not sample:
+            models += [model for model in promising(plain, ledger.rows) if model not in models]
+            sweep(models)
+    finally:
+        ledger.close(names)
+    return _summary(ledger, models, output)
+
+
+def promising(plain: Mapping[str, Row], restructured: Mapping[str, Row]) -> list[str]:
+    """The models in which norms stay, and those whose family has a model with steps."""
+    families = {row.family for row in restructured.values() if row.restructured is not None and row.restructured.steps}
+    return [
+        row.model
+        for row in plain.values()
+        if row.outcome == FUSED and row.executed and (row.kept or row.family in families)
+    ]
+
+
+def _is_due(row: Row | None, again: Collection[str]) -> bool:
+    """Whether a model has no row yet, or one that is to be made again."""
+    if row is None or row.outcome in again:
+        return True
+    return row.restructured is not None and row.restructured.kinds != KINDS
+
+
+def _chosen(name: str, jobs: int, match: str) -> tuple[list[str], list[str]]:
+    """The models of the zoo, and those that match."""
+    if jobs < 1:
+        raise InputError(f"--jobs takes a number from 1 up; got {jobs}")
+    names = zoo.names(name)
+    chosen = [model for model in names if fnmatch.fnmatchcase(model, match)]
+    if not chosen:
+        raise InputError(f"no model of {name} matches {match!r}; they are named like {names[0]}")
+    return names, chosen
+
+
+def _sweep(name: str, ledger: Ledger, settings: Settings, jobs: int, due: Collection[str], total: int) -> bool:
+    """Visit what is due of so many models; False if it was interrupted."""
+    todo = [Job(f"{name}:{model}", zoo.family(f"{name}:{model}")) for model in due]
+    with progress(name, total, total - len(todo)) as report, _interruptible() as interrupted:
+        Sweep(name, ledger, settings, jobs, report, interrupted.is_set).run(interleaved(todo))
+    if interrupted.is_set():
+        print("interrupted: the same command continues", file=sys.stderr)
+    return not interrupted.is_set()
 
 
 @contextlib.contextmanager

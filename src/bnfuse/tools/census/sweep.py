@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from bnfuse.restructuring.kinds import KINDS
 from bnfuse.tools.census.ledger import CRASHED, FUSED, Ledger, Row
 from bnfuse.tools.census.worker import NOT_OURS, Job, Settings, visit
 
@@ -45,6 +46,7 @@ def heading(zoo: str, settings: Settings) -> dict[str, Any]:
         "max_parameters": settings.max_parameters,
         "seconds": settings.seconds,
         "memory": settings.memory,
+        **({"kinds": list(KINDS)} if settings.restructure else {}),
     }
 
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfuse.analysis.norms import is_norm
-from bnfuse.api import carry_out
+from bnfuse.api import carry_out, fuse_with_plan
 from bnfuse.changes import Decision
 from bnfuse.errors import SpecError, VerificationError
 from bnfuse.fusion_plan import Plan
@@ -32,6 +33,7 @@ from bnfuse.planner.options import Options
 from bnfuse.planner.planner import Planner
 from bnfuse.planner.problem import Problem
 from bnfuse.reasons import DID_NOT_RUN
+from bnfuse.restructuring.kinds import KINDS
 from bnfuse.tools import zoo
 from bnfuse.tools.census import rivals
 from bnfuse.tools.census.ledger import (
@@ -45,6 +47,7 @@ from bnfuse.tools.census.ledger import (
     WRONG,
     Kept,
     KeptReason,
+    Restructured,
     Row,
 )
 from bnfuse.tools.zoo import inputs as zoo_inputs
@@ -99,6 +102,7 @@ class Settings:
         memory: bytes that a visit may allocate.
         rivals: whether other tools are run beside.
         infer_calls: whether calls count that nobody named.
+        restructure: whether the structure of the model may change, in every way that there is.
     """
 
     max_parameters: int = 150_000_000
@@ -106,6 +110,7 @@ class Settings:
     memory: int = 10 * 2**30
     rivals: bool = False
     infer_calls: bool = True
+    restructure: bool = False
 
 
 class Stop(Exception):
@@ -186,6 +191,16 @@ def _visit(here: Visit, known: Callable[[str], str | None]) -> None:
     with here.measure("run"):
         zoo.wake_(zoo.randomise_(model, here.seed, dead=0.0), here.seed)
         sample = running(here, model, form)
+    plan, fused = (_restructured if here.settings.restructure else _fused)(here, model, sample, known)
+    _decided(here, plan)
+    with here.measure("check"):
+        wide, others, exact = _checked(here, model, fused, plan, sample)
+    if here.settings.rivals and here.row.outcome == FUSED:
+        with here.measure("rivals"):
+            here.note(rivals=rivals.run_all(wide, others, exact, here.row.widened))
+
+
+def _fused(here: Visit, model: nn.Module, sample: Sample, known: Callable[[str], str | None]) -> tuple[Plan, nn.Module]:
     with here.measure("fuse"):
         problem = Problem.of(model, sample.args, Options(infer_calls=here.settings.infer_calls))
         planner = Planner(problem)
@@ -199,13 +214,46 @@ def _visit(here: Visit, known: Callable[[str], str | None]) -> None:
     with here.measure("verify"):
         plan, fused = carry_out(plan, model, planner)
         fused.eval()
-    del planner, problem
-    _decided(here, plan)
-    with here.measure("check"):
-        wide, others, exact = _checked(here, model, fused, plan, sample)
-    if here.settings.rivals and here.row.outcome == FUSED:
-        with here.measure("rivals"):
-            here.note(rivals=rivals.run_all(wide, others, exact, here.row.widened))
+    return plan, fused
+
+
+def _restructured(
+    here: Visit, model: nn.Module, sample: Sample, known: Callable[[str], str | None]
+) -> tuple[Plan, nn.Module]:
+    """The same with every kind of restructuring; what is the same as another model is known from the plain rows."""
+    options = Options(infer_calls=here.settings.infer_calls)
+
+    def beside_plain(planner: Planner, made: Plan, source: nn.Module, fused: nn.Module | None) -> None:
+        with here.measure("plain"):
+            planner = Planner(planner.original)
+            plain, _ = carry_out(planner.plan(), source, planner)
+        here.note(restructured=restructured(plain, made))
+
+    with here.measure("fuse"):
+        fused, plan = fuse_with_plan(model, sample.args, restructure=True, options=options, observer=beside_plain)
+    return plan, fused
+
+
+def restructured(plain: Plan, plan: Plan) -> Restructured:
+    """What the steps of a plan did, beside the plan of the same model without any."""
+    gone_plainly = {decision.norm for decision in plain.fused}
+    gone = Counter(_kind(decision, plan) for decision in plan.fused if decision.norm not in gone_plainly)
+    steps = Counter(step.kind for step in plan.steps)
+    return Restructured(KINDS, len(plain.fused), dict(steps), dict(gone), sum(step.parameters for step in plan.steps))
+
+
+def _kind(decision: Decision, plan: Plan) -> str:
+    """The kind of the step that lets a norm go: one that takes it along, one that is done for it, or one that makes
+    what it goes into."""
+    kinds = {step.kind for step in plan.steps}
+    if decision.direction in kinds:
+        return decision.direction or ""
+    for step in plan.steps:
+        places = [*(name for placement in step.placements for name in placement.names), step.subject]
+        inside = tuple(f"{place}." for place in places)
+        if decision.norm in step.norms or any(name in places or name.startswith(inside) for name in decision.into):
+            return step.kind
+    return kinds.pop() if len(kinds) == 1 else ""
 
 
 def built(here: Visit, options: Mapping[str, Any]) -> nn.Module:
