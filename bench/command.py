@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import beside, compiling, fusing, growth, int8, latency, memory, merging
+from bench import beside, compiling, fusing, growth, int8, latency, memory, restructuring
 from bench.machine import load, machine
 from bench.section import Section, Settings, progress
 from bnfuse.printing.text import table_text
@@ -21,7 +21,7 @@ SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "memory": memory.run,
     "growth": growth.run,
     "int8": int8.run,
-    "merging": merging.run,
+    "restructuring": restructuring.run,
     "beside": beside.run,
 }
 

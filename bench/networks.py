@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import importlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations
 
 from bnfuse.tools.zoo.randomise import randomise_
 from bnfuse.tools.zoo.specs import build
@@ -100,6 +103,85 @@ def video_network(channels: int = 32) -> nn.Module:
     widths = [channels, channels, 2 * channels, 4 * channels]
     blocks = [_VideoBlock(a, b, 1 if a == b else 2) for a, b in itertools.pairwise(widths)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
+
+
+class _SharedHead(nn.Module):
+    """One convolution over several levels of a pyramid, with a norm for each level, as in EfficientDet and RTMDet."""
+
+    def __init__(self, channels: int, depth: int, levels: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(levels)) for _ in range(depth))
+        self.predict = nn.Conv2d(channels, 36, 3, padding=1)
+
+    def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
+        for convolution, norms in zip(self.convolutions, self.norms, strict=True):
+            assert isinstance(norms, nn.ModuleList)
+            pyramid = [functional.silu(norm(convolution(x))) for norm, x in zip(norms, pyramid, strict=True)]
+        return [self.predict(x) for x in pyramid]
+
+
+class _Detector(nn.Module):
+    def __init__(self, channels: int, depth: int, levels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, channels, 8, stride=8, bias=False), nn.BatchNorm2d(channels), nn.SiLU())
+        self.levels = levels
+        self.head = _SharedHead(channels, depth, levels)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        pyramid = [self.stem(x)]
+        while len(pyramid) < self.levels:
+            pyramid.append(functional.max_pool2d(pyramid[-1], 2))
+        heads: list[Tensor] = self.head(pyramid)
+        return heads
+
+
+def detector(channels: int = 96, depth: int = 4, levels: int = 4) -> nn.Module:
+    """A head that the levels of a pyramid share: (batch, 3, height, width)."""
+    return _Detector(channels, depth, levels)
+
+
+class _TemporalBlock(nn.Module):
+    """Weight-normalised dilated convolutions with a shortcut, as in a temporal convolutional network."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        padding = 2 * dilation
+        convolutions = [nn.Conv1d(channels, channels, 5, padding=padding, dilation=dilation) for _ in range(2)]
+        self.first, self.second = map(parametrizations.weight_norm, convolutions)
+        self.norm = nn.BatchNorm1d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep: Tensor = self.second(torch.relu(self.norm(self.first(x))))
+        return torch.relu(x + deep)
+
+
+def temporal_network(channels: int = 64, blocks: int = 6) -> nn.Module:
+    """A temporal convolutional network with weight norm: (batch, 64, frames)."""
+    return nn.Sequential(*(_TemporalBlock(channels, 2**block) for block in range(blocks)))
+
+
+def discriminator(channels: int = 32, blocks: int = 4) -> nn.Module:
+    """A convolutional discriminator with spectral and batch norms: (batch, 3, height, width)."""
+    layers: list[nn.Module] = []
+    before = 3
+    for width in (channels * 2**block for block in range(blocks)):
+        convolution = nn.Conv2d(before, width, 4, stride=2, padding=1)
+        layers += [parametrizations.spectral_norm(convolution), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
+        before = width
+    return nn.Sequential(*layers, parametrizations.spectral_norm(nn.Conv2d(before, 1, 4)))
+
+
+def effdet(name: str, size: int) -> Network:
+    """A detector of effdet, which may be missing."""
+
+    def made() -> nn.Module:
+        package = importlib.import_module("effdet")
+        options = {"bench_task": "", "pretrained": False, "pretrained_backbone": False, "image_size": (size, size)}
+        model: nn.Module = package.create_model(name, **options)
+        return model
+
+    return Network(f"effdet:{name}", made, (3, size, size))
 
 
 NETWORKS: tuple[Network, ...] = (
