@@ -144,7 +144,8 @@ def quantised(model: nn.Module, calibration: Tensor, weights: str) -> Callable[[
 def _plain(model: nn.Module) -> nn.Module:
     """Make plain convolutions, in place, of those that pad by themselves: the quantizer knows layers by their class."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv2d) and isinstance(getattr(module, "static_padding", None), nn.Module):
+        padding = getattr(module, "static_padding", None)
+        if isinstance(module, nn.Conv2d) and isinstance(padding, nn.Module):
             plain = nn.Conv2d(
                 module.in_channels,
                 module.out_channels,
@@ -154,7 +155,7 @@ def _plain(model: nn.Module) -> nn.Module:
                 bias=module.bias is not None,
             )
             plain.weight, plain.bias = module.weight, module.bias
-            model.set_submodule(name, nn.Sequential(module.static_padding, plain).eval())
+            model.set_submodule(name, nn.Sequential(padding, plain).eval())
     return model
 
 

@@ -145,9 +145,9 @@ def judged(tool: Tool, case: Case) -> dict[str, Any]:
         return {"norms": case.norms, "left": case.norms, "verdict": "fails", "why": first_line(error)[:200]}
     expected = case.expected if tool.wide else [tensor for _, tensor in pytree.tensors(case.expected)]
     outputs = compare_outputs(expected, got).outputs
-    error = max((0.0 if output.exact else output.relative_l2 for output in outputs), default=0.0)
-    why = next((output.problem for output in outputs if output.problem), f"relative L2 error {error:.1e}")
-    if any(output.problem for output in outputs) or error > WRONG:
+    distance = max((0.0 if output.exact else output.relative_l2 for output in outputs), default=0.0)
+    why = next((output.problem for output in outputs if output.problem), f"relative L2 error {distance:.1e}")
+    if any(output.problem for output in outputs) or distance > WRONG:
         return {"norms": case.norms, "left": case.norms, "verdict": "wrong", "why": why}
     return {"norms": case.norms, "left": left, "verdict": "right", "why": why}
 

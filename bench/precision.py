@@ -19,7 +19,7 @@ from bnfuse.model.sandbox import run
 from bnfuse.printing.tables import Column, Table
 from bnfuse.printing.text import table_text
 from bnfuse.tools.zoo import build, calibrate_, randomise_
-from bnfuse.verify.comparison import compare_outputs
+from bnfuse.verify.measure import compare_outputs
 
 NETWORKS = (
     "torchvision:resnet50", "torchvision:mobilenet_v3_large", "torchvision:efficientnet_b0", "torchvision:googlenet",
