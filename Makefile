@@ -55,7 +55,7 @@ bench: $(VENV)/.installed-dev
 census: $(VENV)/.installed-dev
 	@status=0; \
 	for zoo in torchvision timm pytorchcv; do \
-		for part in "" --sample; do \
+		for part in "" --sample --restructure; do \
 			$(BIN)/bnfuse census $$zoo --output docs/census/$$zoo.jsonl.gz $$part $(ARGS) || status=1; \
 		done; \
 	done; \

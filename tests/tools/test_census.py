@@ -21,9 +21,21 @@ from torch import Tensor, nn
 from bnfuse.analysis.norms import is_norm
 from bnfuse.errors import BnFuseError, InputError, VerificationError
 from bnfuse.reasons import CAUSES
+from bnfuse.restructuring.kinds import KINDS
 from bnfuse.tools import zoo
 from bnfuse.tools.census import page, rivals, run, worker
-from bnfuse.tools.census.ledger import FAILURES, FUSED, OUTCOMES, Kept, KeptReason, Ledger, Rival, Row, read
+from bnfuse.tools.census.ledger import (
+    FAILURES,
+    FUSED,
+    OUTCOMES,
+    Kept,
+    KeptReason,
+    Ledger,
+    Restructured,
+    Rival,
+    Row,
+    read,
+)
 from bnfuse.tools.census.sweep import Sweep
 from bnfuse.tools.census.worker import Job, Settings, visit
 from bnfuse.tools.cli import main, parse_count
@@ -63,6 +75,16 @@ class Odd(nn.Module):
 def greedy():
     return [torch.zeros(2**26) for _ in range(200)]
 
+class Shared(nn.Module):
+    """One convolution, and a norm of its own behind each of its uses."""
+    def __init__(self):
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.first(self.conv(x)).relu().mean() + self.second(self.conv(-x)).relu()
+
+def shared(): return Shared()
 def net(): return Net()
 def twin(): return Net()
 def wide(): return Net(8)
@@ -132,6 +154,53 @@ def test_a_model_that_is_known(networks: str) -> None:
     rows = [visit(Job(f"{networks}:{name}", "own"), known=lambda _: "net") for name in ("net", "twin", "wide")]
     assert [(row.outcome, row.same_as) for row in rows] == [("same as", "net")] * 3
     assert rows[0].fingerprint == rows[1].fingerprint != rows[2].fingerprint
+
+
+def test_a_row_of_a_restructured_network(networks: str) -> None:
+    plain = visit(Job(f"{networks}:shared", "own"))
+    assert (plain.removed, plain.restructured) == (1, None)
+    row = visit(Job(f"{networks}:shared", "own"), Settings(restructure=True, infer_calls=False))
+    assert (row.outcome, row.executed, row.removed, row.error) == (FUSED, 2, 2, None)
+    assert row.restructured == Restructured(KINDS, 1, {"untie": 1}, {"untie": 1}, 112)
+    assert row.error64 is not None
+    assert row.error64 < worker.EXACT
+    assert Row.of(json.loads(json.dumps(row.to_dict()))) == row
+
+
+def test_a_wrong_step_is_found_on_other_inputs(networks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite = worker.rewrite
+
+    def slightly_wrong(plan: Any, model: Any) -> Any:
+        undo = rewrite(plan, model)
+        with torch.no_grad():
+            model.second.layer.bias += 1e-6
+        return undo
+
+    monkeypatch.setattr(worker, "rewrite", slightly_wrong)
+    row = visit(Job(f"{networks}:shared", "own"), Settings(restructure=True))
+    assert (row.outcome, row.phase) == ("wrong", "check")
+
+
+def test_which_models_are_visited_once_more() -> None:
+    stays = (Kept(1, (), "n", ""),)
+    plain = {
+        row.model: row
+        for row in (
+            Row("a", "f", FUSED, 1, executed=2, removed=2),
+            Row("b", "f", FUSED, 2, executed=2, removed=2),
+            Row("c", "g", FUSED, 3, executed=2, removed=2),
+            Row("d", "g", FUSED, 4, executed=2, removed=1, kept=stays),
+            Row("e", "g", "crashed", 4),
+        )
+    }
+    found = Row("a", "f", FUSED, 1, executed=2, removed=2, restructured=Restructured(KINDS, 2, {"merge": 1}))
+    without = replace(found, restructured=Restructured(KINDS, 2))
+    assert run.promising(plain, {"a": found}) == ["a", "b", "d"]
+    assert run.promising(plain, {"a": without}) == ["d"]
+    assert not run._is_due(found, ())
+    assert run._is_due(found, (FUSED,))
+    assert run._is_due(None, ())
+    assert run._is_due(replace(found, restructured=Restructured(("bake",), 2)), ())
 
 
 def test_a_wrong_plan_is_found_on_other_inputs(networks: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +328,29 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["resnet10"].rivals["torch.fx"].removed == 12
     capsys.readouterr()
     assert main([*command, "--match", "resnet1[08]", "--sample"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_command_of_restructuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "rows.jsonl.gz"
+    command = ["census", "pytorchcv", "--jobs", "1", "--match", "preresnet20_cifar10", "--output", str(output)]
+    assert main([*command, "--restructure"]) == 2
+    assert f"there is no {output}" in " ".join(capsys.readouterr().err.split())
+    ledger = Ledger(output, {"census": "pytorchcv"})
+    ledger.add(Row("preresnet20_cifar10", "preresnet_cifar", FUSED, 3, executed=19, removed=12))
+    ledger.close()
+    before = output.read_bytes()
+    assert main([*command, "--restructure"]) == 0
+    assert output.read_bytes() == before
+    headings, rows, clean = read(tmp_path / "restructured" / "rows.jsonl.gz")
+    assert clean
+    assert headings[0]["kinds"] == list(KINDS)
+    [row] = rows.values()
+    assert row.restructured is not None
+    assert (row.executed, row.restructured.plain) == (19, 12)
+    assert (row.removed or 0) >= 12
+    capsys.readouterr()
+    assert main([*command, "--restructure"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -399,6 +491,16 @@ ROWS_OF_A_PAGE = (
 )
 
 
+RESTRUCTURED_ROWS_OF_A_PAGE = (
+    replace(
+        FULL, removed=1, error64=2e-12, own32=None, restructured=Restructured(KINDS, 0, {"untie": 2}, {"untie": 1}, 6)
+    ),
+    Row("e", "g", FUSED, 5, executed=3, removed=3, restructured=Restructured(KINDS, 3, {"merge": 3}, {}, -1)),
+    Row("c", "g", "wrong", phase="check", error="off", restructured=Restructured(KINDS, 0)),
+    Row("d", "g", FUSED, 9, executed=30, removed=30, restructured=Restructured(("of", "before"), 0, {"of": 1})),
+)
+
+
 def test_a_page(tmp_path: Path) -> None:
     (tmp_path / "census").mkdir()
     with pytest.raises(BnFuseError, match="run bnfuse census ZOO"):
@@ -408,6 +510,11 @@ def test_a_page(tmp_path: Path) -> None:
         ledger.add(row)
     ledger.close()
     (tmp_path / "census" / "derivations.md").write_text("## By hand\n\nNothing.\n")
+    (tmp_path / "census" / "restructured").mkdir()
+    ledger = Ledger(tmp_path / "census" / "restructured" / "own.jsonl", {**HEADING, "kinds": list(KINDS)})
+    for row in RESTRUCTURED_ROWS_OF_A_PAGE:
+        ledger.add(row)
+    ledger.close()
     assert page.main([str(tmp_path)]) == 0
     text = (tmp_path / "census.md").read_text()
     assert "5 names; 3 of the 5 batch norms that ran are gone\n(60.0%); bnfuse failed on 1." in text
@@ -418,6 +525,12 @@ def test_a_page(tmp_path: Path) -> None:
     assert "| `c` | crashed | fuse | it took \\| more than 3 s |" in text
     assert "1 models: `d`." in text
     assert "## By hand" in text
+    assert "These were 1 of the 1 models in which norms stay, and 2 others." in text
+    assert "| own | 3 | 2 | 5 | 2 | 1 | 1 | 0 | 2e-12 |  |" in text
+    assert "| `untie` | 1 | 2 | 1 |\n| `merge` | 1 | 3 | 0 |" in text
+    assert "Mistakes of bnfuse: `own:c` (check: off)." in text
+    assert "| own | f | 1 | 2 | 2 | 1 |  | 2 |  | +200.0% | `a` |" in text
+    assert "| f | 2 | 1 | 1 | 0 | 0 | 2 | 0 | 2 | 1 | 1e-12 |" in text
 
 
 @pytest.mark.skipif(not ROWS, reason="no census has been made")

@@ -3,9 +3,9 @@
     python -m bnfuse.tools.census.page docs
     python -m bnfuse.tools.census.page docs --draw 30
 
-The first reads ``docs/census/*.jsonl`` (or ``.jsonl.gz``), takes the words for the reasons from
-:mod:`bnfuse.reasons`, adds ``docs/census/derivations.md``, and writes ``docs/census.md``. The second prints so many
-norms that stay, drawn at random from all of them, for the derivations.
+The first reads ``docs/census/*.jsonl`` (or ``.jsonl.gz``) and those of the same names in ``restructured/``, takes the
+words for the reasons from :mod:`bnfuse.reasons`, adds ``docs/census/derivations.md``, and writes ``docs/census.md``.
+The second prints so many norms that stay, drawn at random from all of them, for the derivations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,11 +36,13 @@ from bnfuse.tools.census.ledger import (
     NOT_BUILT,
     NOT_RUN,
     OUTCOMES,
+    RESTRUCTURED,
     SAME,
     TOO_LARGE,
     WRONG,
     Kept,
     KeptReason,
+    Restructured,
     Row,
     read,
 )
@@ -58,11 +60,18 @@ _WAYS = ("backward", "forward", "beside")
 
 @dataclass(frozen=True)
 class Zoo:
-    """The rows of one zoo."""
+    """The rows of one zoo.
+
+    Attributes:
+        kinds: the kinds of restructuring that there were in the last pass in which the structure could change.
+        restructured: the rows of that pass, by the name of the model.
+    """
 
     name: str
     heading: Mapping[str, Any]
     rows: Sequence[Row]
+    kinds: Sequence[str] = ()
+    restructured: Mapping[str, Row] = field(default_factory=dict)
 
     @property
     def fused(self) -> list[Row]:
@@ -121,6 +130,7 @@ def page(docs: Path) -> str:
         _summary(zoos),
         _beside(zoos),
         _other_calls(calls.lines(docs / "census" / "calls" / "timm.jsonl")),
+        _restructured(zoos),
         _kept(zoos),
         derivations.read_text().strip() if derivations.exists() else "",
         _families(zoos),
@@ -145,7 +155,19 @@ def _zoo(path: Path) -> Zoo:
     headings, rows, _ = read(path)
     if not headings:
         raise BnFuseError(f"{path} is no file of a census: it has no heading")
-    return Zoo(headings[-1]["census"], headings[-1], list(rows.values()))
+    kinds, others = _restructured_rows(path.parent / RESTRUCTURED / path.name)
+    return Zoo(headings[-1]["census"], headings[-1], list(rows.values()), kinds, others)
+
+
+def _restructured_rows(path: Path) -> tuple[list[str], dict[str, Row]]:
+    """The kinds of restructuring, and the rows that were made with just these."""
+    if not path.exists():
+        return [], {}
+    headings, rows, _ = read(path)
+    kinds = headings[-1]["kinds"]
+    return kinds, {
+        name: row for name, row in rows.items() if row.restructured is None or list(row.restructured.kinds) == kinds
+    }
 
 
 # Words ---------------------------------------------------------------------------------------------------------------
@@ -315,6 +337,118 @@ The models that keep norms for other calls:
 {_table(["family", "model", "norms", "removed for the recorded call", "removed as always"], table)}"""
 
 
+# Restructured --------------------------------------------------------------------------------------------------------
+
+
+def _restructured(zoos: Sequence[Zoo]) -> str:
+    """What goes when the structure may change, too."""
+    visited = [zoo for zoo in zoos if zoo.restructured]
+    if not visited:
+        return ""
+    kinds = list(dict.fromkeys(kind for zoo in visited for kind in zoo.kinds))
+    rows = [(zoo, row) for zoo in visited for row in zoo.restructured.values()]
+    done = [(zoo, row, row.restructured) for zoo, row in rows if row.outcome == FUSED and row.restructured is not None]
+    by_zoo = _table(
+        [
+            "zoo", "models", "with steps", "norms that ran", "stay", "stay restructured", *FAILURES, "float64 error",
+            "float32 ratio",
+        ],
+        [_restructured_zoo(zoo) for zoo in visited],
+    )  # fmt: skip
+    by_kind = _table(
+        ["kind", "models", "steps", "norms that go by them, and stay without"],
+        [
+            [
+                f"`{kind}`" if kind else "several together",
+                sum(kind in found.steps for _, _, found in done) if kind else "",
+                sum(found.steps.get(kind, 0) for _, _, found in done) if kind else "",
+                sum(found.gone.get(kind, 0) for _, _, found in done),
+            ]
+            for kind in (*kinds, *([""] if any("" in found.gone for _, _, found in done) else []))
+        ],
+    )
+    families: dict[tuple[str, str], list[tuple[Row, Restructured]]] = {}
+    for zoo, row, found in done:
+        families.setdefault((zoo.name, row.family), []).append((row, found))
+    by_family = _table(
+        ["zoo", "family", "models", "norms that ran", "stay", "stay restructured", *kinds, "parameters", "such as"],
+        [
+            _restructured_family(name, family, members, kinds)
+            for (name, family), members in families.items()
+            if any(found.steps for _, found in members)
+        ],
+    )
+    costs = sum(row.removed is not None and row.removed < found.plain for _, row, found in done)
+    failed = [f"`{zoo.name}:{row.model}` ({row.phase}: {row.error})" for zoo, row in rows if row.outcome in FAILURES]
+    return f"""## Restructured
+
+The structure of a model may change as well with `restructure=True` ([restructuring](restructuring.md)): here
+{_and(f"`{kind}`" for kind in kinds)}, all at once. `bnfuse census ZOO --restructure` visits models once more and checks
+them as above: the smallest of each family first, then those in which norms stay, and those whose family has a model
+with steps. {_progress(visited)}
+Both numbers of norms that stay are of this pass.
+
+{by_zoo}
+
+{by_kind}
+
+Steps of `merge` mostly make one layer of several whose norms go in any case. Norms stay that go without steps in
+{costs} models.{f" Mistakes of bnfuse: {'; '.join(failed)}." if failed else ""}
+
+The families in which the structure changes; *{", ".join(kinds)}* count steps, *parameters* is by how much the number of
+parameters of the models changes:
+
+{by_family}"""
+
+
+def _progress(zoos: Sequence[Zoo]) -> str:
+    """How many of the models in which norms stay were visited."""
+    left = [(zoo, row) for zoo in zoos for row in zoo.fused if row.kept]
+    visited = sum(row.model in zoo.restructured for zoo, row in left)
+    rest = sum(len(zoo.restructured) for zoo in zoos) - visited
+    shares = f"{_count(visited)} of the {_count(len(left))} models in which norms stay"
+    return f"These were {shares}, and {_count(rest)} others."
+
+
+def _restructured_zoo(zoo: Zoo) -> list[object]:
+    rows = list(zoo.restructured.values())
+    fused = [row for row in rows if row.outcome == FUSED]
+    return [
+        zoo.name,
+        len(rows),
+        sum(bool(row.restructured and row.restructured.steps) for row in fused),
+        _sum(fused, "executed"),
+        sum(_stay_plainly(row) for row in fused),
+        _sum(fused, "executed") - _sum(fused, "removed"),
+        *(_of(rows, outcome) for outcome in FAILURES),
+        _largest(fused),
+        _ratios(fused),
+    ]
+
+
+def _restructured_family(
+    zoo: str, family: str, members: Sequence[tuple[Row, Restructured]], kinds: Sequence[str]
+) -> list[object]:
+    rows = [row for row, _ in members]
+    such_as = min((row for row, found in members if found.steps), key=lambda row: (row.parameters or 0, row.model))
+    grown = sum(found.grown for _, found in members)
+    return [
+        zoo,
+        family,
+        len(members),
+        _sum(rows, "executed"),
+        sum(map(_stay_plainly, rows)),
+        _sum(rows, "executed") - _sum(rows, "removed"),
+        *(sum(found.steps.get(kind, 0) for _, found in members) or "" for kind in kinds),
+        f"{grown / _sum(rows, 'parameters'):+.1%}",
+        f"`{such_as.model}`",
+    ]
+
+
+def _stay_plainly(row: Row) -> int:
+    return (row.executed or 0) - (row.restructured.plain if row.restructured is not None else 0)
+
+
 def _verdict(row: Row) -> str:
     """What torch.fx made of a model: right, wrong or failed; empty if it was not tried."""
     rival = row.rivals.get(RIVAL)
@@ -416,22 +550,23 @@ def _families(zoos: Sequence[Zoo]) -> str:
     parts.append(
         "The files of the zoos. *norms*, *removed* and *kept* count norms that ran, over the models that were fused "
         "and are not the same as another; the last columns are about the one model that "
-        f"`{RIVAL}` was tried on."
+        f"`{RIVAL}` was tried on. *restructured* are the norms that stay when the structure may change, where that was "
+        "tried ([above](#restructured)): in brackets, of how many of the models in which norms stay."
     )
     heads = [
         "family", "models", FUSED, "same", "without norms", "other", "norms", "removed", "kept",
-        "float64 error", "float32 ratio", "sample", "its norms", "bnfuse", RIVAL,
+        "restructured", "float64 error", "float32 ratio", "sample", "its norms", "bnfuse", RIVAL,
     ]  # fmt: skip
     for zoo in zoos:
         families: dict[str, list[Row]] = {}
         for row in zoo.rows:
             families.setdefault(row.family, []).append(row)
-        rows = [_family(name, found) for name, found in sorted(families.items())]
+        rows = [_family(name, found, zoo) for name, found in sorted(families.items())]
         parts.append(f"### {zoo.name}\n\n{_table(heads, rows)}")
     return "\n\n".join(parts)
 
 
-def _family(name: str, rows: Sequence[Row]) -> list[object]:
+def _family(name: str, rows: Sequence[Row], zoo: Zoo) -> list[object]:
     fused = [row for row in rows if row.outcome == FUSED]
     other = sum(row.outcome in (TOO_LARGE, NOT_BUILT, NOT_RUN, WRONG, CRASHED) for row in rows)
     sample: list[object] = ["", "", "", ""]
@@ -443,8 +578,19 @@ def _family(name: str, rows: Sequence[Row]) -> list[object]:
     norms, removed = _sum(fused, "executed"), _sum(fused, "removed")
     return [
         name, len(rows), len(fused), _of(rows, SAME), _of(rows, NO_NORMS), other, norms, removed, norms - removed,
-        _largest(fused), _ratios(fused), *sample,
+        _kept_restructured(fused, zoo), _largest(fused), _ratios(fused), *sample,
     ]  # fmt: skip
+
+
+def _kept_restructured(fused: Sequence[Row], zoo: Zoo) -> object:
+    """The norms of a family that stay when the structure may change, of the models in which that was tried."""
+    left = [row for row in fused if row.kept]
+    tried = [zoo.restructured[row.model] for row in left if row.model in zoo.restructured]
+    tried = [row for row in tried if row.outcome == FUSED]
+    if not tried:
+        return ""
+    stay = _count(_sum(tried, "executed") - _sum(tried, "removed"))
+    return stay if len(tried) == len(left) else f"{stay} ({len(tried)} of {len(left)})"
 
 
 def _left_out(zoos: Sequence[Zoo]) -> str:
