@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -459,14 +460,23 @@ def test_a_process_that_fails_is_a_cell(monkeypatch: pytest.MonkeyPatch) -> None
     unknown = Network("own:unknown", PartlyFused)
     found = compiling.examine(unknown, 1, ONCE, 1)
     assert found.problem == "original: StopIteration"
-    assert compiling.report([found]).tables[0].rows[0][:3] == ("own:unknown", "fails", "fails")
+    assert compiling.report([found]).tables[0].rows[0] == (
+        "own:unknown", "no", "", "", *("fails", "fails", "", "", "") * 2
+    )  # fmt: skip
 
 
 def test_compile_times_are_reported_as_they_are() -> None:
     cold, warm = ({"original": [2.0, 4.0], "fused": [1.0, 2.0]} for _ in range(2))
-    section = compiling.report([compiling.Finding("own:tiny", Rounds(cold), Rounds(warm))])
-    assert section.targets == ()
-    assert section.tables[0].rows[0][1:4] == ("3.0", "1.5", "0.500")
+    finding = compiling.Finding("own:tiny", Rounds(cold), Rounds(warm), {"original": 9, "fused": 8}, True)
+    section = compiling.report([finding])
+    assert section.tables[0].rows[0][:7] == ("own:tiny", "yes", "9", "8", "3.0", "1.5", "0.500")
+    assert [target.met for target in section.targets] == [True, True]
+    slower = replace(
+        finding, cold=Rounds({"original": [2.0], "fused": [1.3]}), warm=Rounds({key: [2.0] for key in cold})
+    )
+    assert [target.met for target in compiling.report([slower]).targets] == [False, True]
+    plain = replace(finding, freezing=False, warm=Rounds({"original": [2.0], "fused": [3.0]}))
+    assert [target.met for target in compiling.report([plain]).targets] == [True, None]
 
 
 # The command ----------------------------------------------------------------------------------------------------------
