@@ -187,7 +187,8 @@ def test_which_models_are_visited_once_more() -> None:
         row.model: row
         for row in (
             Row("a", "f", FUSED, 1, executed=2, removed=2),
-            Row("b", "f", FUSED, 2, executed=2, removed=2),
+            Row("a2", "f", FUSED, 2, executed=2, removed=2),
+            Row("b", "f", FUSED, 1, executed=2, removed=2),
             Row("c", "g", FUSED, 3, executed=2, removed=2),
             Row("d", "g", FUSED, 4, executed=2, removed=1, kept=stays),
             Row("e", "g", "crashed", 4),
@@ -195,7 +196,7 @@ def test_which_models_are_visited_once_more() -> None:
     }
     found = Row("a", "f", FUSED, 1, executed=2, removed=2, restructured=Restructured(KINDS, 2, {"merge": 1}))
     without = replace(found, restructured=Restructured(KINDS, 2))
-    assert run.promising(plain, {"a": found}) == ["a", "b", "d"]
+    assert run.promising(plain, {"a": found}) == ["a", "a2", "d"]
     assert run.promising(plain, {"a": without}) == ["d"]
     assert not run._is_due(found, ())
     assert run._is_due(found, (FUSED,))

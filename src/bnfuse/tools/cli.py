@@ -254,7 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     census.add_argument(
         "--sample",
         action="store_true",
-        help="only the smallest model of each family of those in the file, with torch.fx beside",
+        help="only the smallest model of each family of those in the file, with torch.fx beside; with --restructure "
+        "the smallest of each series of names",
     )
     census.add_argument(
         "--restructure",

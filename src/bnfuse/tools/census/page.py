@@ -384,8 +384,8 @@ def _restructured(zoos: Sequence[Zoo]) -> str:
 
 The structure of a model may change as well with `restructure=True` ([restructuring](restructuring.md)): here
 {_and(f"`{kind}`" for kind in kinds)}, all at once. `bnfuse census ZOO --restructure` visits models once more and checks
-them as above: the smallest of each family first, then those in which norms stay, and those whose family has a model
-with steps. {_progress(visited)}
+them as above: first the smallest of each series of names, then those in which norms stay, and those of series in which
+a model was changed. {_progress(visited)}
 Both numbers of norms that stay are of this pass.
 
 {by_zoo}

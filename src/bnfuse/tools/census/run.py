@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import itertools
 import signal
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from itertools import zip_longest
 from pathlib import Path
 
 from bnfuse.errors import InputError
@@ -74,14 +74,14 @@ def census_restructured(
 ) -> int:
     """Visit the models of a census once more, with all kinds of restructuring, where these may do something.
 
-    First comes the smallest model of each family. Then come those in which plain fusing leaves norms, and those whose
-    family has a model that was changed: in a family with branches all norms may go, and branches can be merged still.
+    First comes the smallest model of each series. Then come those in which plain fusing leaves norms, and those of
+    series in which a model was changed: where branches are merged, all norms may go in any case.
 
     Args:
         rows: the file of rows of the census; the new ones are in a file of the same name in the folder `RESTRUCTURED`
             beside it. Rows that were made when there were other kinds of restructuring are made again.
         name, settings, jobs, match, again: as for `census`.
-        sample: visit only the smallest model of each family.
+        sample: visit only the smallest model of each series.
 
     Returns:
         How many of the new rows that match are failures of bnfuse.
@@ -101,7 +101,7 @@ def census_restructured(
         due = [model for model in models if _is_due(ledger.rows.get(model), again)]
         return _sweep(name, ledger, settings, jobs, due, len(models))
 
-    models = list(sampled(plain))
+    models = list(sampled(plain, series))
     try:
         if sweep(models) and not sample:
             models += [model for model in promising(plain, ledger.rows) if model not in models]
@@ -112,13 +112,12 @@ def census_restructured(
 
 
 def promising(plain: Mapping[str, Row], restructured: Mapping[str, Row]) -> list[str]:
-    """The models in which norms stay, and those whose family has a model with steps."""
-    families = {row.family for row in restructured.values() if row.restructured is not None and row.restructured.steps}
-    return [
-        row.model
-        for row in plain.values()
-        if row.outcome == FUSED and row.executed and (row.kept or row.family in families)
+    """The models in which norms stay, and those whose series has a model with steps; the smallest first."""
+    changed = {series(row) for row in restructured.values() if row.restructured is not None and row.restructured.steps}
+    found = [
+        row for row in plain.values() if row.outcome == FUSED and row.executed and (row.kept or series(row) in changed)
     ]
+    return [row.model for row in sorted(found, key=_cost)]
 
 
 def _is_due(row: Row | None, again: Collection[str]) -> bool:
@@ -182,17 +181,31 @@ def interleaved(jobs: Iterable[Job]) -> list[Job]:
     families: dict[str, list[Job]] = {}
     for job in jobs:
         families.setdefault(job.family, []).append(job)
-    return [job for turn in zip_longest(*families.values()) for job in turn if job is not None]
+    return [job for turn in itertools.zip_longest(*families.values()) for job in turn if job is not None]
 
 
-def sampled(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """The quickest row of each family whose norms were fused, by the name of the model."""
+def series(row: Row) -> str:
+    """The models of a family whose names begin with the same letters: one file of timm holds RepVGG and MobileOne.
+
+    >>> series(Row("repvgg_a0", "byobnet", FUSED))
+    'byobnet repvgg'
+    """
+    letters = itertools.takewhile(str.isalpha, row.model)
+    return f"{row.family} {''.join(letters)}"
+
+
+def _family(row: Row) -> str:
+    return row.family
+
+
+def sampled(rows: Mapping[str, Row], group: Callable[[Row], str] = _family) -> dict[str, Row]:
+    """The quickest row of each family, or other group, whose norms were fused, by the name of the model."""
     best: dict[str, Row] = {}
     for row in rows.values():
         if row.outcome == FUSED and row.executed:
-            other = best.get(row.family)
+            other = best.get(group(row))
             if other is None or _cost(row) < _cost(other):
-                best[row.family] = row
+                best[group(row)] = row
     return {row.model: row for row in best.values()}
 
 
