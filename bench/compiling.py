@@ -1,6 +1,7 @@
 """``torch.compile`` of the original and of the fused network: how long the first call takes, and how long the next.
 
-Each in a fresh process with an empty cache; both stay alive afterwards, so that their further calls can take turns.
+Beside them stands the network with the same norms deleted, which is wrong, and as little work as fusing can leave. Each
+in a fresh process with an empty cache; all stay alive afterwards, so that their further calls can take turns.
 All of that as it is and with inductor's freezing, which folds norms that stand right behind a convolution by itself.
 Where the first call goes, the C++ files say that inductor makes and compiles one after the other.
 """
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import bnfuse
 from bench.child import Child, child
 from bench.networks import QUICK as SMALL
 from bench.networks import Network, forward, selected, zoo
-from bench.rivals import is_right
+from bench.rivals import is_right, without_norms
 from bench.section import Section, Settings, at_most, progress
 from bench.timing import Clock, Effort, Rounds, measured
 from bnfuse.printing.tables import Column, Table
@@ -33,7 +34,7 @@ from bnfuse.tools.timing import Measure, timed
 
 NETWORKS = (zoo("torchvision:mobilenet_v2"), zoo("torchvision:resnet50"))
 QUICK = tuple(selected("own:small_mlp", SMALL))
-VARIANTS = ORIGINAL, FUSED = "original", "fused"
+VARIANTS = ORIGINAL, FUSED, DELETED = "original", "fused", "deleted"
 FIRST_CALL, FROZEN_RUN = 0.6, 1.0
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -43,7 +44,7 @@ class Finding:
     """What was measured of one network.
 
     Attributes:
-        cold: seconds of the first call of each variant, in every pair of processes.
+        cold: seconds of the first call of each variant, in every group of processes.
         warm: seconds of the next calls.
         files: how many files of C++ the first call of each variant compiles.
         freezing: whether inductor takes the parameters for constants.
@@ -75,27 +76,27 @@ class Finding:
 def run(settings: Settings) -> Section:
     """Measure every network."""
     networks = selected(settings.networks, QUICK if settings.quick else NETWORKS)
-    pairs = settings.repeat or (1 if settings.quick else 2)
-    effort = settings.effort(seconds=15, least=15, most=100)
+    groups = settings.repeat or (1 if settings.quick else 2)
+    effort = replace(settings, repeat=None).effort(seconds=15, least=15, most=100)
     return report(
         [
-            examine(network, pairs, effort, settings.threads, freezing)
+            examine(network, groups, effort, settings.threads, freezing)
             for network in networks
             for freezing in (False, True)
         ]
     )
 
 
-def examine(network: Network, pairs: int, effort: Effort, threads: int, freezing: bool = False) -> Finding:
-    """Measure one network, in so many pairs of processes; the second variant goes first in every other pair."""
+def examine(network: Network, groups: int, effort: Effort, threads: int, freezing: bool = False) -> Finding:
+    """Measure one network, in so many groups of processes; every other group has the variants the other way round."""
     cold: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     warm: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     files: dict[str, int] = {}
-    for number in range(pairs):
+    for number in range(groups):
         with ExitStack() as alive:
             measures: dict[str, Measure] = {}
             for variant in VARIANTS if number % 2 == 0 else reversed(VARIANTS):
-                progress(f"compile [{number + 1}/{pairs}] {network.name}: {variant}{', frozen' if freezing else ''}")
+                progress(f"compile [{number + 1}/{groups}] {network.name}: {variant}{', frozen' if freezing else ''}")
                 process = alive.enter_context(_started(network, variant, threads, freezing, alive))
                 try:
                     seconds, files[variant] = json.loads(process.ask())
@@ -136,14 +137,17 @@ def report(findings: list[Finding]) -> Section:
         cells += [str(finding.files.get(variant, "")) for variant in VARIANTS]
         for rounds, unit, digits in ((finding.cold, 1, 1), (finding.warm, 1000, 2)):
             if finding.problem:
-                cells += ["fails", "fails", "", "", ""]
+                cells += ["fails", "fails", "fails", *("",) * 5]
                 continue
-            ratio = rounds.ratio(FUSED, ORIGINAL)
             cells += [f"{unit * rounds.median(variant):.{digits}f}" for variant in VARIANTS]
-            cells += [str(ratio), ratio.range, str(rounds.count)]
+            for below in (ORIGINAL, DELETED):
+                ratio = rounds.ratio(FUSED, below)
+                cells += [str(ratio), ratio.range]
+            cells.append(str(rounds.count))
         rows.append(tuple(cells))
-    timed_heads = ("fused", "ratio", "quartiles")
-    heads = ("C++ files", "fused", "cold s", *timed_heads, "pairs", "run ms", *timed_heads, "rounds")
+    heads = ["C++ files", FUSED, DELETED]
+    for what, many in (("cold s", "groups"), ("run ms", "rounds")):
+        heads += [what, FUSED, DELETED, f"{FUSED} / {ORIGINAL}", "quartiles", f"/ {DELETED}", "quartiles", many]
     columns = (Column("network"), Column("freezing"), *(Column(head, True) for head in heads))
     table = Table("torch.compile: first call in a fresh process, and further calls", columns, tuple(rows))
     done = [finding for finding in findings if not finding.problem]
@@ -177,8 +181,9 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(int(count))
     network = next(network for network in (*NETWORKS, *QUICK) if network.name == name)
     model, x = network.build(), network.inputs()
-    if variant == FUSED:
-        model = bnfuse.fuse(model, x)
+    if variant != ORIGINAL:
+        plan = bnfuse.plan(model, x)
+        model = plan.apply(model) if variant == FUSED else without_norms(model, plan)
     expected = forward(model, x)  # and everything that any first call loads is there
     compiled = torch.compile(model)
     outputs = []

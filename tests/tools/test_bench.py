@@ -461,22 +461,25 @@ def test_a_process_that_fails_is_a_cell(monkeypatch: pytest.MonkeyPatch) -> None
     found = compiling.examine(unknown, 1, ONCE, 1)
     assert found.problem == "original: StopIteration"
     assert compiling.report([found]).tables[0].rows[0] == (
-        "own:unknown", "no", "", "", *("fails", "fails", "", "", "") * 2
+        "own:unknown", "no", *("",) * 3, *("fails", "fails", "fails", *("",) * 5) * 2
     )  # fmt: skip
 
 
 def test_compile_times_are_reported_as_they_are() -> None:
-    cold, warm = ({"original": [2.0, 4.0], "fused": [1.0, 2.0]} for _ in range(2))
-    finding = compiling.Finding("own:tiny", Rounds(cold), Rounds(warm), {"original": 9, "fused": 8}, True)
+    times = {"original": [2.0, 4.0], "fused": [1.0, 2.0], "deleted": [1.0, 1.0]}
+    files = {"original": 9, "fused": 8, "deleted": 7}
+    finding = compiling.Finding("own:tiny", Rounds(times), Rounds(times), files, True)
     section = compiling.report([finding])
-    assert section.tables[0].rows[0][:7] == ("own:tiny", "yes", "9", "8", "3.0", "1.5", "0.500")
+    row = section.tables[0].rows[0]
+    assert row[:9] == ("own:tiny", "yes", "9", "8", "7", "3.0", "1.5", "1.0", "0.500")
+    assert row[10] == "1.500"
+    assert len(row) == len(section.tables[0].columns)
     assert [target.met for target in section.targets] == [True, True]
-    slower = replace(
-        finding, cold=Rounds({"original": [2.0], "fused": [1.3]}), warm=Rounds({key: [2.0] for key in cold})
-    )
-    assert [target.met for target in compiling.report([slower]).targets] == [False, True]
-    plain = replace(finding, freezing=False, warm=Rounds({"original": [2.0], "fused": [3.0]}))
-    assert [target.met for target in compiling.report([plain]).targets] == [True, None]
+    slow = Rounds({**times, "fused": [1.3, 2.6]})
+    assert [target.met for target in compiling.report([replace(finding, cold=slow)]).targets] == [False, True]
+    slower = replace(finding, warm=Rounds({**times, "fused": [3.0, 6.0]}))
+    assert [target.met for target in compiling.report([slower]).targets] == [True, False]
+    assert [target.met for target in compiling.report([replace(slower, freezing=False)]).targets] == [True, None]
 
 
 # The command ----------------------------------------------------------------------------------------------------------
