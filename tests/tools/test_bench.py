@@ -18,7 +18,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import bnfuse
-from bench import command, compiling, fusing, growth, latency, memory, rivals
+from bench import command, compiling, fusing, growth, latency, memory, restructuring, rivals
 from bench import stages as stages_of_fuse
 from bench.child import child
 from bench.growth import Family
@@ -480,6 +480,41 @@ def test_compile_times_are_reported_as_they_are() -> None:
     slower = replace(finding, warm=Rounds({**times, "fused": [3.0, 6.0]}))
     assert [target.met for target in compiling.report([slower]).targets] == [True, False]
     assert [target.met for target in compiling.report([replace(slower, freezing=False)]).targets] == [True, None]
+
+
+# Restructuring --------------------------------------------------------------------------------------------------------
+
+
+def test_a_restructured_network_is_measured_beside_the_others() -> None:
+    found = restructuring.examine(restructuring.QUICK[0], Settings(repeat=2))
+    assert found.steps == {"untie": 1}
+    assert (found.norms["original"], found.norms["restructured"]) == (3, 0)
+    assert found.norms["fused"] > 0
+    assert found.parameters["restructured"] > found.parameters["fused"]
+    assert found.error < restructuring.ERROR
+    assert found.rounds.count == 2
+
+
+def test_restructuring_is_judged_by_time_norms_layers_and_error() -> None:
+    three = {"original": [2.0], "fused": [1.0], "restructured": [1.0]}
+    norms = {"original": 3, "fused": 2, "restructured": 0}
+    good = restructuring.Finding("own:good", {"merge": 2}, norms, norms, norms, 1e-12, Rounds(three))
+    assert [target.met for target in restructuring.report([good]).targets] == [True, True, True]
+    times = {**three, "restructured": [1.1], "timm's own": [1.0]}
+    counts = {**norms, "restructured": 1, "timm's own": 0}
+    bad = restructuring.Finding("timm:bad", {"merge": 2}, counts, counts, norms, 1e-6, Rounds(times))
+    section = restructuring.report([good, bad])
+    assert [target.met for target in section.targets] == [False] * 5
+    assert [len(table.rows) for table in section.tables] == [3, 1]
+
+
+def test_a_package_that_is_missing_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "effdet", None)
+    [network] = selected("effdet:cspresdet50", restructuring.NETWORKS)
+    found = restructuring.examine(network, Settings())
+    [table] = restructuring.report([found]).tables
+    assert table.rows[0][:2] == ("effdet:cspresdet50", "effdet is not installed")
+    assert len(table.rows[0]) == len(table.columns)
 
 
 # The command ----------------------------------------------------------------------------------------------------------
