@@ -45,6 +45,7 @@ from bnfuse.verify.equivalence import NOISE_FACTOR
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ROWS = sorted((DOCS / "census").glob("*.jsonl*"))
+RESTRUCTURED_ROWS = sorted((DOCS / "census" / "restructured").glob("*.jsonl*"))
 
 NETWORKS = '''
 import os, time
@@ -559,6 +560,22 @@ def test_rows_of_the_census(path: Path) -> None:
                 assert not right or (rival.removed or 0) <= (row.removed or 0), row.model
         if row.outcome == "same as":
             assert rows[row.same_as or ""].outcome == FUSED
+
+
+@pytest.mark.parametrize("path", RESTRUCTURED_ROWS, ids=lambda path: path.name.partition(".")[0])
+def test_restructured_rows_of_the_census(path: Path) -> None:
+    """They belong to the plain ones, are right, and no step costs a norm."""
+    headings, rows, clean = read(path)
+    assert clean
+    assert all(kind in KINDS for kind in headings[-1]["kinds"])
+    _, plain, _ = read(path.parents[1] / path.name)
+    for row in rows.values():
+        assert row.outcome == FUSED, f"{row.model}: {row.error}"
+        assert row.executed == plain[row.model].executed
+        assert row.restructured is not None
+        assert (row.removed or 0) >= row.restructured.plain >= (plain[row.model].removed or 0)
+        assert row.error64 is not None
+        assert row.error64 <= max(worker.EXACT, NOISE_FACTOR * (row.noise64 or 0.0))
 
 
 # The sample -----------------------------------------------------------------------------------------------------------
