@@ -229,8 +229,8 @@ class _Sum:
         self.trial.demand(value, lowered)
 
     def _must_follow(self, term: Value) -> bool:
-        """False for what may also keep its units: a bias that does not exist yet, and zeros."""
-        return term.kind is not Kind.ABSENT and (term.shape == self.z.shape or not _is_zero(term))
+        """False for what may also keep its units: a bias that does not exist yet, and what may be zeros."""
+        return term.kind is not Kind.ABSENT and (term.shape == self.z.shape or term.producer is None)
 
     def _same_direction(self, known: dict[Value, Unit]) -> dict[Value, Unit]:
         directions = {unit.inverse for unit in known.values() if not unit.is_identity}
