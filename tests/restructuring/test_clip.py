@@ -287,3 +287,20 @@ def test_under_autocast_the_dtype_stays() -> None:
     with torch.no_grad(), torch.autocast("cpu"):
         fused(x)
     assert found == [torch.bfloat16]
+
+
+def test_a_clip_in_code_is_as_it_was() -> None:
+    """PyTorch has an operator of that name."""
+    torch.manual_seed(0)
+    model = randomise_(nn.Sequential(nn.Tanh(), nn.BatchNorm2d(4), CalledClip(), nn.Conv2d(4, 3, 1))).eval().double()
+    with torch.no_grad():
+        model[1].weight.abs_()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    fused = bnfuse.fuse(model, x, restructure="clip")
+    assert held(fused[1].get_submodule("shift")) == {"bias"}
+    assert error(model, fused, x) < 1e-12
+
+
+class CalledClip(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clip(0)

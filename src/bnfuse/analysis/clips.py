@@ -30,7 +30,7 @@ def _join(first: Node, second: Node, adds: bool) -> None:
     for value in (x, lower):
         value.consumers[value.consumers.index(first)] = second
     between.consumers.remove(second)
-    second.operator, second.written = "clip", []
+    second.operator, second.written = "open_clip", []
     second.inputs = [x, lower, second.bound["max"]]
     second.bound = dict(zip(("input", "lower", "upper"), second.inputs, strict=True)) | {"adds": adds}
     first.operator, first.bound, first.inputs, first.outputs = "inside", {}, [], []

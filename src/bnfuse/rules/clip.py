@@ -20,8 +20,8 @@ from bnfuse.rules.registry import Trial, lower, rule
 from bnfuse.units import Unit
 
 
-@rule("clip")
-def clip(node: Node, trial: Trial) -> None:
+@rule("open_clip")
+def open_clip(node: Node, trial: Trial) -> None:
     """Any scale and shift: the bounds, which are parameters, take them too. Only where restructuring has put a clip."""
     x, y = node.bound["input"], node.outputs[0]
     bounds = [node.bound["lower"], node.bound["upper"]]
