@@ -200,7 +200,7 @@ def _restructured(
         try:
             made, target = carry_out(made, problem.model, planner, verify, inplace)
         except VerificationError:
-            if not restructuring.drop_failing(made):
+            if not restructuring.drop_failing():
                 raise
         else:
             return planner, restructuring.complete(made), target

@@ -225,8 +225,28 @@ class Looked(Before):
 def test_code_that_looks_at_the_activation_keeps_it() -> None:
     model, x = made(Looked, nn.ReLU, MIXED)
     plan = bnfuse.plan(model, x, restructure="clip")
-    fused = plan.apply(model) if plan.steps else model
+    assert not plan.steps
+    assert [one.reason.code for one in plan.unchanged] == ["layer-is-looked-at"]
+
+
+class Weighed(Dense):
+    """Which of two parameters it reads goes by a module, so that the operators are the same all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (self.one if isinstance(self.activations[1], nn.ReLU) else self.other)
+
+
+def test_one_activation_that_is_looked_at_keeps_no_other() -> None:
+    torch.manual_seed(0)
+    model = randomise_(Weighed()).eval().double()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    fused = bnfuse.fuse(model, x, restructure="clip")
     assert error(model, fused, x) < 1e-12
+    assert [type(norm) for norm in fused.norms] == [nn.Identity, nn.BatchNorm2d, nn.Identity]
 
 
 class InPlace(Net):

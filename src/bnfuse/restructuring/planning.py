@@ -63,6 +63,7 @@ class Restructuring:
         self._dropped: dict[tuple[str, str], Unchanged] = {}
         self._unchanged: dict[tuple[str, str], Unchanged] = {}
         self._adding: set[str] = set()
+        self._open: Sequence[Step] = ()  # clips with the bounds of the activations that they stand for
         self._before: Plan | None = None
 
     def plan(self, make: Callable[[Planner], Plan]) -> tuple[Planner, Plan]:
@@ -74,6 +75,7 @@ class Restructuring:
         while True:
             planner, made = self._planned(make)
             if not self._drops_any(planner, made):
+                self._open = planner.steps
                 return planner, made
 
     def _drops_any(self, planner: Planner, made: Plan) -> bool:
@@ -118,14 +120,14 @@ class Restructuring:
         said = [it for it in unchanged.values() if it.kind != CLIP or it.reason.code != GAINS_NOTHING.code]
         return replace(made, decisions=tuple(decisions), unchanged=tuple(said))
 
-    def drop_failing(self, made: Plan) -> bool:
-        """Drop the steps of a plan that change what the original gives; True if there are any.
+    def drop_failing(self) -> bool:
+        """Drop the steps of the last plan that change what the original gives; True if there are any.
 
         Each is tried behind those before it that hold. One that rests on another that fails is planned anew.
         """
         holding: list[Step] = []
         failing: list[Step] = []
-        for step in made.steps:
+        for step in self._open:
             try:
                 (holding if self._holds(Changes(steps=(*holding, step))) else failing).append(step)
             except FusionError:
