@@ -298,6 +298,16 @@ def test_saved_and_loaded_and_trained_and_exported(tmp_path: Path) -> None:
     assert all(parameter.grad is not None for parameter in again.parameters())
 
 
+def test_another_number_of_axes_is_no_silent_matter() -> None:
+    """A norm for vectors takes sequences too, and what comes next may."""
+    torch.manual_seed(0)
+    model = randomise_(nn.Sequential(nn.Tanh(), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))).eval()
+    fused = bnfuse.fuse(model, torch.randn(4, 8), restructure="clip")
+    assert held(fused[2])
+    with pytest.raises(ValueError, match=r"one axis more, got \(4, 8, 8\)"):
+        fused(torch.randn(4, 8, 8))
+
+
 def test_under_autocast_the_dtype_stays() -> None:
     model, x = made(Before, nn.ReLU, MIXED)
     model, x = model.float(), x.float()

@@ -15,7 +15,7 @@ class Clip(nn.Module):
     It stands where an activation was whose input comes from a norm that is gone: see `bnfuse.restructuring.clip`.
 
     Args:
-        shape: of the parameters, which broadcasts against the input: (channels, 1, 1) for images.
+        shape: of the parameters, one axis less than that of the input: (channels, 1, 1) for images.
         lower: whether it has bounds from below, of shape ``shape``.
         upper: whether it has bounds from above.
         bias: whether it has numbers that are added afterwards.
@@ -46,7 +46,13 @@ class Clip(nn.Module):
         self.lower, self.upper, self.bias = numbers(lower), numbers(upper), numbers(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Works in the dtype of its input, and in place on what it has made itself."""
+        """Works in the dtype of its input, and in place on what it has made itself.
+
+        Raises:
+            ValueError: the input has another number of axes; its channels might be broadcast along a wrong one.
+        """
+        if x.dim() != len(self.shape) + 1:
+            raise ValueError(f"numbers of shape {self.shape} are for inputs of one axis more, got {tuple(x.shape)}")
         lower, upper, bias = self.lower, self.upper, self.bias
         if lower is None and upper is None:
             return x if bias is None else x + bias.to(x.dtype)
