@@ -249,9 +249,12 @@ def _kind(decision: Decision, plan: Plan) -> str:
     if decision.direction in kinds:
         return decision.direction or ""
     for step in plan.steps:
+        if decision.norm in step.norms:
+            return step.kind
+    for step in plan.steps:
         places = [*(name for placement in step.placements for name in placement.names), step.subject]
         inside = tuple(f"{place}." for place in places)
-        if decision.norm in step.norms or any(name in places or name.startswith(inside) for name in decision.into):
+        if any(name in places or name.startswith(inside) for name in decision.into):
             return step.kind
     return kinds.pop() if len(kinds) == 1 else ""
 
