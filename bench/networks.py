@@ -34,10 +34,14 @@ class Network:
     factory: Callable[[], nn.Module]
     shape: tuple[int, ...] = IMAGE
 
-    def build(self) -> nn.Module:
-        """The network in evaluation mode, its weights from a fixed seed, its norms far from the identity."""
+    def build(self, dead: float = 0.02) -> nn.Module:
+        """The network in evaluation mode, its weights from a fixed seed, its norms far from the identity.
+
+        Args:
+            dead: the share of gains that are exactly 0.
+        """
         torch.manual_seed(0)
-        return randomise_(self.factory(), 1).eval()
+        return randomise_(self.factory(), 1, dead).eval()
 
     def inputs(self, batch: int = 1) -> Tensor:
         """Standard normal, the same in every call."""
