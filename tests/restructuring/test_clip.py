@@ -334,3 +334,26 @@ def test_a_clip_in_code_is_as_it_was() -> None:
 class CalledClip(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.clip(0)
+
+
+class Stream(nn.Module):
+    """Of two norms on one stream only one can go: ``x + n2(gelu(conv(x)))`` with ``x = n1(gelu(...))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mid, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+        self.next = nn.Conv2d(8, 8, 1)
+        self.before, self.behind = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(F.gelu(self.first(x)))
+        return self.last(F.gelu(self.next(x + self.behind(F.gelu(self.mid(x))))))
+
+
+def test_no_addition_takes_the_place_of_a_norm_that_goes_without() -> None:
+    torch.manual_seed(0)
+    model = randomise_(Stream(), dead=0.0).eval()
+    x = torch.randn(1, 3, 9, 9)
+    plain, clipped = bnfuse.plan(model, x), bnfuse.plan(model, x, restructure="clip")
+    assert {one.norm for one in plain.fused} == {one.norm for one in clipped.fused} == {"behind"}
+    assert not clipped.steps

@@ -15,7 +15,7 @@ from bnfuse.graph.norms import Norm
 from bnfuse.planner.assumptions import needed_in_place
 from bnfuse.planner.culprits import culprits
 from bnfuse.planner.problem import Problem
-from bnfuse.planner.steps import exact_contents, former_name, rounded_once, settled
+from bnfuse.planner.steps import clipped_norms, exact_contents, former_name, rounded_once, settled
 from bnfuse.planner.trying_plans import Trials
 from bnfuse.reasons import (
     CALLER_KEEPS,
@@ -47,6 +47,8 @@ class Planner:
         """
         self.problem, self.original, self.steps = problem, original or problem, tuple(steps)
         self._exact = exact_contents(self.steps)
+        clipped = clipped_norms(self.steps)
+        self._last = {norm for norm in problem.norms if former_name(norm.label, self.steps) in clipped}
 
     def plan(self, kept: Mapping[Norm, Reason] | None = None) -> Plan:
         """Solve, look at what the solution takes for granted, and solve again without what does not hold.
@@ -58,7 +60,7 @@ class Planner:
         kept = {**problem.kept, **(kept or {})}
         forbidden: list[nn.Module] = []
         while True:
-            made = solve(problem.graph, problem.norms, kept, problem.varying, forbidden)
+            made = solve(problem.graph, problem.norms, kept, problem.varying, forbidden, self._last)
             needed = needed_in_place(problem.recording, made.out_of_place)
             if not needed:
                 break
@@ -93,7 +95,7 @@ class Planner:
         names = {id(module): name for name, module in problem.model.named_modules()}
         forbidden: list[nn.Module] = []
         for _ in range(2):  # what is not in the plan, it was found, has to work in place
-            made = solve(problem.graph, problem.norms, kept, problem.varying, forbidden)
+            made = solve(problem.graph, problem.norms, kept, problem.varying, forbidden, self._last)
             forbidden = [module for module in made.out_of_place if names.get(id(module)) not in plan.out_of_place]
             if not forbidden:
                 break

@@ -91,6 +91,13 @@ def settled(steps: Sequence[Step], edits: Iterable[Edit]) -> tuple[tuple[Step, .
     return made, tuple(edit for edit in edits if edit.names[0].rpartition(".")[0] not in clips)
 
 
+def clipped_norms(steps: Sequence[Step]) -> set[str]:
+    """The norms that clips are there for, by their names before all steps."""
+    return {
+        former_name(norm, steps[:place]) for place, step in enumerate(steps) if any(_clips(step)) for norm in step.norms
+    }
+
+
 def is_idle(step: Step, after: Step) -> bool:
     """True if all that a step does is to put clips somewhere, and these do what stood there before.
 

@@ -9,7 +9,7 @@ norm is tried on the network as it would then be.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ def solve(
     kept: Mapping[Norm, Reason],
     varying: Collection[Node] = (),
     forbidden: Collection[nn.Module] = (),
+    last: Container[Norm] = (),
 ) -> Solution:
     """Decide for every norm, and collect the edits.
 
@@ -59,6 +60,7 @@ def solve(
         kept: norms that the caller wants to keep, with the reason.
         varying: operators whose numbers are others in another call.
         forbidden: modules that cannot be kept from working in place.
+        last: norms that are to cost none of the others.
 
     Returns:
         The decisions, and the changes that follow from them.
@@ -67,7 +69,7 @@ def solve(
     network = Network(graph, varying, forbidden, steps)
     decisions: dict[Norm, Decision] = {}
     replacements, removals = [], []
-    for norm in sorted(norms, key=_order):
+    for norm in sorted(norms, key=lambda norm: (norm in last, *_order(norm))):
         obstacle = norm.obstacle or kept.get(norm)
         found = _stay(norm, (obstacle,)) if obstacle else _attempt(network, norm)
         decisions[norm] = found.decision if isinstance(found, Removal) else found
