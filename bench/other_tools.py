@@ -63,6 +63,10 @@ def _bnfuse(model: nn.Module, args: Args) -> Result:
     return counted_run(bnfuse.fuse(model, args), args, False)
 
 
+def _restructured(model: nn.Module, args: Args) -> Result:
+    return counted_run(bnfuse.fuse(model, args, restructure=True), args, False)
+
+
 def _torch_fx(model: nn.Module, args: Args) -> Result:
     return counted_run(optimization.fuse(model), args, False)
 
@@ -115,6 +119,7 @@ def _onnx_runtime(model: nn.Module, args: Args) -> Result:
 
 TOOLS = {
     "bnfuse": Tool("bnfuse", _bnfuse),
+    "bnfuse, restructured": Tool("bnfuse", _restructured),
     "torch.fx fuse": Tool("torch", _torch_fx),
     "pairs by declaration": Tool("torch", _children),
     "torch.onnx, ONNX Runtime": Tool("onnxruntime", _onnx_runtime, wide=False),

@@ -37,7 +37,12 @@ def without(*names: str) -> Tool:
 
 @pytest.mark.parametrize(
     ("name", "verdict", "left"),
-    [("bnfuse", RIGHT, 1), ("torch.fx fuse", RIGHT, 1), ("pairs by declaration", RIGHT, 1)],
+    [
+        ("bnfuse", RIGHT, 1),
+        ("bnfuse, restructured", RIGHT, 0),
+        ("torch.fx fuse", RIGHT, 1),
+        ("pairs by declaration", RIGHT, 1),
+    ],
 )
 def test_the_tools_that_come_with_torch(name: str, verdict: str, left: int, case: Case) -> None:
     before = copy.deepcopy(case.model.state_dict())
