@@ -48,6 +48,17 @@ class Counting(nn.Conv2d):
         return super().forward(x)
 
 
+class OneMore(nn.Conv2d):
+    """Its weight and a tensor that is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, 1, bias=False)
+        self.constant = torch.eye(4)[..., None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight + self.constant.to(self.weight))
+
+
 def parameter(*shape: int) -> nn.ParameterDict:
     return nn.ParameterDict({"p": nn.Parameter(torch.randn(*shape))})
 
@@ -139,6 +150,10 @@ MERGED = [
     Case("weights that are computed", lambda: block(
         lambda m, x: m.a(x) + m.b(x), a=nn.utils.parametrizations.weight_norm(conv()),
         b=nn.utils.parametrizations.spectral_norm(conv(1))), 1),
+    Case("weights that are computed of a constant", lambda: block(
+        lambda m, x: m.a(x) + m.b(x), a=conv(), b=OneMore()), 1),
+    Case("a block with a constant that runs twice", lambda: Net(
+        lambda m, x: m.t(m.t(x)), t=Net(lambda m, x: F.relu(m.a(x) + m.b(x)), a=conv(), b=OneMore())), 2),
     Case("norms in the model itself", lambda: Net(
         lambda m, x: F.relu(m.n(m.a(x)) + m.o(m.b(x)) + x).exp(), a=conv(), b=conv(1), n=nn.BatchNorm2d(4),
         o=nn.BatchNorm2d(4)), 1),

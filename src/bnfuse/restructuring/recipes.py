@@ -34,9 +34,15 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A tensor that the code holds elsewhere."""
+    """A tensor that the code holds elsewhere; the same only as itself."""
 
     tensor: Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and other.tensor is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
 
 
 @dataclass(frozen=True)
@@ -88,13 +94,17 @@ def _argument(item: Any) -> Any:
     return tuple(map(_argument, item)) if isinstance(item, (list, tuple)) else item
 
 
-def numbers(contents: Contents, source: Source) -> Tensor:
-    """The contents in float64, where they are floating-point numbers."""
+def numbers(contents: Contents, source: Source, shapes_only: bool = False) -> Tensor:
+    """The contents in float64, where they are floating-point numbers, on the CPU.
+
+    Args:
+        shapes_only: without numbers, on the meta device.
+    """
     if isinstance(contents, Held):
         return _wide(source(contents))
     if isinstance(contents, Constant):
-        return _wide(contents.tensor)
-    arguments = {name: _given(item, source) for name, item in contents.arguments}
+        return _wide(contents.tensor.to("meta") if shapes_only else contents.tensor)
+    arguments = {name: _given(item, source, shapes_only) for name, item in contents.arguments}
     schema = [argument.name for argument in contents.operator._schema.arguments if not argument.kwarg_only]
     positional = []
     for name in schema:
@@ -108,10 +118,12 @@ def numbers(contents: Contents, source: Source) -> Tensor:
     return _wide(made if isinstance(made, Tensor) else made[contents.result])
 
 
-def _given(item: Any, source: Source) -> Any:
+def _given(item: Any, source: Source, shapes_only: bool) -> Any:
     if isinstance(item, (Held, Constant, Computed)):
-        return numbers(item, source)
-    return [_given(part, source) for part in item] if isinstance(item, tuple) else item
+        return numbers(item, source, shapes_only)
+    if isinstance(item, torch.device):  # of the model
+        return torch.device("meta" if shapes_only else "cpu")
+    return [_given(part, source, shapes_only) for part in item] if isinstance(item, tuple) else item
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -297,7 +309,7 @@ class _Following:
         return _convolution(weight, bias, step.stride, step.padding, step.dilation, step.groups)
 
     def _numbers(self, contents: Contents) -> Tensor:
-        return numbers(contents, self.source)
+        return numbers(contents, self.source, self.shapes_only)
 
     def _channels(self, contents: Contents) -> Tensor:
         found = self._numbers(contents)
