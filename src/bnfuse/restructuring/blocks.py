@@ -17,6 +17,7 @@ from bnfuse.changes import NewLayer
 from bnfuse.graph.graph import ModuleCall, Node, Value
 from bnfuse.model import tree
 from bnfuse.reasons import BLOCK_DOES_MORE, LAYER_DIFFERS
+from bnfuse.restructuring.borders import Borders
 from bnfuse.restructuring.linear_maps import NotOneLayerError
 from bnfuse.restructuring.ownership import Owners, StaysError
 from bnfuse.restructuring.recipes import Steps
@@ -52,7 +53,7 @@ def block(module: nn.Module, owners: Owners, steps: Steps) -> Block | None:
     calls = owners.calls.get(id(module), [])
     if not any(call.nodes for call in calls):
         return None
-    first, *others = chains = [_Chain(call, steps) for call in calls]
+    first, *others = chains = [_Chain(call, steps, owners.borders) for call in calls]
     if not any(isinstance(link, Region) for link in first.links):
         return None
     names = {id(part): name for name, part in reversed(tree.named_modules(module))}
@@ -96,8 +97,8 @@ class _Chain:
         whole: whether it is one.
     """
 
-    def __init__(self, call: ModuleCall, steps: Steps) -> None:
-        self.call, self._steps = call, steps
+    def __init__(self, call: ModuleCall, steps: Steps, borders: Borders) -> None:
+        self.call, self._steps, self._borders = call, steps, borders
         self.links: list[_Link] = []
         self.whole = False
         if call.plain and len(call.inputs) == len(call.outputs) == 1:
@@ -116,7 +117,7 @@ class _Chain:
         start, value = self.call.inputs[0], self.call.outputs[0]
         while value is not start:
             link = self._region(value) or self._children.get(value) or self._function(value)
-            if link is None or (self.links and value.pinned is not None):
+            if link is None or (self.links and self._borders.is_seen(value)):
                 return False
             self.links.append(link)
             value = _ends(link)[0]
@@ -169,9 +170,9 @@ class _Chain:
     def _region(self, value: Value) -> Region | None:
         """The region that ends at a value, has something of the call's own code in it, and gains most as a layer."""
         best: Region | None = None
-        for root in roots(value, self._inside):
+        for root in roots(value, self._inside, self._borders):
             try:
-                found = region(root, value, self._steps)
+                found = region(root, value, self._steps, self._borders)
             except NotOneLayerError:
                 found = None
             if found is not None and any(node.call is self.call for node in found.nodes) and found.gains:

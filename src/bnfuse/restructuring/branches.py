@@ -115,18 +115,18 @@ class Search:
             yield from self._groups(sorted(group, key=lambda term: _place(term, adds)), adds)
 
     def _made_by_calls(self, value: Value, factor: float) -> Iterator[Term]:
-        if value.pinned is not None or len(value.consumers) != 1 or not factor:
+        if self.owners.borders.is_seen(value) or len(value.consumers) != 1 or not factor:
             return
         waiting: list[tuple[ModuleCall, ...]] = [()]
         while waiting:
             behind = waiting.pop(0)
             end = behind[0].inputs[0] if behind else value
-            if behind and (end.pinned is not None or not set(end.consumers) <= set(behind[0].all_nodes)):
+            if behind and (self.owners.borders.is_seen(end) or not set(end.consumers) <= set(behind[0].all_nodes)):
                 continue
             for call in reversed(self._makers.get(end, ()) if len(behind) < _LONGEST else ()):
                 calls = (call, *behind)
                 try:
-                    made = region(call.inputs[0], value, self.steps)
+                    made = region(call.inputs[0], value, self.steps, self.owners.borders)
                 except NotOneLayerError:
                     made = None
                 if made is not None and made.nodes <= {node for each in calls for node in each.all_nodes}:

@@ -20,6 +20,7 @@ from bnfuse.reasons import (
     REFERENCED_ELSEWHERE,
     Reason,
 )
+from bnfuse.restructuring.borders import Borders
 
 
 class StaysError(Exception):
@@ -36,10 +37,11 @@ class Owners:
     Attributes:
         names: all names of a module, by its ``id``.
         calls: all calls of a module, by its ``id``.
+        borders: the written borders of the graph.
     """
 
     def __init__(self, model: nn.Module, graph: Graph) -> None:
-        self.model, self.graph = model, graph
+        self.model, self.graph, self.borders = model, graph, Borders(graph)
         self.names: dict[int, list[str]] = {}
         self._modules = dict(tree.named_modules(model))
         for name, module in self._modules.items():

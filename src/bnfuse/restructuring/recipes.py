@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bnfuse.graph.graph import Kind, Node, Value
+from bnfuse.restructuring.borders import PADS, Border, Borders, sides
 from bnfuse.restructuring.linear_maps import LinearMap, NotOneLayerError, identity, total
 
 # Contents of parameters ---------------------------------------------------------------------------------------------
@@ -207,13 +208,26 @@ class Pooled:
 
 
 @dataclass(frozen=True)
+class Padded:
+    """The tensor padded with numbers, one or one for each channel, that have to be what it is where zeros come in.
+
+    Attributes:
+        by: each is in a part of the border.
+    """
+
+    of: Step
+    padding: tuple[tuple[int, int], ...]
+    by: tuple[Contents | float, ...]
+
+
+@dataclass(frozen=True)
 class Sum:
     """A sum of steps, each times a number."""
 
     terms: tuple[tuple[Step, float], ...]
 
 
-Step = Whole | Layer | Normalised | Scaled | Shifted | Pooled | Sum
+Step = Whole | Layer | Normalised | Scaled | Shifted | Pooled | Padded | Sum
 
 
 @dataclass(frozen=True)
@@ -246,11 +260,39 @@ class Recipe:
 
         return _Following(self, source, True).map(self.step)
 
+    def check_borders(self, source: Source) -> None:
+        """Raise NotOneLayerError if it pads with something else than what zeros become."""
+        following = _Following(self, source, False)
+        for padded in _padded_in(self.step):
+            following.map(padded)
+
     def held(self) -> dict[Held, None]:
         """The parameters and buffers that it reads."""
         found: dict[Held, None] = {}
         _note_held(self.step, found)
         return found
+
+
+def _padded_in(step: Step) -> list[Padded]:
+    """The paddings with numbers in a step, each once."""
+    found: list[Padded] = []
+    waiting, seen = [step], {id(step)}
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Padded):
+            found.append(each)
+        for part in _before(each):
+            if id(part) not in seen:
+                seen.add(id(part))
+                waiting.append(part)
+    return found
+
+
+def _before(step: Step) -> list[Step]:
+    """The steps that a step begins with."""
+    if isinstance(step, Sum):
+        return [term for term, _ in step.terms]
+    return [] if isinstance(step, Whole) else [step.of]
 
 
 def _note_held(item: Any, found: dict[Held, None]) -> None:
@@ -288,6 +330,8 @@ class _Following:
             return before.then(self._layer(step))
         if isinstance(step, Pooled):
             return before.then(_pool(step, before))
+        if isinstance(step, Padded):
+            return self._padded(step, before)
         if isinstance(step, Normalised):
             if before.weight.is_meta:
                 return before.shifted(0.0)
@@ -303,6 +347,18 @@ class _Following:
             return before.scaled(1 / by if step.divided else by)
         return before.shifted(by * step.factor)
 
+    def _padded(self, step: Padded, before: LinearMap) -> LinearMap:
+        """Padding what comes in with zeros gives the same, if the numbers are what these become: the bias."""
+        ones = (1,) * len(step.padding)
+        pool = _pool(Pooled(step.of, ones, ones, step.padding, 1), before)
+        made = replace(before, bias=None).then(pool)
+        if not self.shapes_only:
+            for by in step.by:
+                number = before.weight.new_tensor(by) if isinstance(by, float) else self._channels(by)
+                if not _is_bias(number, before):
+                    raise NotOneLayerError("it is padded with something else than what zeros become")
+        return replace(made, bias=before.bias)
+
     def _layer(self, step: Layer) -> LinearMap:
         weight = self._numbers(step.weight)
         bias = None if step.bias is None else self._numbers(step.bias)
@@ -314,6 +370,19 @@ class _Following:
     def _channels(self, contents: Contents) -> Tensor:
         found = self._numbers(contents)
         return found.reshape(()) if found.numel() == 1 else found.reshape(-1)
+
+
+_ROUNDING = 1e-12
+"""So much of the largest two ways to compute the same numbers may differ."""
+
+
+def _is_bias(number: Tensor, of: LinearMap) -> bool:
+    """Whether a number, or one for each channel, is what a map makes of zeros."""
+    if number.is_meta or of.weight.is_meta:
+        return False
+    bias = of.weight.new_zeros(of.channels_out) if of.bias is None else of.bias
+    largest = torch.maximum(number.abs().max(), bias.abs().max())
+    return bool(largest.isfinite() and ((number - bias).abs() <= _ROUNDING * largest).all())
 
 
 def _convolution(
@@ -343,7 +412,7 @@ _SUMS = frozenset({"add", "sub", "rsub"})
 _NOTHING = frozenset({"detach", "clone", "contiguous", "dropout", "feature_dropout", "alpha_dropout"})
 _BY_CHANNEL = frozenset({"mul", "div", "neg"})
 LINEAR = frozenset({*_CONVOLUTIONS, *_POOLS, *_SUMS, *_NOTHING, *_BY_CHANNEL, "linear", "batch_norm",
-                    "pad", "constant_pad_nd", "slice"})  # fmt: skip
+                    *PADS, "slice"})  # fmt: skip
 """The operators that may be a step."""
 
 
@@ -376,6 +445,20 @@ class Steps:
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], Step] = {}
+        self._misfits: dict[tuple[int, int, int], str | None] = {}
+
+    def check_borders(self, recipe: Recipe, source: Source) -> None:
+        """`Recipe.check_borders` of one whose steps are among these, each once."""
+        key = id(recipe.step), recipe.axes, recipe.channels
+        if key not in self._misfits:
+            try:
+                recipe.check_borders(source)
+                self._misfits[key] = None
+            except NotOneLayerError as error:
+                self._misfits[key] = str(error)
+        misfit = self._misfits[key]
+        if misfit is not None:
+            raise NotOneLayerError(misfit)
 
     def one(self, made: Step) -> Step:
         """The step that does the same as this one, which is made of such steps."""
@@ -389,7 +472,7 @@ def _key(part: Any) -> Any:
     return tuple(map(_key, part)) if isinstance(part, tuple) else part
 
 
-_STEPS = (Whole, Layer, Normalised, Scaled, Shifted, Pooled, Sum)
+_STEPS = (Whole, Layer, Normalised, Scaled, Shifted, Pooled, Padded, Sum)
 
 
 class Reader:
@@ -399,14 +482,19 @@ class Reader:
         nodes: the operators that were read.
     """
 
-    def __init__(self, root: Value, axes: int, steps: Steps) -> None:
-        self.root, self.axes = root, axes
+    def __init__(self, root: Value, axes: int, steps: Steps, borders: Borders) -> None:
+        self.root, self.axes, self._borders = root, axes, borders
         self.axis = len(root.shape) - 1 - axes
         self.nodes: dict[Node, None] = {}
         self._steps = steps
         self._known: dict[Value, Step] = {root: steps.one(Whole())}
         if self.axis < 0 or (axes and self.axis != 1) or not root.dtype.is_floating_point:
             raise NotOneLayerError("it is not a batch of images or vectors")
+
+    @property
+    def values(self) -> list[Value]:
+        """The values of which it was read what makes them, the first one included."""
+        return list(self._known)
 
     def step(self, value: Value) -> Step:
         """The step that makes a value.
@@ -415,13 +503,13 @@ class Reader:
             NotOneLayerError: it is no step.
         """
         if value not in self._known:
-            node = value.producer
+            node, border = self._borders.maker(value), self._borders.of(value)
             if node is None or node.operator not in LINEAR or len(node.outputs) != 1:
                 raise NotOneLayerError("an operator is not linear")
             if value.dtype != self.root.dtype or len(value.shape) != len(self.root.shape):
                 raise NotOneLayerError("the type or the axes change")
-            self.nodes[node] = None
-            self._known[value] = self._steps.one(self._read(node))
+            self.nodes.update(dict.fromkeys((node,) if border is None else border.nodes))
+            self._known[value] = self._steps.one(self._padded(node, border) if border else self._read(node))
         return self._known[value]
 
     def _read(self, node: Node) -> Step:
@@ -436,7 +524,7 @@ class Reader:
             return self._product(node)
         if name == "batch_norm":
             return self._norm(node)
-        if name in ("pad", "constant_pad_nd"):
+        if name in PADS:
             return self._padded(node)
         if name == "slice":
             return self._slice(node)
@@ -550,18 +638,20 @@ class Reader:
         eps = float(node.argument("eps", 1e-5))
         return Normalised(self.step(bound["input"]), contents_of(mean), contents_of(variance), weight, bias, eps)
 
-    def _padded(self, node: Node) -> Step:
-        if node.argument("mode", "constant") != "constant" or node.argument("value"):
-            raise NotOneLayerError("it is padded with something else than zeros")
-        pad = list(node.bound["pad"])
-        sides = [(pad[place], pad[place + 1]) for place in range(0, len(pad), 2)][::-1]
-        beyond = sides[: max(len(sides) - self.axes, 0)]
-        if any(map(any, beyond)) or any(min(side) < 0 for side in sides):
+    def _padded(self, node: Node, border: Border | None = None) -> Step:
+        """A padding, or one whose border is written to."""
+        if node.argument("mode", "constant") != "constant":
+            raise NotOneLayerError("it is padded with what is there")
+        around = sides(node.bound["pad"], len(self.root.shape))
+        beyond, around = around[: -self.axes or None], around[len(around) - self.axes :]
+        if any(map(any, beyond)) or any(min(side) < 0 for side in around):
             raise NotOneLayerError("it is padded along another axis, or cut off")
-        sides = sides[len(beyond) :]
-        sides = [(0, 0)] * (self.axes - len(sides)) + sides
-        ones = (1,) * self.axes
-        return Pooled(self.step(self._data(node)), ones, ones, tuple(sides), 1)
+        of, ones = self.step(self._data(node)), (1,) * self.axes
+        by = (float(node.argument("value") or 0.0),) if border is None else border.by
+        if any(by):
+            given = (contents_of(each) if isinstance(each, Value) else each for each in by)
+            return Padded(of, tuple(around), tuple(given))
+        return Pooled(of, ones, ones, tuple(around), 1)
 
     def _slice(self, node: Node) -> Step:
         """Every so many places from the first on."""

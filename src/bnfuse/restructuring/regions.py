@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from bnfuse.graph.graph import Node, Value
+from bnfuse.restructuring.borders import Borders
 from bnfuse.restructuring.linear_maps import LinearMap, NotOneLayerError
 from bnfuse.restructuring.recipes import LINEAR, Reader, Recipe, Steps, axes_of, data_inputs
 
@@ -51,7 +52,7 @@ def price_of_node(node: Node) -> Price:
     return Price(y // max(out, 1) * weight.elements, x + y + weight.elements)
 
 
-_FREE = frozenset({"detach", "slice"})
+_FREE = frozenset({"detach", "slice", "select", "narrow"})
 """Operators that only look at a tensor in another way."""
 
 
@@ -99,45 +100,54 @@ class Region:
         return before.traffic - after.traffic, before.products - after.products
 
 
-def region(root: Value, result: Value, steps: Steps) -> Region:
+def region(root: Value, result: Value, steps: Steps, borders: Borders) -> Region:
     """All that lies between two values.
+
+    Args:
+        borders: of the model that was recorded.
 
     Raises:
         NotOneLayerError: no single layer does this, or somebody else sees what lies between.
     """
-    axes = {found for node in _between(root, result) if (found := axes_of(node)) is not None}
+    axes = {found for node in _between(root, result, borders) if (found := axes_of(node)) is not None}
     if len(axes) != 1:
         raise NotOneLayerError("no layer, or layers over different axes")
-    reader = Reader(root, axes.pop(), steps)
+    reader = Reader(root, axes.pop(), steps, borders)
     step = reader.step(result)
     nodes = frozenset(reader.nodes)
-    _check_closed(root, result, nodes)
+    _check_closed(root, result, nodes, reader.values, borders)
     recipe = Recipe(step, reader.axes, root.shape[reader.axis])
-    return Region(root, result, nodes, recipe, recipe.follow_shapes().with_padding_of_a_layer())
+    made = Region(root, result, nodes, recipe, recipe.follow_shapes().with_padding_of_a_layer())
+    steps.check_borders(recipe, lambda held: borders.contents(held.names[0]))
+    return made
 
 
-def _between(root: Value, result: Value) -> Iterator[Node]:
+def _between(root: Value, result: Value, borders: Borders) -> Iterator[Node]:
     """The operators from one value back to another; those beyond are not entered."""
     seen = {root}
     waiting = [result]
     count = 0
     while waiting:
         value = waiting.pop()
-        if value in seen or value.producer is None:
+        node = borders.maker(value)
+        if value in seen or node is None:
             continue
         seen.add(value)
         count += 1
-        if count > _LARGEST or value.producer.operator not in LINEAR:
+        if count > _LARGEST or node.operator not in LINEAR:
             raise NotOneLayerError("an operator is not linear")
-        yield value.producer
-        waiting += data_inputs(value.producer)
+        yield node
+        waiting += data_inputs(node)
 
 
-def _check_closed(root: Value, result: Value, nodes: frozenset[Node]) -> None:
+def _check_closed(
+    root: Value, result: Value, nodes: frozenset[Node], values: Sequence[Value], borders: Borders
+) -> None:
     """Raise NotOneLayerError if something outside reads what lies between, or the region writes to what it reads."""
-    made = [value for node in nodes for value in node.outputs if value is not result]
-    for value in made:
-        if value.pinned is not None:
+    for value in values:
+        if value is root or value is result:
+            continue
+        if borders.is_seen(value):
             raise NotOneLayerError("something else sees a term")
         if any(reader not in nodes for reader in value.consumers):
             raise NotOneLayerError("a term is read elsewhere")
@@ -148,17 +158,20 @@ def _check_closed(root: Value, result: Value, nodes: frozenset[Node]) -> None:
         raise NotOneLayerError("its result is a view of what it reads")
 
 
-def roots(result: Value, inside: Container[Node]) -> Iterator[Value]:
+def roots(result: Value, inside: Container[Node], borders: Borders) -> Iterator[Value]:
     """The values that everything which makes another one comes from, through linear operators, the nearest first.
 
     Args:
         inside: operators that may be gone through.
+        borders: of the model that was recorded.
     """
     front = {result}
     for _ in range(_LARGEST):
-        last = max(front, key=lambda value: -1 if value.producer is None else value.producer.index)
-        node = last.producer
+        last = max(front, key=lambda value: -1 if (node := borders.maker(value)) is None else node.index)
+        node, border = borders.maker(last), borders.of(last)
         if node is None or node not in inside or node.operator not in LINEAR:
+            return
+        if border is not None and any(each not in inside for each in border.nodes):
             return
         front.remove(last)
         front.update(data_inputs(node))

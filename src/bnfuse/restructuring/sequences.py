@@ -77,14 +77,14 @@ class Search:
             together = self._together(value, result, calls)
             if together is not None and (best is None or together.after.is_less_than(best.together.after)):
                 best = InTurn(tuple(calls), together)
-            if value.pinned is not None or len(value.consumers) != 1:
+            if self.owners.borders.is_seen(value) or len(value.consumers) != 1:
                 break
         return best
 
     def _together(self, value: Value, result: Value, calls: Sequence[ModuleCall]) -> Region | None:
         """The calls as one layer, None if that gains nothing."""
         try:
-            together = region(value, result, self.steps)
+            together = region(value, result, self.steps, self.owners.borders)
         except NotOneLayerError:
             return None
         if len({id(call.module) for call in calls}) < len(calls):
@@ -94,9 +94,10 @@ class Search:
 
     def _is_linear(self, call: ModuleCall) -> bool:
         try:
-            return region(call.inputs[0], call.outputs[0], self.steps).nodes >= set(_dependent(call))
+            made = region(call.inputs[0], call.outputs[0], self.steps, self.owners.borders)
         except NotOneLayerError:
             return False
+        return made.nodes >= set(_dependent(call))
 
 
 def _dependent(call: ModuleCall) -> list[Node]:
