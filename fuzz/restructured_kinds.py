@@ -697,6 +697,74 @@ def merge_lists(g: RestructuredBuilder) -> None:
 
 
 @kind
+def merge_padded(g: RestructuredBuilder) -> None:
+    """Branches that pad with what zeros become, as in the Diverse Branch Block, or with something near it."""
+    x = begin(g, *SPATIAL)
+    stride = g.one_of(1, 1, 1, 2)
+    out = g.shape(x)[1] if g.chance(0.6) else width(g)
+    first = len(g.steps)
+    terms = [padded_branch(g, x, out, stride) for _ in range(g.one_of(1, 1, 2))]
+    terms += [linear_branch(g, x, out, stride) for _ in range(g.one_of(0, 1, 1, 2))]
+    g.random.shuffle(terms)
+    y = add_up(g, terms) if len(terms) > 1 else terms[0]
+    if g.chance(0.7):
+        activate(g, y, 0.7)
+    maybe_wrapped(g, first, 0.7)
+
+
+def padded_branch(g: RestructuredBuilder, x: str, out: int, stride: int) -> str:
+    """A layer of one tap with a norm or a bias, a padding whose border is written to, and a larger layer or a pool."""
+    shape = g.shape(x)
+    n, channels = len(shape) - 2, shape[1]
+    size = g.one_of(3, 3, 3, 5) if n < 3 else 3
+    side, middle = size // 2, g.one_of(channels, out, out, width(g))
+    normed = g.chance(0.8)
+    parts = [f"c={layer_code(g, shape, middle, 1, bias=not normed or g.chance(0.2), other=False)}"]
+    numbers, lines = [], ["y = m.c(x)"]
+    if normed:
+        after = (shape[0], middle, *shape[2:])
+        parts.append(f"n={norm_code(g, after)}")
+        numbers.append(f"n={dressing(g)}")
+        eps = g.one_of(*["m.n.eps"] * 6, "1e-3")
+        gain, bias = ("", "0.0") if "affine" in parts[-1] else (" * m.n.weight.detach()", "m.n.bias.detach()")
+        before = "m.n.running_mean" if "bias=False" in parts[0] else "(m.n.running_mean - m.c.bias.detach())"
+        lines += ["y = m.n(y)", f"b = {bias} - {before}{gain} / torch.sqrt(m.n.running_var + {eps})"]
+    else:
+        lines.append("b = m.c.bias" + g.one_of("", ".detach()", " * 1"))
+    lines[-1] += g.one_of(*[""] * 8, " * 1.0001", " + 0.5")
+    lines.append(f"b = b.view({', '.join(['1', '-1', *['1'] * n])})")
+    lines.append(f"y = F.pad(y, {[side] * 2 * n}{g.one_of('', '', ', value=0.3')})")
+    sides = [(axis, end) for axis in range(2, n + 2) for end in (0, 1)]
+    if g.chance(0.08):
+        sides.pop(g.random.randrange(len(sides)))
+    lines += [padding_side(g, axis, end, side) for axis, end in sides]
+    if g.chance(0.04):
+        lines.append("y = y * y[:, :, :1].sigmoid()")
+    if middle == out and g.chance(0.35):
+        lines.append(f"F.avg_pool{n}d(y, {size}, {stride})")
+    else:
+        groups = g.random.choice(divisors(middle, out)) if g.chance(0.3) else 1
+        padding = g.one_of(*[0] * 12, 1)
+        options = f"groups={groups}, bias={g.chance(0.4)}"
+        parts.append(f"d=nn.Conv{n}d({middle}, {out}, {size}, {stride}, {padding}, {options})")
+        lines.append("m.d(y)" if not padding else f"m.d(y)[{', '.join([':', ':', *['1:-1'] * n])}]")
+    block = g.layer("pd", f"module('x', {'; '.join(lines)!r}, {', '.join(parts)})", ", ".join(numbers))
+    y = g.apply(block, x)
+    return g.apply(plain_norm(g, y), y) if g.chance(0.5) else y
+
+
+def padding_side(g: RestructuredBuilder, axis: int, end: int, side: int) -> str:
+    """A line that writes ``b`` to a side of the border of ``y``."""
+    before = ":, " * axis
+    part = f"-{side}:" if end else g.one_of(f"0:{side}", f":{side}")
+    ways = [f"y[{before}{part}] = b"] * 4 + [f"_ = y[{before}{part}].copy_(b)"]
+    ways.append(f"_ = y.narrow({axis}, {-side if end else 0}, {side}).copy_(b)")
+    if side == 1:
+        ways.append(f"y[{before}{-end}] = b[{before}0]")
+    return str(g.one_of(*ways))
+
+
+@kind
 def merge_conditional(g: RestructuredBuilder) -> None:
     """Branches, or uses of a layer, that are there only at some sizes, or with a flag."""
     x = begin(g)

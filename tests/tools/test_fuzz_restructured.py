@@ -142,7 +142,7 @@ def test_mutants_are_found(mutant: Callable[[nn.Module, nn.Module], None], monke
 
     monkeypatch.setattr(check_restructured, "fuse_with_plan", fuse_with_plan)
     monkeypatch.setattr(check_restructured, "APPLIED_EVERY", 10**9)
-    found = {check(drawn(kind, 2)).failure for kind in ("untie_twice", "bake_layers")}
+    found = {check(drawn(kind, index)).failure for kind in ("untie_twice", "bake_layers") for index in NETWORKS}
     assert any(failure.startswith(MUTANTS[mutant]) for failure in found), found
 
 
@@ -154,6 +154,7 @@ def test_a_restructuring_that_keeps_norms_is_found(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(check_restructured, "fuse_with_plan", fuse_with_plan)
     monkeypatch.setattr(check_restructured, "APPLIED_EVERY", 10**9)
+    monkeypatch.setattr(check_restructured, "IN_PLACE_EVERY", 10**9)
     assert not check(program).failure, "verification took them out, the network is told"
     monkeypatch.setattr(check_restructured, "_was_corrected", lambda *_: False)
     assert check(program).failure.startswith("wrong: more norms stay with restructuring")
