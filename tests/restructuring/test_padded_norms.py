@@ -407,6 +407,19 @@ def test_why_a_norm_stays() -> None:
     ]
 
 
+def test_statistics_that_make_another_border_keep_their_norm() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.pad(m.n(m.b(m.a(x))), (1, 1, 1, 1))
+        return m.c(written(y, 0.5 - m.n.running_mean.view(1, -1, 1, 1), 1)) + x
+
+    norm = nn.BatchNorm2d(4, affine=False)
+    model = prepared(Net(forward, a=nn.Conv2d(4, 32, 1), b=nn.Conv2d(32, 4, 1), n=norm, c=layer("c", 2)))
+    plan = bnfuse.plan(model, IMAGE, restructure="merge")
+    assert not plan.steps
+    assert [each.reason.code for each in plan.unchanged] == ["parameters-read-elsewhere"]
+    assert [decision.norm for decision in plan.kept] == ["n"]
+
+
 def test_a_hook_on_the_padding_keeps_it() -> None:
     model = prepared(nn.Sequential(nn.ReLU(), Diverse(4, 4)))
     seen: list[Tensor] = []

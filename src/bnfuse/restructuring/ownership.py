@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bnfuse.capture.module_calls import has_own_hooks
-from bnfuse.graph.graph import Graph, ModuleCall, Node
+from bnfuse.graph.graph import Graph, ModuleCall, Node, Value
 from bnfuse.model import tree
 from bnfuse.reasons import (
     BLOCK_DOES_MORE,
@@ -105,9 +105,18 @@ class Owners:
                 raise StaysError(value.pinned)
             if not all(each.startswith(places) for each in value.names):
                 raise StaysError(BLOCK_IS_SHARED.reason(place=name))
-            reader = next((node for node in value.consumers if not _ends_in(node, read)), None)
-            if reader is not None:
-                raise StaysError(PARAMETERS_READ_ELSEWHERE.reason(reader=reader))
+            _check_readers(value, read)
+        for place in part._buffers:
+            value = self.graph.leaves.get(".".join(filter(None, [self.name(part), place])))
+            if value is not None:
+                _check_readers(value, read)
+
+
+def _check_readers(value: Value, read: Container[Node]) -> None:
+    """Raise StaysError if other operators than these read a parameter or buffer."""
+    reader = next((node for node in value.consumers if not _ends_in(node, read)), None)
+    if reader is not None:
+        raise StaysError(PARAMETERS_READ_ELSEWHERE.reason(reader=reader))
 
 
 def _runs_in(call: ModuleCall | None, modules: Container[int]) -> bool:
