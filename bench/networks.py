@@ -240,15 +240,15 @@ def chain(norms: int) -> nn.Module:
 
 
 class _Branch(nn.Module):
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, activation: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(_CHANNELS)
+        self.norm, self.activation = nn.BatchNorm2d(_CHANNELS), activation
         self.convolution = nn.Conv2d(_CHANNELS, _CHANNELS, 1)
         with torch.no_grad():
             self.convolution.weight.mul_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = self.convolution(self.norm(x))
+        added: Tensor = self.convolution(self.activation(self.norm(x)))
         return x + added
 
 
@@ -258,20 +258,7 @@ def residual_stream(norms: int) -> nn.Module:
     The branches weigh less the more they are, so that the sum stays bounded.
     """
     stem, head = nn.Conv2d(_CHANNELS, _CHANNELS, 1), nn.Conv2d(_CHANNELS, _CHANNELS, 1)
-    return nn.Sequential(stem, *(_Branch(1 / norms) for _ in range(norms)), head)
-
-
-class _RefusedBranch(nn.Module):
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(_CHANNELS)
-        self.convolution = nn.Conv2d(_CHANNELS, _CHANNELS, 1)
-        with torch.no_grad():
-            self.convolution.weight.mul_(weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = self.convolution(nn.functional.silu(self.norm(x)))
-        return x + added
+    return nn.Sequential(stem, *(_Branch(1 / norms, nn.Identity()) for _ in range(norms)), head)
 
 
 class _Square(nn.Module):
@@ -282,7 +269,7 @@ class _Square(nn.Module):
 def refused_stream(norms: int) -> nn.Module:
     """A residual stream of which no norm can go: behind each is a SiLU, and at the end of the stream it is squared."""
     stem, head = nn.Conv2d(_CHANNELS, _CHANNELS, 1), nn.Conv2d(_CHANNELS, _CHANNELS, 1)
-    return nn.Sequential(stem, *(_RefusedBranch(1 / norms) for _ in range(norms)), _Square(), head)
+    return nn.Sequential(stem, *(_Branch(1 / norms, nn.SiLU()) for _ in range(norms)), _Square(), head)
 
 
 class _DenseLayer(nn.Module):
