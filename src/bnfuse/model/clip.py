@@ -52,7 +52,10 @@ class Clip(nn.Module):
             ValueError: the input has another number of axes; its channels might be broadcast along a wrong one.
         """
         if x.dim() != len(self.shape) + 1:
-            raise ValueError(f"numbers of shape {self.shape} are for inputs of one axis more, got {tuple(x.shape)}")
+            raise ValueError(
+                f"A clip of shape {self.shape} takes inputs of one axis more, got {tuple(x.shape)}: fuse the model "
+                "with an input of as many axes"
+            )
         lower, upper, bias = self.lower, self.upper, self.bias
         if lower is None and upper is None:
             return x if bias is None else x + bias.to(x.dtype)
